@@ -1,0 +1,28 @@
+#include "tacext/build_info.h"
+
+#ifdef TACEXT_WITH_CUDA
+#include "tacext_cuda.h"
+#endif
+
+namespace tacext {
+
+const char* version() { return TACEXT_VERSION; }
+
+const char* simd_level() {
+#if defined(__x86_64__) && !defined(TACEXT_NO_SIMD_CLONES)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4";
+  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3";
+#endif
+  return "baseline";
+}
+
+#ifdef TACEXT_WITH_CUDA
+bool has_cuda() { return true; }
+int cuda_device_count() { return tacext_cuda_device_count(); }
+#else
+bool has_cuda() { return false; }
+int cuda_device_count() { return 0; }
+#endif
+
+}  // namespace tacext

@@ -1,0 +1,38 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "head_geometry.h"
+#include "tacext/minimal_perturbation.h"
+
+namespace tacext {
+
+/// A class's answer in the scaled latent space, with the KKT residuals that vouch for it.
+struct Candidate {
+  Status status = Status::kIterationLimit;
+  std::vector<double> perturbation;  // s, [latents]
+  std::vector<double> multipliers;   // l >= 0, [classes]; a Farkas ray where unreachable
+  std::int64_t iterations = 0;
+  double primal = 0, dual = 0, gap = 0;
+
+  double worst_residual() const { return std::max({primal, dual, gap}); }
+};
+
+double norm(const std::vector<double>& values);
+
+/// sum_j l_j a_j, a_j = w_k - w_j
+std::vector<double> combine_constraints(const HeadGeometry& head, std::int64_t k,
+                                        const std::vector<double>& multipliers);
+
+/// Fills the residuals of class k, as PerturbationResult defines them, and lets them decide the
+/// status. margins is row k of M; products[j] = a_j . s.
+void certify(const HeadGeometry& head, std::int64_t k, const double* margins,
+             const double* products, double tolerance, Candidate& candidate);
+
+/// Certifies candidates of several classes with one matrix product; margins is the whole of M.
+void certify(const HeadGeometry& head, const std::vector<std::int64_t>& classes,
+             const double* margins, double tolerance, std::vector<Candidate>& candidates);
+
+}  // namespace tacext

@@ -1,0 +1,67 @@
+#pragma once
+
+#include <cstdint>
+
+#include "tacext/export.h"
+#include "tacext/parallel.h"
+
+namespace tacext {
+
+/// How a class's problem ended.
+enum class Status : std::int32_t {
+  kOptimal = 0,         ///< the certificate holds within the tolerance
+  kUnreachable = 1,     ///< no perturbation satisfies the constraints; the multipliers prove it
+  kIterationLimit = 2,  ///< stopped before the certificate held
+};
+
+struct SolverSettings {
+  /// Largest relative residual with which a class counts as optimal.
+  double tolerance = 1e-9;
+  /// Active-set steps a class; 0 means 50 * classes + 100.
+  std::int64_t max_iterations = 0;
+  /// Try the all-constraints-active closed form where it can apply.
+  bool closed_form = true;
+};
+
+/// For each listed class k:  s_k = argmin 1/2 |s / scale|^2  s.t.  (w_k - w_j).s >= M[k, j], j !=
+/// k.
+struct PerturbationProblem {
+  const double* weight;         ///< W, [classes, latents], row-major
+  const double* margins;        ///< M, [classes, classes], row-major; the diagonal is not read
+  const double* scale;          ///< [latents], positive; null means all ones
+  const std::int64_t* targets;  ///< the classes k to solve for, [count]; null means 0, 1, ...
+  std::int64_t count;
+  std::int64_t classes;
+  std::int64_t latents;
+};
+
+/// Where the answers go: one row for each listed class, all fields required.
+///
+/// An optimal class carries the KKT residuals of what is stored, recomputed from W, not from the
+/// Gram matrix. An unreachable class has a NaN perturbation, an infinite norm and, as multipliers,
+/// a Farkas ray l >= 0 with sum_j l_j (w_k - w_j) = 0 and m.l > 0, scaled to sum 1.
+struct PerturbationResult {
+  double* perturbation;      ///< s_k, [count, latents]
+  double* norm;              ///< |s_k / scale|, [count]
+  double* multipliers;       ///< l >= 0, [count, classes]; s_k = scale^2 * sum_j l_j (w_k - w_j)
+  std::int32_t* status;      ///< Status, [count]
+  std::int64_t* iterations;  ///< active-set steps, 0 for the closed form, [count]
+  std::int64_t* active;      ///< constraints with a positive multiplier, [count]
+  /// max_j (M[k,j] - a_j.s)+ / (|M[k,j]| + |a_j| |s|), a_j = scaled w_k - w_j, [count]
+  double* primal_residual;
+  /// |s - sum_j l_j a_j| / (|s| + sum_j l_j |a_j|); of a ray |sum_j l_j a_j| / sum_j l_j |a_j|
+  double* dual_residual;
+  /// |s.s - m.l| / max(s.s, |m.l|), the relative duality gap; for an unreachable class -m.l,
+  /// [count]
+  double* gap;
+};
+
+/// Solves every listed class from one Gram matrix, in double. Inputs must be finite, with at least
+/// 2 classes and 1 latent. The same input gives the same bits for any `parallel_for`, and a class
+/// gives the same bits whatever other classes are listed with it.
+TACEXT_API void minimal_perturbation(const PerturbationProblem& problem,
+                                     const SolverSettings& settings,
+                                     const PerturbationResult& result,
+                                     const ParallelFor& parallel_for);
+
+}  // namespace tacext

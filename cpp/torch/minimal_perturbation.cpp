@@ -1,0 +1,170 @@
+#include "tacext/minimal_perturbation.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+
+#include "tacext/pairwise_margin_max.h"
+#include "tensor_checks.h"
+
+#ifdef TACEXT_WITH_CUDA
+#include "cuda_launch.h"
+#endif
+
+namespace tacext {
+namespace {
+
+constexpr const char* kOperation = "minimal_perturbation";
+
+// perturbation, norm, multipliers, status, iterations, active, primal_residual, dual_residual, gap
+using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+void check_finite(const char* argument, const Tensor& t, int64_t rows, int64_t columns) {
+  const MatrixIndex bad = find_non_finite(const_data<double>(t), rows, columns, torch_parallel);
+  STD_TORCH_CHECK(bad.row < 0, kOperation, ": ", argument,
+                  ": expected finite values, got NaN or infinity at [", bad.row, ", ", bad.column,
+                  "]; check the model and its inputs");
+}
+
+// Margins of a problem that never saw a sample are -inf off the diagonal; that, too, is caught
+// here.
+void check_margins(const Tensor& margins) {
+  check_finite("margins", margins, margins.size(0), margins.size(1));
+}
+
+/// The inputs in double, contiguous, checked; the tensors own what the problem points to.
+struct Inputs {
+  Tensor weight, margins;
+  std::optional<Tensor> scale, classes;
+
+  PerturbationProblem problem() const {
+    const int64_t count = classes ? classes->size(0) : weight.size(0);
+    return {const_data<double>(weight),
+            const_data<double>(margins),
+            scale ? const_data<double>(*scale) : nullptr,
+            classes ? const_data<int64_t>(*classes) : nullptr,
+            count,
+            weight.size(0),
+            weight.size(1)};
+  }
+};
+
+void check_shapes(const Tensor& weight, const Tensor& margins, const std::optional<Tensor>& scale,
+                  const std::optional<Tensor>& classes) {
+  check_dim(kOperation, "weight", weight, 2);
+  check_floating(kOperation, "weight", weight);
+  STD_TORCH_CHECK(weight.size(0) >= 2 && weight.size(1) >= 1, kOperation,
+                  ": weight: expected at least 2 classes and 1 latent, got shape [", weight.size(0),
+                  ", ", weight.size(1), "]; pass the head's weight [classes, latents]");
+  check_dim(kOperation, "margins", margins, 2);
+  check_floating(kOperation, "margins", margins);
+  STD_TORCH_CHECK(margins.size(0) == weight.size(0) && margins.size(1) == weight.size(0),
+                  kOperation, ": margins: expected shape [", weight.size(0), ", ", weight.size(0),
+                  "], got [", margins.size(0), ", ", margins.size(1),
+                  "]; pass pairwise_margin_max of the same head's logits");
+  check_same_device(kOperation, "margins", margins, "weight", weight);
+  if (scale) {
+    check_dim(kOperation, "scale", *scale, 1);
+    check_floating(kOperation, "scale", *scale);
+    STD_TORCH_CHECK(scale->size(0) == weight.size(1), kOperation, ": scale: expected ",
+                    weight.size(1), " values, one a latent, got ", scale->size(0),
+                    "; pass one scale for each column of weight");
+    check_same_device(kOperation, "scale", *scale, "weight", weight);
+  }
+  if (classes) {
+    check_dim(kOperation, "classes", *classes, 1);
+    STD_TORCH_CHECK(classes->scalar_type() == ScalarType::Long, kOperation,
+                    ": classes: expected int64, got another dtype; convert it with .long()");
+  }
+}
+
+void check_values(const Inputs& inputs) {
+  check_finite("weight", inputs.weight, inputs.weight.size(0), inputs.weight.size(1));
+  check_margins(inputs.margins);
+  if (inputs.scale) {
+    const double* scale = const_data<double>(*inputs.scale);
+    for (int64_t d = 0; d < inputs.scale->size(0); ++d)
+      STD_TORCH_CHECK(std::isfinite(scale[d]) && scale[d] > 0, kOperation,
+                      ": scale: expected positive finite values, got ", scale[d], " at [", d,
+                      "]; floor it at a small positive value");
+  }
+  if (inputs.classes) {
+    const int64_t* classes = const_data<int64_t>(*inputs.classes);
+    for (int64_t i = 0; i < inputs.classes->size(0); ++i)
+      STD_TORCH_CHECK(classes[i] >= 0 && classes[i] < inputs.weight.size(0), kOperation,
+                      ": classes: expected indices from 0 to ", inputs.weight.size(0) - 1, ", got ",
+                      classes[i], " at [", i, "]; pass row numbers of weight");
+  }
+}
+
+Inputs prepare(const Tensor& weight, const Tensor& margins, const std::optional<Tensor>& scale,
+               const std::optional<Tensor>& classes) {
+  check_shapes(weight, margins, scale, classes);
+  Inputs inputs{as_float64(weight), as_float64(margins), std::nullopt, std::nullopt};
+  if (scale) inputs.scale = as_float64(*scale);
+  if (classes) inputs.classes = torch::stable::contiguous(*classes);
+  return inputs;
+}
+
+Result empty_result(const Tensor& like, const PerturbationProblem& p) {
+  const auto make = [&](std::initializer_list<int64_t> size, ScalarType type) {
+    return torch::stable::new_empty(like, {size.begin(), size.size()}, type);
+  };
+  return {make({p.count, p.latents}, ScalarType::Double),
+          make({p.count}, ScalarType::Double),
+          make({p.count, p.classes}, ScalarType::Double),
+          make({p.count}, ScalarType::Int),
+          make({p.count}, ScalarType::Long),
+          make({p.count}, ScalarType::Long),
+          make({p.count}, ScalarType::Double),
+          make({p.count}, ScalarType::Double),
+          make({p.count}, ScalarType::Double)};
+}
+
+PerturbationResult pointers(const Result& r) {
+  return {mutable_data<double>(std::get<0>(r)),  mutable_data<double>(std::get<1>(r)),
+          mutable_data<double>(std::get<2>(r)),  mutable_data<int32_t>(std::get<3>(r)),
+          mutable_data<int64_t>(std::get<4>(r)), mutable_data<int64_t>(std::get<5>(r)),
+          mutable_data<double>(std::get<6>(r)),  mutable_data<double>(std::get<7>(r)),
+          mutable_data<double>(std::get<8>(r))};
+}
+
+Result minimal_perturbation_cpu(const Tensor& weight, const Tensor& margins,
+                                const std::optional<Tensor>& scale,
+                                const std::optional<Tensor>& classes, double tolerance,
+                                int64_t max_iterations, bool closed_form) {
+  const Inputs inputs = prepare(weight, margins, scale, classes);
+  check_values(inputs);
+  const PerturbationProblem problem = inputs.problem();
+  const Result result = empty_result(inputs.weight, problem);
+  minimal_perturbation(problem, {tolerance, max_iterations, closed_form}, pointers(result),
+                       torch_parallel);
+  return result;
+}
+
+#ifndef TACEXT_WITH_CUDA
+Result minimal_perturbation_cuda(const Tensor&, const Tensor&, const std::optional<Tensor>&,
+                                 const std::optional<Tensor>&, double, int64_t, bool) {
+  throw_built_without_cuda(kOperation);
+}
+#endif
+
+}  // namespace
+}  // namespace tacext
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tacext, m) {
+  m.def(
+      "minimal_perturbation(Tensor weight, Tensor margins, Tensor? scale=None, "
+      "Tensor? classes=None, float tolerance=1e-09, int max_iterations=0, bool closed_form=True) "
+      "-> "
+      "(Tensor perturbation, Tensor norm, Tensor multipliers, Tensor status, Tensor iterations, "
+      "Tensor active, Tensor primal_residual, Tensor dual_residual, Tensor gap)");
+}
+STABLE_TORCH_LIBRARY_IMPL(tacext, CPU, m) {
+  m.impl("minimal_perturbation", TORCH_BOX(&tacext::minimal_perturbation_cpu));
+}
+STABLE_TORCH_LIBRARY_IMPL(tacext, CUDA, m) {
+  m.impl("minimal_perturbation", TORCH_BOX(&tacext::minimal_perturbation_cuda));
+}
