@@ -1,1 +1,5 @@
-__version__ = "0"
+"""tacext: exact backdoor detection and removal for classifiers."""
+
+from . import ops
+
+__version__ = ops.build_info().version

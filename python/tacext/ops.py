@@ -1,0 +1,278 @@
+"""The exact operators, on tensors. The only module that touches the native library.
+
+Every operator goes through torch's dispatcher as `torch.ops.tacext.*`, so it runs on the tensor's
+device, releases the GIL, and works under torch.compile and from C++ alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch  # first: the native library resolves its symbols in torch's
+from torch import Tensor
+
+from . import _core
+from ._core import SolverSettings, Status
+from .errors import InputError
+
+__all__ = [
+    "BuildInfo",
+    "MinimalPerturbation",
+    "SolverSettings",
+    "Status",
+    "build_info",
+    "minimal_perturbation",
+    "neuron_scores",
+    "pairwise_margin_max",
+]
+
+DEFAULT_SETTINGS = SolverSettings()
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """What the native library was built with and what it finds on this machine."""
+
+    version: str
+    built_with_torch: str
+    torch: str
+    simd: str
+    cuda_kernels: bool
+    cuda_devices: int
+
+
+def build_info() -> BuildInfo:
+    """Describes the native library and this machine."""
+    return BuildInfo(
+        version=_core.version(),
+        built_with_torch=_core.torch_version,
+        torch=str(torch.__version__),
+        simd=_core.simd_level(),
+        cuda_kernels=_core.has_cuda(),
+        cuda_devices=_core.cuda_device_count(),
+    )
+
+
+@dataclass(frozen=True)
+class MinimalPerturbation:
+    """The minimal latent perturbations of R classes, each with the certificate that proves it.
+
+    Attributes:
+        classes: int64 [R], the classes k that were solved.
+        perturbation: float64 [R, D], s_k; NaN where unreachable.
+        norm: float64 [R], |s_k / scale|; infinite where unreachable.
+        multipliers: float64 [R, C], l >= 0 with s_k = scale^2 * sum_j l_j (w_k - w_j); where
+            unreachable a Farkas ray: sum_j l_j (w_k - w_j) = 0 although sum_j l_j M[k, j] > 0.
+        status: int32 [R], values of `Status`.
+        iterations: int64 [R], active-set steps; 0 where the closed form held.
+        active: int64 [R], constraints with a positive multiplier.
+        primal_residual: float64 [R], the worst violation
+            (M[k, j] - a_j.s)+ / (|M[k, j]| + |a_j| |s|), a_j = w_k - w_j in the metric of `scale`.
+        dual_residual: float64 [R], |s - sum_j l_j a_j| / (|s| + sum_j l_j |a_j|); where
+            unreachable |sum_j l_j a_j| / sum_j l_j |a_j|.
+        gap: float64 [R], |s.s - m.l| / max(s.s, |m.l|), the relative duality gap; where
+            unreachable -m.l, below zero.
+    """
+
+    classes: Tensor
+    perturbation: Tensor
+    norm: Tensor
+    multipliers: Tensor
+    status: Tensor
+    iterations: Tensor
+    active: Tensor
+    primal_residual: Tensor
+    dual_residual: Tensor
+    gap: Tensor
+
+    @property
+    def certificate(self) -> float:
+        """The largest residual of any optimal class; 0.0 where no class is optimal."""
+        residuals = torch.stack([self.primal_residual, self.dual_residual, self.gap])
+        optimal = residuals[:, self.status == Status.OPTIMAL]
+        return float(optimal.max()) if optimal.numel() else 0.0
+
+
+def _call(operation: str, operator: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a native operator; its own messages come back as InputError, without C++ locations."""
+    try:
+        return operator(*arguments)
+    except RuntimeError as error:
+        _, found, message = str(error).partition(f"{operation}: ")
+        if not found:
+            raise
+        raise InputError(found + message.split("\n")[0]) from None
+
+
+def _check_tensor(operation: str, argument: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise InputError.of(
+            operation,
+            argument,
+            expected="a torch.Tensor",
+            got=type(value).__name__,
+            way_out="convert it with torch.as_tensor",
+        )
+
+
+def pairwise_margin_max(logits: Tensor, out: Tensor | None = None) -> Tensor:
+    """The pairwise margin maximum M[k, j] = max_i (logits[i, j] - logits[i, k]).
+
+    Row k holds the right-hand sides of class k's problem: pushing every sample into k takes
+    (w_k - w_j).s >= M[k, j] for all j. Merging batches, shards or machines is an elementwise
+    maximum. Time O(N C^2), memory O(C^2) however many samples (arXiv 2511.08944, the constraints of
+    its optimisation problem).
+
+    Args:
+        logits: [N, C], float64, float32, float16 or bfloat16, finite, N >= 1 (N >= 0 with `out`).
+            On a GPU a NaN is not an error here: it turns its row and column of M into NaN, which
+            `minimal_perturbation` rejects.
+        out: [C, C], contiguous, of the dtype that the result has; updated in place with the
+            maximum of itself and this batch. Start from the first batch's result, or from -inf.
+
+    Returns:
+        [C, C], float64 for float64 logits and float32 for the rest; `out` where it is given.
+
+    Raises:
+        InputError: wrong shape, dtype or device, no samples, NaN or infinity.
+    """
+    _check_tensor("pairwise_margin_max", "logits", logits)
+    if out is None:
+        operator = torch.ops.tacext.pairwise_margin_max.default
+        result: Tensor = _call("pairwise_margin_max", operator, logits.detach())
+        return result
+    _check_tensor("pairwise_margin_max", "out", out)
+    _call(
+        "pairwise_margin_max", torch.ops.tacext.pairwise_margin_max_.default, out, logits.detach()
+    )
+    return out
+
+
+def minimal_perturbation(
+    weight: Tensor,
+    margins: Tensor,
+    scale: Tensor | None = None,
+    classes: Tensor | Sequence[int] | None = None,
+    settings: SolverSettings = DEFAULT_SETTINGS,
+) -> MinimalPerturbation:
+    """The smallest latent perturbation that sends every sample to class k, exactly, for each k.
+
+    Solves s_k = argmin 1/2 |s / scale|^2 subject to (w_k - w_j).s >= M[k, j] for all j != k
+    (arXiv 2511.08944, its optimisation problem): in closed form where every constraint is active,
+    else by a dual active-set method; all classes from one Gram matrix, in float64. A class that no
+    perturbation can reach is `Status.UNREACHABLE`, with a proof, and not an error.
+
+    Args:
+        weight: W, [C, D] with C >= 2, the head's weight; any floating dtype, finite.
+        margins: M, [C, C], from `pairwise_margin_max`; the diagonal is ignored.
+        scale: [D], positive. The metric: latents are measured in units of scale. None means 1.
+        classes: the classes to solve for; None means all.
+        settings: tolerance of the certificate, iteration limit, use of the closed form.
+
+    Returns:
+        MinimalPerturbation with one row for each requested class.
+
+    Raises:
+        InputError: wrong shape, dtype or device, fewer than 2 classes, NaN or infinity, a scale
+            that is not positive, a class out of range.
+    """
+    operation = "minimal_perturbation"
+    _check_tensor(operation, "weight", weight)
+    _check_tensor(operation, "margins", margins)
+    if classes is None:
+        listed = None
+    else:
+        listed = torch.as_tensor(classes, device=weight.device)
+        if listed.numel() == 0:
+            listed = listed.long()
+    values = _call(
+        operation,
+        torch.ops.tacext.minimal_perturbation.default,
+        weight.detach(),
+        margins.detach(),
+        None if scale is None else scale.detach(),
+        listed,
+        settings.tolerance,
+        settings.max_iterations,
+        settings.closed_form,
+    )
+    if listed is None:
+        listed = torch.arange(weight.shape[0], device=weight.device)
+    return MinimalPerturbation(listed, *values)
+
+
+def neuron_scores(activation: Tensor, gradient: Tensor) -> Tensor:
+    """TAC-weighted scores: how strongly each channel's activation pushes the latent along s.
+
+    With gradient = d<s, phi(x)> / d activation, the score of channel c is the mean over samples of
+    sum_p activation[i, c, p] * gradient[i, c, p]: to first order, what zeroing the channel takes
+    away from <s, phi(x)>. One pass, sums in float64, the same bits for any number of threads.
+
+    Args:
+        activation: [N, channels, ...], N >= 1, float64, float32, float16 or bfloat16.
+        gradient: like `activation`, in shape, dtype and device.
+
+    Returns:
+        float64 [channels]. NaN or infinity in a channel shows as such in its score.
+
+    Raises:
+        InputError: shapes, dtypes or devices that differ, no samples, fewer than 2 dimensions.
+    """
+    _check_tensor("neuron_scores", "activation", activation)
+    _check_tensor("neuron_scores", "gradient", gradient)
+    scores: Tensor = _call(
+        "neuron_scores",
+        torch.ops.tacext.neuron_scores.default,
+        activation.detach(),
+        gradient.detach(),
+    )
+    return scores
+
+
+# ---- fake kernels: shapes and dtypes for torch.compile and torch.export --------------------------
+
+
+@torch.library.register_fake("tacext::pairwise_margin_max")
+def _fake_pairwise_margin_max(logits: Tensor) -> Tensor:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits.new_empty((logits.shape[1], logits.shape[1]), dtype=dtype)
+
+
+@torch.library.register_fake("tacext::pairwise_margin_max_")
+def _fake_pairwise_margin_max_(out: Tensor, logits: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("tacext::minimal_perturbation")
+def _fake_minimal_perturbation(
+    weight: Tensor,
+    margins: Tensor,
+    scale: Tensor | None = None,
+    classes: Tensor | None = None,
+    tolerance: float = 1e-9,
+    max_iterations: int = 0,
+    closed_form: bool = True,
+) -> tuple[Tensor, ...]:
+    rows = weight.shape[0] if classes is None else classes.shape[0]
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return weight.new_empty(shape, dtype=dtype)
+
+    return (
+        empty(rows, weight.shape[1]),
+        empty(rows),
+        empty(rows, weight.shape[0]),
+        empty(rows, dtype=torch.int32),
+        empty(rows, dtype=torch.int64),
+        empty(rows, dtype=torch.int64),
+        empty(rows),
+        empty(rows),
+        empty(rows),
+    )
+
+
+@torch.library.register_fake("tacext::neuron_scores")
+def _fake_neuron_scores(activation: Tensor, gradient: Tensor) -> Tensor:
+    return activation.new_empty((activation.shape[1],), dtype=torch.float64)
