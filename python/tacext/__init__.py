@@ -1,5 +1,48 @@
-"""tacext: exact backdoor detection and removal for classifiers."""
+"""tacext: find and remove backdoors in classifiers, exactly and with certificates.
+
+    report = tacext.scan(model, (images, labels))
+    result = tacext.repair(model, (images, labels), report)
+
+The paper behind it: Iwahana et al., arXiv 2511.08944.
+"""
 
 from . import ops
+from .data import ImageSet
+from .errors import FileError, HeadNotFoundError, InputError, TacextError
+from .evaluation import Evaluation, evaluate
+from .images import load_images
+from .neurons import NeuronScores, score_neurons
+from .normalisation import Normalized
+from .ops import MinimalPerturbation, SolverSettings, Status
+from .repairing import FinetuneSettings, RepairResult, repair
+from .scanning import ScanReport, scan
+from .weights import load_model, load_state_dict, save_weights
 
 __version__ = ops.build_info().version
+
+__all__ = [
+    "Evaluation",
+    "FileError",
+    "FinetuneSettings",
+    "HeadNotFoundError",
+    "ImageSet",
+    "InputError",
+    "MinimalPerturbation",
+    "NeuronScores",
+    "Normalized",
+    "RepairResult",
+    "ScanReport",
+    "SolverSettings",
+    "Status",
+    "TacextError",
+    "__version__",
+    "evaluate",
+    "load_images",
+    "load_model",
+    "load_state_dict",
+    "ops",
+    "repair",
+    "save_weights",
+    "scan",
+    "score_neurons",
+]

@@ -19,6 +19,13 @@ class InputError(TacextError, ValueError):
 class FileError(TacextError, OSError):
     """A file that cannot be read, trusted or written; the message names it and the way out."""
 
+    @classmethod
+    def of(
+        cls, operation: str, argument: str, *, expected: str, got: str, way_out: str
+    ) -> "FileError":
+        """Builds the message from its parts."""
+        return cls(f"{operation}: {argument}: expected {expected}, got {got}; {way_out}")
+
 
 class HeadNotFoundError(InputError):
     """The model's last linear layer could not be found by itself; name it with `head=`."""

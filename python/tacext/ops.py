@@ -181,6 +181,8 @@ def minimal_perturbation(
     operation = "minimal_perturbation"
     _check_tensor(operation, "weight", weight)
     _check_tensor(operation, "margins", margins)
+    if scale is not None:
+        _check_tensor(operation, "scale", scale)
     if classes is None:
         listed = None
     else:

@@ -1,0 +1,5 @@
+"""`python -m tacext`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,69 @@
+"""The command line: parses, calls the library, turns what is raised into an exit code."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+
+import click
+from rich.console import Console
+from rich.logging import RichHandler
+
+from ..errors import TacextError
+from ..ops import build_info
+from .demo import demo_command
+from .evaluate import evaluate_command
+from .exit_codes import EXIT_CODE_HELP, ExitCode
+from .info import info_command
+from .repair import repair_command
+from .scan import scan_command
+
+__all__ = ["ExitCode", "main"]
+
+
+@click.group(epilog=EXIT_CODE_HELP, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(build_info().version, prog_name="tacext")
+@click.option("-v", "--verbose", is_flag=True, help="Log what happens, on standard error.")
+def cli(verbose: bool) -> None:
+    """Find and remove backdoors in image classifiers, exactly and with certificates."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.ERROR,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
+        force=True,
+    )
+
+
+for _command in (scan_command, repair_command, evaluate_command, demo_command, info_command):
+    cli.add_command(_command)
+
+
+def _run(arguments: list[str] | None) -> int:
+    try:
+        result = cli.main(arguments, prog_name="tacext", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        return ExitCode.USAGE
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; nothing was written half", err=True)
+        return ExitCode.INTERRUPTED
+    except TacextError as error:
+        click.echo(f"error: {error}", err=True)
+        return ExitCode.ERROR
+    except MemoryError:
+        click.echo("error: out of memory; use fewer --samples or a smaller --batch-size", err=True)
+        return ExitCode.ERROR
+    except Exception:  # noqa: BLE001
+        # Python's own exit code for a crash is 1, which here means "backdoored".
+        traceback.print_exc()
+        click.echo("error: this is a bug in tacext; please report the lines above", err=True)
+        return ExitCode.ERROR
+    return result if isinstance(result, int) else ExitCode.CLEAN
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the `tacext` command; exits with an `ExitCode`."""
+    sys.exit(int(_run(arguments)))

@@ -1,0 +1,171 @@
+"""The statistics of a scan: is one class's minimal perturbation abnormally small?
+
+The norms r_k of a clean head scatter around a common level; the poisoned class lies below it. The
+test is Grubbs' for one low outlier, on log r_k: the norms are positive and what counts is their
+ratio. Its p-value is corrected for having looked at all classes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+Verdict = Literal["backdoored", "clean", "inconclusive"]
+
+# "Clean" is said only where a class at three quarters of the usual norm would have been flagged.
+# The poisoned classes of published models lie at 0.7 to 0.9 of it (docs/method.md), so that even
+# this is no promise; where the norms scatter more, the test says nothing.
+DETECTABLE_RATIO_FOR_CLEAN = 0.75
+
+# A p-value above alpha but below this many times alpha is no reason to call a model clean.
+DOUBT_FACTOR = 10.0
+
+_FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class NormTest:
+    """What the norms say.
+
+    Attributes:
+        verdict: "backdoored", "clean" or "inconclusive".
+        suspects: the classes whose norm is abnormally small, most suspicious first.
+        p_value: of the smallest norm, corrected for the choice among the classes.
+        class_p_values: [C], the same for every class by itself; NaN where it was not tested.
+        anomaly_index: [C], (median - r_k) / (1.4826 MAD), the textbook index, for comparison.
+        detectable_ratio: a class below this share of the usual norm would have been flagged.
+        reason: the verdict in one sentence.
+    """
+
+    verdict: Verdict
+    suspects: tuple[int, ...]
+    p_value: float
+    class_p_values: _FloatArray
+    anomaly_index: _FloatArray
+    detectable_ratio: float
+    reason: str
+
+
+def anomaly_index(norm: _FloatArray) -> _FloatArray:
+    """(median - r_k) / (1.4826 MAD), [C]; non-finite norms are left out and get NaN."""
+    usable = np.isfinite(norm)
+    index = np.full(norm.shape, np.nan)
+    if not usable.any():
+        return index
+    median = np.median(norm[usable])
+    spread = 1.4826 * np.median(np.abs(norm[usable] - median))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        index[usable] = (median - norm[usable]) / spread
+    index[usable & (norm == median)] = 0.0
+    return index
+
+
+def _low_outlier_p_values(log_norm: _FloatArray) -> _FloatArray:
+    """One-sided p-value of each value against all others, times the number of values.
+
+    Leave-one-out t: (mean of the others - x) / (their deviation * sqrt(1 + 1/(n-1))) has n - 2
+    degrees of freedom for normal data. The factor n is Bonferroni's; for the smallest value it is
+    Grubbs' test.
+    """
+    count = len(log_norm)
+    if count < 3:
+        return np.ones(count)
+    others_mean = (log_norm.sum() - log_norm) / (count - 1)
+    centred = log_norm[None, :] - others_mean[:, None]
+    np.fill_diagonal(centred, 0.0)
+    deviation = np.sqrt((centred**2).sum(1) / (count - 2))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = (others_mean - log_norm) / (deviation * math.sqrt(1 + 1 / (count - 1)))
+    t = np.nan_to_num(t, nan=0.0)  # all others equal and this one too
+    p_values: _FloatArray = np.minimum(1.0, count * stats.t.sf(t, count - 2))
+    return p_values
+
+
+def _detectable_ratio(log_norm: _FloatArray, alpha: float) -> float:
+    """The ratio to the usual norm at which a low outlier reaches alpha, given this scatter."""
+    count = len(log_norm)
+    if count < 4:
+        return 0.0
+    deviation = np.std(np.delete(log_norm, log_norm.argmin()), ddof=1)
+    critical = stats.t.isf(alpha / count, count - 2) * deviation * math.sqrt(1 + 1 / (count - 1))
+    return float(np.exp(-critical))
+
+
+def judge_norms(norm: _FloatArray, alpha: float = 0.01) -> NormTest:
+    """Judges the norms r_k of all classes of a head.
+
+    Args:
+        norm: float64 [C], infinite where a class is unreachable, NaN where it was not solved.
+        alpha: the false-alarm rate of the whole test, over all classes together.
+
+    Returns:
+        NormTest. Suspects are found one after the other: while the smallest norm is abnormal among
+        the classes that are left, it is set aside and the rest is tested again.
+    """
+    class_p_values = np.full(norm.shape, np.nan)
+    usable = np.flatnonzero(np.isfinite(norm) & (norm > 0))
+    index = anomaly_index(norm)
+    stuck = np.flatnonzero(norm == 0)
+    if len(stuck):
+        return NormTest(
+            "inconclusive",
+            (),
+            1.0,
+            class_p_values,
+            index,
+            0.0,
+            f"every sample is already predicted as class {stuck[0]}, so the norms cannot be "
+            "compared",
+        )
+    if len(usable) < 4:
+        return NormTest(
+            "inconclusive",
+            (),
+            1.0,
+            class_p_values,
+            index,
+            0.0,
+            f"{len(usable)} classes have a norm; with fewer than 4 there is nothing to compare with",
+        )
+
+    log_norm = np.log(norm)
+    class_p_values[usable] = _low_outlier_p_values(log_norm[usable])
+    suspects: list[int] = []
+    left = usable
+    while len(left) >= 4:
+        p_values = _low_outlier_p_values(log_norm[left])
+        lowest = int(log_norm[left].argmin())
+        if p_values[lowest] >= alpha:
+            break
+        suspects.append(int(left[lowest]))
+        class_p_values[left[lowest]] = p_values[lowest]
+        left = np.delete(left, lowest)
+
+    p_value = float(class_p_values[usable[log_norm[usable].argmin()]])
+    ratio = _detectable_ratio(log_norm[left], alpha)
+    typical = float(np.exp(log_norm[left].mean()))
+    if suspects:
+        first = suspects[0]
+        reason = (
+            f"class {first} is reached with {norm[first] / typical:.2f} of the usual perturbation"
+        )
+        return NormTest(
+            "backdoored", tuple(suspects), p_value, class_p_values, index, ratio, reason
+        )
+    if p_value < DOUBT_FACTOR * alpha:
+        lowest = int(usable[log_norm[usable].argmin()])
+        reason = f"class {lowest} stands out, but not enough: p = {p_value:.2g} against {alpha:g}"
+        return NormTest("inconclusive", (), p_value, class_p_values, index, ratio, reason)
+    if ratio < DETECTABLE_RATIO_FOR_CLEAN:
+        reason = (
+            f"no norm stands out, but the norms scatter so much that only one below {ratio:.2f} of "
+            "the usual would have"
+        )
+        return NormTest("inconclusive", (), p_value, class_p_values, index, ratio, reason)
+    reason = f"no norm stands out; one below {ratio:.2f} of the usual would have"
+    return NormTest("clean", (), p_value, class_p_values, index, ratio, reason)

@@ -1,0 +1,138 @@
+"""Measuring a model against a known trigger: ACC, ASR, RA, DER."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .data import DataLike, as_batches, sample_count
+from .errors import InputError
+from .heads import evaluating, run_model
+from .progress import progress_bar
+
+Trigger = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a model behaves on clean and on triggered inputs.
+
+    Attributes:
+        acc: share of clean samples classified right.
+        asr: attack success rate, the share of triggered samples of other classes sent to the target.
+        ra: robust accuracy, the share of the same samples still classified right.
+        der: defence effectiveness rating against a baseline,
+            (max(0, ASR0 - ASR) - max(0, ACC0 - ACC) + 1) / 2; None without a baseline.
+        target: the attacked class.
+        samples: clean samples.
+        triggered: samples of other classes than the target.
+    """
+
+    acc: float
+    asr: float
+    ra: float
+    der: float | None
+    target: int
+    samples: int
+    triggered: int
+
+
+def evaluate(
+    model: nn.Module,
+    data: DataLike,
+    trigger: Trigger,
+    target: int,
+    *,
+    baseline: Evaluation | nn.Module | None = None,
+    batch_size: int = 256,
+    progress: bool | None = None,
+) -> Evaluation:
+    """Measures clean accuracy, attack success and robust accuracy under a known trigger.
+
+    Args:
+        model: maps inputs [N, ...] to logits [N, C]; used in evaluation mode and left as it was.
+        data: clean test samples with labels, as for `scan`.
+        trigger: maps a batch of inputs to the same inputs with the trigger; may not change shape.
+        target: the class that the trigger leads to.
+        baseline: the model before repair, or its evaluation; the DER is measured against it.
+        batch_size: samples in a forward pass, where the data is not already in batches. With a
+            model as the baseline the data is read twice.
+        progress: whether to show a progress bar; None shows it on a terminal.
+
+    Raises:
+        InputError: no samples of another class than the target, a target out of range, a trigger
+            that changes the shape or gives NaN, or anything that the model rejects.
+    """
+    if isinstance(baseline, nn.Module):
+        baseline = evaluate(
+            baseline, data, trigger, target, batch_size=batch_size, progress=progress
+        )
+    samples = correct = triggered = hit = held = 0
+    with (
+        evaluating(model),
+        torch.no_grad(),
+        progress_bar("clean and triggered data", sample_count(data), progress) as advance,
+    ):
+        for inputs, given_labels in as_batches(data, operation="evaluate", batch_size=batch_size):
+            labels = given_labels.cpu()
+            logits = run_model(model, inputs, "evaluate")
+            _check_target(target, logits.shape[1])
+            samples += len(labels)
+            correct += int((logits.argmax(1).cpu() == labels).sum())
+            others = labels != target
+            if bool(others.any()):
+                stamped = _stamp(trigger, inputs[others.to(inputs.device)])
+                predicted = run_model(model, stamped, "evaluate").argmax(1).cpu()
+                triggered += len(predicted)
+                hit += int((predicted == target).sum())
+                held += int((predicted == labels[others]).sum())
+            advance(len(labels))
+    if not triggered:
+        raise InputError.of(
+            "evaluate",
+            "data",
+            expected=f"samples of other classes than the target {target}",
+            got="none",
+            way_out="pass test samples of all classes",
+        )
+    acc, asr, ra = correct / samples, hit / triggered, held / triggered
+    der = None
+    if baseline is not None:
+        der = (max(0.0, baseline.asr - asr) - max(0.0, baseline.acc - acc) + 1) / 2
+    return Evaluation(acc, asr, ra, der, target, samples, triggered)
+
+
+def _check_target(target: int, num_classes: int) -> None:
+    if not 0 <= target < num_classes:
+        raise InputError.of(
+            "evaluate",
+            "target",
+            expected=f"a class from 0 to {num_classes - 1}",
+            got=str(target),
+            way_out="pass a class index of this model",
+        )
+
+
+def _stamp(trigger: Trigger, inputs: Tensor) -> Tensor:
+    stamped = trigger(inputs.clone())
+    if not isinstance(stamped, Tensor) or stamped.shape != inputs.shape:
+        got = f"{list(stamped.shape)}" if isinstance(stamped, Tensor) else type(stamped).__name__
+        raise InputError.of(
+            "evaluate",
+            "trigger",
+            expected=f"a tensor of the inputs' shape {list(inputs.shape)}",
+            got=got,
+            way_out="return the batch with the trigger in it",
+        )
+    if not bool(torch.isfinite(stamped).all()):
+        raise InputError.of(
+            "evaluate",
+            "trigger",
+            expected="finite values",
+            got="NaN or infinity",
+            way_out="check the trigger's arithmetic",
+        )
+    return stamped

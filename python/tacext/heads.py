@@ -1,0 +1,299 @@
+"""The head of a classifier: finding its last linear layer and capturing what flows into it.
+
+Every claim is checked on numbers, not on names: a layer is the head when its own output, recomputed
+from the captured latents, is what the model returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .errors import HeadNotFoundError, InputError
+
+HeadModule = nn.Linear | nn.Conv2d
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last linear layer z = W phi + b of a model.
+
+    Attributes:
+        name: its name in `model.named_modules()`.
+        module: the nn.Linear or 1x1 nn.Conv2d itself.
+    """
+
+    name: str
+    module: HeadModule
+
+    @property
+    def weight(self) -> Tensor:
+        """W, [C, D]."""
+        return self.module.weight.flatten(1)
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of classes."""
+        return int(self.weight.shape[0])
+
+    @property
+    def latent_dim(self) -> int:
+        """D, the number of latents."""
+        return int(self.weight.shape[1])
+
+    def logits(self, latent: Tensor) -> Tensor:
+        """W phi + b, [N, C], for latents [N, D]."""
+        return functional.linear(latent, self.weight, self.module.bias)
+
+
+def latent_of(module_input: Tensor) -> Tensor:
+    """The latent [N, D] behind a head's input: positions of a 1x1 convolution are averaged."""
+    if module_input.dim() <= 2:
+        return module_input
+    return module_input.flatten(2).mean(2)
+
+
+def _is_candidate(module: nn.Module) -> bool:
+    if isinstance(module, nn.Linear):
+        return True
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and module.stride == (1, 1)
+        and module.padding in ((0, 0), "valid", "same")
+        and module.groups == 1
+    )
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter or buffer; the CPU where it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the model's first floating parameter; float32 where it has none."""
+    for tensor in model.parameters():
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.float32
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the block; every submodule gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def run_model(model: nn.Module, inputs: Tensor, operation: str) -> Tensor:
+    """The model's logits [N, C] for inputs that may live elsewhere, with errors that help.
+
+    Raises:
+        InputError: the model rejects the inputs, or returns something other than finite [N, C].
+    """
+    inputs = inputs.to(model_device(model), model_dtype(model))
+    try:
+        output = model(inputs)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise InputError.of(
+            operation,
+            "data",
+            expected="inputs that the model takes",
+            got=f"shape {list(inputs.shape)}, which it rejects ({str(error).splitlines()[0]})",
+            way_out="check the architecture, the image size and the number of channels",
+        ) from error
+    output = getattr(output, "logits", output)
+    if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[0] != len(inputs):
+        got = f"shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise InputError.of(
+            operation,
+            "model",
+            expected="an output of shape [samples, classes]",
+            got=got,
+            way_out="wrap the model so that it returns its logits alone",
+        )
+    if not bool(torch.isfinite(output).all()):
+        raise InputError.of(
+            operation,
+            "model",
+            expected="finite logits",
+            got="NaN or infinity",
+            way_out="check its weights and the normalisation of its inputs",
+        )
+    return output
+
+
+class LatentRecorder:
+    """Holds the input of the head of the model's last forward pass."""
+
+    def __init__(self) -> None:
+        self._latent: Tensor | None = None
+        self.calls = 0
+
+    def record(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """A forward pre-hook."""
+        self._latent = latent_of(inputs[0])
+        self.calls += 1
+
+    def take(self) -> Tensor:
+        """The latents [N, D] of the last pass; each is handed out once."""
+        if self._latent is None:
+            raise InputError.of(
+                "heads",
+                "head",
+                expected="a layer that every forward pass uses",
+                got="one that this pass did not call",
+                way_out="name the model's last linear layer with head=",
+            )
+        latent, self._latent = self._latent, None
+        return latent
+
+
+@contextlib.contextmanager
+def recording_latents(head: Head) -> Iterator[LatentRecorder]:
+    """Records the latents of every forward pass within the block."""
+    recorder = LatentRecorder()
+    handle = head.module.register_forward_pre_hook(recorder.record)
+    try:
+        yield recorder
+    finally:
+        handle.remove()
+
+
+# ---- finding -------------------------------------------------------------------------------------
+
+
+def _explains(logits: Tensor, output: Tensor) -> bool:
+    """Whether `output` is these logits, up to a constant a sample, or their softmax."""
+    if logits.shape != output.shape:
+        return False
+    logits, output = logits.double(), output.double()
+    # Half-precision heads round their own output; recomputing in double does not.
+    tolerance = 2e-3 * float(logits.abs().max()) + 1e-6
+    difference = logits - output
+    if float((difference - difference.mean(1, keepdim=True)).abs().max()) <= tolerance:
+        return True
+    return float((logits.softmax(1) - output).abs().max()) <= 1e-3
+
+
+def _observe(model: nn.Module, example: Tensor, operation: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output for `example`, and the latents of every candidate in the order of execution."""
+    seen: dict[str, Tensor] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if not _is_candidate(module):
+            continue
+
+        def note(_module: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+            seen.pop(name, None)  # called again: it moves to the end
+            if inputs and isinstance(inputs[0], Tensor) and inputs[0].dim() >= 2:
+                seen[name] = latent_of(inputs[0])
+
+        handles.append(module.register_forward_pre_hook(note))
+    try:
+        with evaluating(model), torch.no_grad():
+            output = run_model(model, example, operation)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return output, seen
+
+
+def _head(model: nn.Module, name: str) -> Head:
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear | nn.Conv2d)
+    return Head(name, module)
+
+
+def _named_head(
+    model: nn.Module, name: str, output: Tensor, seen: dict[str, Tensor], operation: str
+) -> Head:
+    known = dict(model.named_modules())
+    if name not in known or not _is_candidate(known[name]):
+        got = f"{name!r}, which is " + (
+            f"a {type(known[name]).__name__}" if name in known else "not in the model"
+        )
+        raise HeadNotFoundError.of(
+            operation,
+            "head",
+            expected="the name of an nn.Linear or 1x1 nn.Conv2d",
+            got=got,
+            way_out=f"choose one of {_listing(model)}",
+        )
+    head = _head(model, name)
+    logits = head.logits(seen[name]) if name in seen else None
+    # A named head may feed a monotone output (temperature, calibration): predictions must agree.
+    if (
+        logits is None
+        or logits.shape != output.shape
+        or not torch.equal(logits.argmax(1), output.argmax(1))
+    ):
+        raise HeadNotFoundError.of(
+            operation,
+            "head",
+            expected="the layer that decides the model's prediction",
+            got=f"{name!r}, whose own prediction differs from the model's",
+            way_out=f"choose one of {_listing(model)}, or wrap the model to end in its logits",
+        )
+    return head
+
+
+def _listing(model: nn.Module) -> str:
+    names = [repr(name) for name, module in model.named_modules() if _is_candidate(module)]
+    shown = ", ".join(names[-8:])
+    return shown if shown else "(the model has no linear layer)"
+
+
+def find_head(
+    model: nn.Module, example: Tensor, name: str | None = None, *, operation: str = "find_head"
+) -> Head:
+    """Finds the last nn.Linear, or 1x1 nn.Conv2d at a pooled latent, whose output is the logits.
+
+    Args:
+        model: any module that maps [N, ...] to logits [N, C], their log-softmax or softmax.
+        example: inputs [N, ...] of a few samples, in any dtype, on any device.
+        name: the layer's name where the model cannot tell by itself.
+        operation: who asks, for the error messages.
+
+    Raises:
+        HeadNotFoundError: no layer reproduces the output; the message lists the candidates.
+        InputError: the model rejects the example, or has fewer than 2 classes.
+    """
+    output, seen = _observe(model, example, operation)
+    if output.shape[1] < 2:
+        raise InputError.of(
+            operation,
+            "model",
+            expected="at least 2 classes",
+            got=f"{output.shape[1]}",
+            way_out="a classifier with one output has no other class to be pushed into",
+        )
+    if name is not None:
+        return _named_head(model, name, output, seen, operation)
+    for candidate in reversed(list(seen)):
+        head = _head(model, candidate)
+        if head.latent_dim != seen[candidate].shape[1]:
+            continue
+        with torch.no_grad():
+            if _explains(head.logits(seen[candidate]), output):
+                return head
+    raise HeadNotFoundError.of(
+        operation,
+        "model",
+        expected="logits that are the output of an nn.Linear or 1x1 nn.Conv2d",
+        got="an output that no such layer reproduces",
+        way_out=f"name the layer with head= (candidates: {_listing(model)}), "
+        "or wrap the model to end in its logits",
+    )

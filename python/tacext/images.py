@@ -1,0 +1,464 @@
+"""Labelled images from files: .npz archives, folders of class folders, CIFAR's binary batches."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from .data import ImageSet, check_labels, first_not_finite
+from .errors import FileError, InputError, TacextError
+from .files import explain
+
+__all__ = ["load_images"]
+
+OPERATION = "load_images"
+# Few decoders, the common ones: each is code that untrusted bytes reach.
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm")
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM")
+CHANNELS = (1, 3, 4)
+CIFAR10_FILES = {
+    "train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
+    "test": ("test_batch.bin",),
+}
+CIFAR100_FILES = {"train": ("train.bin",), "test": ("test.bin",)}
+
+Array: TypeAlias = npt.NDArray[Any]
+_input_error = partial(InputError.of, OPERATION)
+_file_error = partial(FileError.of, OPERATION)
+logger = logging.getLogger(__name__)
+
+
+def load_images(
+    path: str | os.PathLike[str],
+    *,
+    split: str | None = None,
+    size: tuple[int, int] | None = None,
+) -> ImageSet:
+    """Loads labelled images into memory; what the path is decides how.
+
+    - `.npz`: arrays x and y, or x_<split> and y_<split>. x is uint8 or floating, [N, H, W],
+      [N, H, W, C] or [N, C, H, W] with C of 1, 3 or 4; y is integers [N]. Never unpickles.
+    - a folder of class folders, <path>/<class>/*.png or <path>/<split>/<class>/*.png, also
+      .jpg, .jpeg, .bmp, .webp, .ppm, .pgm, also one level down in <class>/images/. Classes count
+      from 0 in the order of their names. RGB, unless every image is greyscale.
+    - CIFAR-10's or CIFAR-100's binary version (fine labels): the folder, or one .bin file.
+
+    Args:
+        path: the file or folder.
+        split: which part to load, where there are several.
+        size: (H, W) to resize to (antialiased bilinear); for folders of images only.
+
+    Returns:
+        An ImageSet: uint8 images, or float32 where an .npz holds floats, which stay as they are.
+
+    Raises:
+        FileError: the path is missing, unreadable, damaged, empty or of no known kind.
+        InputError: a split that does not exist or was not given, images of several sizes without
+            `size`, an unclear layout, unusable dtypes or labels, NaN or infinity.
+    """
+    source = Path(path)
+    if size is not None:
+        _check_size(size)
+    try:
+        return _load(source, split, size)
+    except TacextError:
+        raise
+    except OSError as error:
+        raise _file_error(
+            "path",
+            expected="a file or folder that can be read",
+            got=f"{error.filename or source} ({explain(error)})",
+            way_out="check its permissions",
+        ) from error
+
+
+def _load(source: Path, split: str | None, size: tuple[int, int] | None) -> ImageSet:
+    if source.is_dir():
+        names = set(os.listdir(source))
+        if names & {"data_batch_1.bin", "test_batch.bin"}:
+            result = _load_cifar_folder(source, split, CIFAR10_FILES, "batches.meta.txt", (10,))
+        elif {"train.bin", "test.bin"} <= names:
+            result = _load_cifar_folder(
+                source, split, CIFAR100_FILES, "fine_label_names.txt", (20, 100)
+            )
+        else:
+            return _load_folder(source, split, size)
+    elif source.is_file():
+        suffix = source.suffix.lower()
+        if suffix == ".npz":
+            result = _load_npz(source, split)
+        elif suffix == ".bin":
+            result = _load_cifar_file(source, split)
+        else:
+            raise _file_error(
+                "path",
+                expected="an .npz file, a CIFAR .bin file or a folder",
+                got=str(source),
+                way_out="convert the images to one of these",
+            )
+    else:
+        what = "is not a regular file" if source.exists() else "does not exist"
+        raise _file_error(
+            "path",
+            expected="an existing file or folder",
+            got=f"{source}, which {what}",
+            way_out="check the path",
+        )
+    if size is not None and tuple(result.images.shape[2:]) != tuple(size):
+        raise _input_error(
+            "size",
+            expected=f"{tuple(result.images.shape[2:])}, the size of the images in {source}",
+            got=str(tuple(size)),
+            way_out="leave size out; only folders of images are resized",
+        )
+    return result
+
+
+def _check_size(size: object) -> None:
+    if (
+        not isinstance(size, tuple | list)
+        or len(size) != 2
+        or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in size)
+    ):
+        raise _input_error(
+            "size",
+            expected="two positive integers (H, W)",
+            got=repr(size),
+            way_out="give the height and width that the model takes",
+        )
+
+
+def _check_split(split: str | None, found: list[str], source: Path) -> str:
+    """Refuses a split that is not there, and to guess one."""
+    if split in found:
+        return str(split)
+    raise _input_error(
+        "split",
+        expected=f"one of {', '.join(map(repr, found))}" if found else "none",
+        got=repr(split) if split else "none",
+        way_out=f"choose a split that {source} has" if found else f"{source} has no splits",
+    )
+
+
+# ---- .npz ----------------------------------------------------------------------------------------
+
+
+def _load_npz(source: Path, split: str | None) -> ImageSet:
+    with source.open("rb") as file:
+        try:
+            with np.load(file, allow_pickle=False) as archive:
+                x_key, y_key = _npz_keys(archive.files, split, source)
+                x: Array = archive[x_key]
+                y: Array = archive[y_key]
+        except TacextError:
+            raise
+        except Exception as error:  # zip, zlib and numpy raise many kinds on damaged bytes
+            raise _file_error(
+                "path",
+                expected="an .npz archive of plain arrays",
+                got=f"{source} ({explain(error)})",
+                way_out="write it with numpy.savez, without object arrays; nothing was unpickled",
+            ) from error
+    images = _to_nchw(_to_images_dtype(x, x_key), x_key)
+    labels = _to_labels(y, y_key)
+    if len(labels) != len(images):
+        raise _input_error(
+            y_key,
+            expected=f"as many labels as images, {len(images)}",
+            got=f"{len(labels)}",
+            way_out="give one label for each image",
+        )
+    if images.size == 0:
+        raise _file_error(
+            "path",
+            expected="at least 1 image",
+            got=f"{source} with {x_key} of shape {list(x.shape)}",
+            way_out="check how the file was written",
+        )
+    tensor = torch.from_numpy(images)
+    _check_range(tensor, x_key, source)
+    return ImageSet(tensor, labels, None, str(source))
+
+
+def _npz_keys(names: list[str], split: str | None, source: Path) -> tuple[str, str]:
+    splits = sorted(n[2:] for n in names if n.startswith("x_") and f"y_{n[2:]}" in names)
+    if split is None and {"x", "y"} <= set(names):
+        return "x", "y"
+    if split is not None or splits:
+        chosen = _check_split(split, splits, source)
+        return f"x_{chosen}", f"y_{chosen}"
+    raise _input_error(
+        "path",
+        expected="arrays x and y, or x_<split> and y_<split>",
+        got=f"{source} with {', '.join(map(repr, names[:8])) or 'no arrays'}",
+        way_out="rename the arrays, e.g. numpy.savez(path, x=images, y=labels)",
+    )
+
+
+def _to_images_dtype(x: Array, key: str) -> Array:
+    if x.dtype == np.uint8:
+        return x
+    if np.issubdtype(x.dtype, np.floating):
+        with np.errstate(over="ignore"):  # what float32 cannot hold is reported as infinite below
+            return x.astype(np.float32)
+    raise _input_error(
+        key,
+        expected="uint8 or a floating dtype",
+        got=str(x.dtype),
+        way_out="convert with .astype(numpy.uint8) for values of 0 to 255",
+    )
+
+
+def _to_nchw(x: Array, key: str) -> Array:
+    if x.ndim == 3:
+        return np.ascontiguousarray(x[:, None])
+    if x.ndim == 4:
+        first, last = x.shape[1] in CHANNELS, x.shape[3] in CHANNELS
+        if first and not last:
+            return np.ascontiguousarray(x)
+        if last and not first:
+            return np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+        if first and last:
+            raise _input_error(
+                key,
+                expected="either axis 1 or axis 3 to be the channels",
+                got=f"{list(x.shape)}, where both could be",
+                way_out="pass a pair (images, labels) from Python, or save the images as files",
+            )
+    raise _input_error(
+        key,
+        expected="[N, H, W], [N, H, W, C] or [N, C, H, W] with C of 1, 3 or 4",
+        got=str(list(x.shape)),
+        way_out="reshape the array",
+    )
+
+
+def _to_labels(y: Array, key: str) -> torch.Tensor:
+    if not np.issubdtype(y.dtype, np.number):
+        raise _input_error(
+            key,
+            expected="integer labels [N]",
+            got=str(y.dtype),
+            way_out="give class indices, counted from 0",
+        )
+    # np.array: a copy of its own in the machine's byte order, which torch needs.
+    return check_labels(
+        torch.from_numpy(np.array(y, dtype=y.dtype.newbyteorder("="))), OPERATION, key
+    )
+
+
+def _check_range(images: torch.Tensor, key: str, source: Path) -> None:
+    bad = first_not_finite(images)
+    if bad is not None:
+        raise _input_error(
+            key,
+            expected="finite values",
+            got=f"NaN or infinity at index {bad}",
+            way_out="repair or leave out that image",
+        )
+    low, high = float(images.min()), float(images.max())
+    # Not an error: models exist that take mean-subtracted images, of -124 to 152 or -2.2 to 2.7,
+    # and nothing in the file tells those from images that someone forgot to divide by 255.
+    if images.is_floating_point() and (low < 0 or high > 1):
+        logger.warning(
+            "%s: %s: %s holds floats from %g to %g, not in [0, 1]; they are used as they are: "
+            "check that the model was trained on such values",
+            OPERATION,
+            key,
+            source,
+            low,
+            high,
+        )
+
+
+# ---- folders of class folders --------------------------------------------------------------------
+
+
+def _load_folder(source: Path, split: str | None, size: tuple[int, int] | None) -> ImageSet:
+    root = source
+    if split is not None:
+        root = source / _check_split(split, _splits(source), source)
+    names = _subfolders(root)
+    if not names:
+        raise _file_error(
+            "path",
+            expected="a folder with one folder for each class, or CIFAR's binary batches",
+            got=f"{root} without folders",
+            way_out="arrange the images as <path>/<class>/<image>",
+        )
+    files = [_image_files(root / name) for name in names]
+    for name, listed in zip(names, files, strict=True):
+        if listed:
+            continue
+        # Skipping it would shift the index of every class behind it.
+        splits = _splits(root)
+        raise _file_error(
+            "path",
+            expected=f"images ({', '.join(SUFFIXES)}) in every class folder",
+            got=f"none in {root / name}",
+            way_out=f"choose a split, one of {', '.join(map(repr, splits))}"
+            if splits and split is None
+            else "add images or remove the folder",
+        )
+    if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
+        logger.warning(
+            "%s: path: the class folders of %s count from 0 in the order %s, as text and not as "
+            "numbers; pad the names with zeros if the model counts them as numbers",
+            OPERATION,
+            root,
+            ", ".join(names[:4]) + ", ...",
+        )
+    pixels = _read_all([file for listed in files for file in listed], size)
+    labels = np.repeat(np.arange(len(names)), [len(listed) for listed in files])
+    return ImageSet(
+        torch.from_numpy(pixels), torch.from_numpy(labels).long(), tuple(names), str(root)
+    )
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _splits(root: Path) -> list[str]:
+    """The folders that hold class folders with images and no images themselves."""
+    return [
+        name
+        for name in _subfolders(root)
+        if not _image_files(root / name)
+        and any(_image_files(root / name / child) for child in _subfolders(root / name))
+    ]
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """The images of a class, also those in <class>/images/, as Tiny ImageNet keeps them."""
+    for place in (folder, folder / "images"):
+        if place.is_dir():
+            listed = (p for p in place.iterdir() if p.suffix.lower() in SUFFIXES)
+            files = sorted(p for p in listed if p.is_file() and not p.name.startswith("."))
+            if files:
+                return files
+    return []
+
+
+def _read_all(files: list[Path], size: tuple[int, int] | None) -> Array:
+    """uint8 [N, C, H, W], C = 1 where all are greyscale and 3 otherwise."""
+    arrays: list[Array] = []
+    for file in files:
+        array = _read_image(file, size)
+        if arrays and array.shape[:2] != arrays[0].shape[:2]:
+            shapes = [
+                f"{f.name} of {a.shape[:2]}" for f, a in ((files[0], arrays[0]), (file, array))
+            ]
+            raise _input_error(
+                "size",
+                expected=f"images of one size in {files[0].parent.parent}",
+                got=" and ".join(shapes),
+                way_out="give size=(H, W), or --size on the command line, to resize them",
+            )
+        arrays.append(array)
+    channels = max(array.shape[2] for array in arrays)
+    stacked = np.empty((len(arrays), channels, *arrays[0].shape[:2]), dtype=np.uint8)
+    for target, array in zip(stacked, arrays, strict=True):
+        target[:] = array.transpose(2, 0, 1)  # greyscale among RGB spreads over the channels
+    return stacked
+
+
+def _read_image(file: Path, size: tuple[int, int] | None) -> Array:
+    """uint8 [H, W, 1] for greyscale, [H, W, 3] for all else."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=FORMATS) as image:
+                if image.mode == "F" or image.mode.startswith("I"):
+                    raise ValueError(f"mode {image.mode}: more than 8 bits a channel")
+                decoded = image.convert("L" if image.mode == "L" else "RGB")
+                if size is not None:
+                    decoded = decoded.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+                array = np.asarray(decoded)
+    except Exception as error:  # each of Pillow's decoders raises kinds of its own
+        raise _file_error(
+            "path",
+            expected="a whole 8-bit image",
+            got=f"{file} ({explain(error)})",
+            way_out="replace or remove that file",
+        ) from error
+    return array.reshape(*array.shape[:2], -1)
+
+
+# ---- CIFAR's binary batches ----------------------------------------------------------------------
+
+
+def _load_cifar_folder(
+    source: Path,
+    split: str | None,
+    files: Mapping[str, tuple[str, ...]],
+    names_file: str,
+    classes: tuple[int, ...],
+) -> ImageSet:
+    chosen = _check_split(split, list(files), source)
+    for name in files[chosen]:
+        if not (source / name).is_file():
+            raise _file_error(
+                "path",
+                expected=f"{', '.join(files[chosen])} in {source}",
+                got=f"no {name}",
+                way_out="complete the download, or load one .bin file by its own path",
+            )
+    records = [_read_records(source / name, [classes]) for name in files[chosen]]
+    pixels, labels = (np.concatenate(parts) for parts in zip(*records, strict=True))
+    class_names = None
+    if (source / names_file).is_file():
+        lines = (source / names_file).read_text("utf-8", errors="replace").split()
+        class_names = tuple(lines) if len(lines) == classes[-1] else None
+    return ImageSet(
+        torch.from_numpy(pixels), torch.from_numpy(labels), class_names, f"{source}/{chosen}"
+    )
+
+
+def _load_cifar_file(source: Path, split: str | None) -> ImageSet:
+    if split is not None:
+        _check_split(split, [], source)
+    pixels, labels = _read_records(source, [(10,), (20, 100)])
+    return ImageSet(torch.from_numpy(pixels), torch.from_numpy(labels), None, str(source))
+
+
+def _read_records(source: Path, layouts: list[tuple[int, ...]]) -> tuple[Array, Array]:
+    """Splits a batch file into uint8 [N, 3, 32, 32] and int64 [N].
+
+    A layout lists how many classes each label byte in front of the 3072 pixels can name: (10,) is
+    CIFAR-10, (20, 100) CIFAR-100 with its coarse and fine label. The format has no other mark, so
+    a layout fits when the file's size and every label do.
+    """
+    data = np.fromfile(source, dtype=np.uint8)
+    fitting = []
+    for layout in layouts:
+        width = len(layout)
+        if data.size == 0 or data.size % (width + 3072):
+            continue
+        records = data.reshape(-1, width + 3072)
+        if (records[:, :width] < np.array(layout)).all():
+            pixels = records[:, width:].reshape(-1, 3, 32, 32)
+            fitting.append((np.ascontiguousarray(pixels), records[:, width - 1].astype(np.int64)))
+    if len(fitting) == 1:
+        return fitting[0]
+    sizes = " or ".join(str(len(layout) + 3072) for layout in layouts)
+    ranges = " or ".join("/".join(map(str, layout)) for layout in layouts)
+    raise _file_error(
+        "path",
+        expected=f"records of {sizes} bytes with labels below {ranges}",
+        got=f"{source} of {data.size} bytes, "
+        + ("which fits both" if fitting else "truncated or of another kind"),
+        way_out="put it into a folder under its published name"
+        if fitting
+        else "download it again, in the binary version",
+    )

@@ -1,0 +1,122 @@
+"""Results as plain dictionaries for JSON; the schemas lie in `tacext/schemas`, one file a version.
+
+A change that could break a reader raises the number in `schema`; new fields alone do not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import resources
+from typing import Any
+
+from . import ops
+from .evaluation import Evaluation
+from .files import StrPath, write_text_atomically
+from .ops import Status
+from .repairing import RepairResult
+from .scanning import ScanReport
+
+__all__ = ["evaluation_to_dict", "json_schema", "repair_to_dict", "scan_to_dict", "write_json"]
+
+Json = dict[str, Any]
+
+
+def json_schema(name: str) -> Json:
+    """The JSON Schema of "scan-1", "repair-1" or "evaluation-1"."""
+    text = resources.files(__package__).joinpath("schemas", f"{name}.json").read_text("utf-8")
+    schema: Json = json.loads(text)
+    return schema
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows neither NaN nor infinity: both become null."""
+    return value if math.isfinite(value) else None
+
+
+def _header(schema: str, source: Json | None) -> Json:
+    return {
+        "schema": f"tacext.{schema}/1",
+        "tacext": ops.build_info().version,
+        "source": source or {},
+    }
+
+
+def scan_to_dict(
+    report: ScanReport, class_names: Sequence[str] | None = None, source: Json | None = None
+) -> Json:
+    """A scan as `scan-1`: verdict, suspects, p-value and one row a class.
+
+    Args:
+        report: the scan.
+        class_names: [C], shown beside the indices.
+        source: where model and data came from, copied as it is.
+    """
+    found = report.perturbations
+    rows = []
+    for k in range(report.num_classes):
+        rows.append(
+            {
+                "class": k,
+                "name": class_names[k] if class_names is not None else None,
+                "norm": _finite(float(found.norm[k])),
+                "anomaly_index": _finite(float(report.test.anomaly_index[k])),
+                "p_value": _finite(float(report.test.class_p_values[k])),
+                "status": Status(int(found.status[k])).name.lower(),
+                "active": int(found.active[k]),
+                "iterations": int(found.iterations[k]),
+                "primal_residual": _finite(float(found.primal_residual[k])),
+                "dual_residual": _finite(float(found.dual_residual[k])),
+                "gap": _finite(float(found.gap[k])),
+            }
+        )
+    return _header("scan", source) | {
+        "verdict": report.verdict,
+        "suspects": list(report.suspects),
+        "p_value": report.p_value,
+        "reason": report.reason,
+        "warnings": list(report.warnings),
+        "alpha": report.alpha,
+        "detectable_ratio": report.test.detectable_ratio,
+        "metric": report.metric,
+        "head": report.head,
+        "num_classes": report.num_classes,
+        "latent_dim": report.latent_dim,
+        "samples": report.samples,
+        "accuracy": report.accuracy,
+        "certificate": report.certificate,
+        "seconds": asdict(report.timings),
+        "classes": rows,
+    }
+
+
+def repair_to_dict(result: RepairResult, source: Json | None = None) -> Json:
+    """A repair as `repair-1`."""
+    return _header("repair", source) | {
+        "method": result.method,
+        "targets": list(result.targets),
+        "accuracy_before": result.accuracy_before,
+        "accuracy_after": result.accuracy_after,
+        "training_samples": result.training_samples,
+        "holdout_samples": result.holdout_samples,
+        "settings": asdict(result.settings),
+        "history": [asdict(epoch) for epoch in result.history],
+        "seconds": result.seconds,
+    }
+
+
+def evaluation_to_dict(evaluation: Evaluation, source: Json | None = None) -> Json:
+    """An evaluation as `evaluation-1`."""
+    return _header("evaluation", source) | asdict(evaluation)
+
+
+def write_json(path: StrPath, content: Json, *, operation: str, argument: str = "json") -> None:
+    """Writes a dictionary as JSON, whole or not at all.
+
+    Raises:
+        FileError: the file cannot be written.
+    """
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    write_text_atomically(path, text, operation=operation, argument=argument)

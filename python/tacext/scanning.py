@@ -1,0 +1,343 @@
+"""Scanning a classifier: one pass over clean data, one exact QP a class, one test."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .data import DataLike, as_batches, sample_count
+from .detection import NormTest, Verdict, judge_norms
+from .errors import InputError
+from .heads import Head, evaluating, find_head, recording_latents, run_model
+from .latents import LatentMoments
+from .ops import MinimalPerturbation, SolverSettings, Status
+from .progress import progress_bar
+
+logger = logging.getLogger(__name__)
+
+Metric = Literal["standardized", "l2"]
+
+# A classifier that is right on less than this many times what guessing gives was most likely fed
+# images in another normalisation than it was trained with.
+_SENSIBLE_ACCURACY_OVER_CHANCE = 2.0
+
+
+@dataclass(frozen=True)
+class ScanTimings:
+    """Seconds a scan spent in each stage."""
+
+    forward: float
+    margins: float
+    solve: float
+    test: float
+
+
+@dataclass(frozen=True)
+class ScanReport:
+    """The outcome of a scan.
+
+    Attributes:
+        verdict: "backdoored", "clean" or "inconclusive".
+        suspects: the classes that the scan holds to be poisoned, most suspicious first.
+        p_value: of the most suspicious class, corrected for the choice among all C classes.
+        reason: the verdict in one sentence.
+        warnings: what makes this scan less trustworthy than it could be.
+        test: the statistics behind the verdict.
+        perturbations: s_k for every class with norms, multipliers and certificates.
+        head: the name of the layer that was analysed.
+        num_classes, latent_dim, samples: C, D and N.
+        accuracy: on the data, against its labels.
+        metric: the metric of the norms; scale: its scale, float64 [D], or None for "l2".
+        margins: M, [C, C].
+        alpha: the false-alarm rate asked for.
+        timings: seconds in each stage.
+    """
+
+    verdict: Verdict
+    suspects: tuple[int, ...]
+    p_value: float
+    reason: str
+    warnings: tuple[str, ...]
+    test: NormTest = field(repr=False)
+    perturbations: MinimalPerturbation = field(repr=False)
+    head: str
+    num_classes: int
+    latent_dim: int
+    samples: int
+    accuracy: float
+    metric: Metric
+    scale: Tensor | None = field(repr=False)
+    margins: Tensor = field(repr=False)
+    alpha: float
+    timings: ScanTimings = field(repr=False)
+
+    @property
+    def norm(self) -> Tensor:
+        """r_k in the metric of the scan, float64 [C]; infinite where unreachable."""
+        return self.perturbations.norm
+
+    @property
+    def perturbation(self) -> Tensor:
+        """s_k, float64 [C, D]."""
+        return self.perturbations.perturbation
+
+    @property
+    def certificate(self) -> float:
+        """The largest KKT residual of any optimal class."""
+        return self.perturbations.certificate
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one pass over the data leaves: everything the QPs need, nothing of size N."""
+
+    head: Head
+    margins: Tensor
+    moments: LatentMoments
+    samples: int
+    correct: int
+    classes_seen: int
+    forward_seconds: float
+    margin_seconds: float
+
+
+def observe(
+    model: nn.Module,
+    data: DataLike,
+    *,
+    head: str | None,
+    batch_size: int,
+    progress: bool | None,
+    operation: str,
+) -> Observation:
+    """Streams the data through the model once; see `scan` for the arguments and errors."""
+    found: Head | None = None
+    moments = LatentMoments.empty(0)
+    margins = torch.empty(0)
+    seen = torch.zeros(0, dtype=torch.bool)
+    samples = correct = 0
+    forward_seconds = margin_seconds = 0.0
+    with progress_bar("clean data", sample_count(data), progress) as advance:
+        for inputs, given_labels in as_batches(data, operation=operation, batch_size=batch_size):
+            labels = given_labels.cpu()
+            if found is None:
+                found = find_head(model, inputs[:8], head, operation=operation)
+                moments = LatentMoments.empty(found.latent_dim)
+                seen = torch.zeros(found.num_classes, dtype=torch.bool)
+            _check_labels(labels, found.num_classes, operation)
+            started = time.perf_counter()
+            with evaluating(model), torch.no_grad(), recording_latents(found) as recorder:
+                run_model(model, inputs, operation)
+                latent = recorder.take()
+                logits = found.logits(latent)
+            now = time.perf_counter()
+            forward_seconds += now - started
+            accumulated = margins if samples else None
+            margins = ops.pairwise_margin_max(logits, out=accumulated)
+            moments.update(latent)
+            margin_seconds += time.perf_counter() - now
+            seen[labels] = True
+            correct += int((logits.argmax(1).cpu() == labels).sum())
+            samples += len(labels)
+            advance(len(labels))
+    assert found is not None  # as_batches raises where there is no sample
+    return Observation(
+        found,
+        margins,
+        moments,
+        samples,
+        correct,
+        int(seen.sum()),
+        forward_seconds,
+        margin_seconds,
+    )
+
+
+def _check_labels(labels: Tensor, num_classes: int, operation: str) -> None:
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise InputError.of(
+            operation,
+            "data",
+            expected=f"labels from 0 to {num_classes - 1}, as the model has {num_classes} classes",
+            got=f"{low if low < 0 else high}",
+            way_out="check that data and model belong together",
+        )
+
+
+def solve(
+    observation: Observation,
+    metric: Metric,
+    settings: SolverSettings = ops.DEFAULT_SETTINGS,
+    *,
+    operation: str,
+) -> tuple[MinimalPerturbation, Tensor | None]:
+    """s_k for every class of an observed head, and the scale of the metric."""
+    scale = None
+    if metric == "standardized":
+        scale = observation.moments.standardized_scale(operation)
+    margins = observation.margins
+    weight = observation.head.weight.detach()
+    if not bool(torch.isfinite(weight).all()):
+        raise InputError.of(
+            operation,
+            "model",
+            expected="a head with finite weights",
+            got="NaN or infinity",
+            way_out="the weights are damaged; get them again",
+        )
+    perturbations = ops.minimal_perturbation(
+        weight,
+        margins,
+        scale=None if scale is None else scale.to(weight.device),
+        settings=settings,
+    )
+    return perturbations, scale
+
+
+def check_metric(metric: str, operation: str) -> None:
+    """Raises InputError unless the metric is known."""
+    if metric not in get_args(Metric):
+        raise InputError.of(
+            operation,
+            "metric",
+            expected=" or ".join(map(repr, get_args(Metric))),
+            got=repr(metric),
+            way_out="leave it out for 'standardized'",
+        )
+
+
+def scan(
+    model: nn.Module,
+    data: DataLike,
+    *,
+    head: str | None = None,
+    metric: Metric = "standardized",
+    alpha: float = 0.01,
+    batch_size: int = 256,
+    settings: SolverSettings = ops.DEFAULT_SETTINGS,
+    progress: bool | None = None,
+) -> ScanReport:
+    """Scans a classifier for a backdoor, with a few clean samples and no knowledge of the trigger.
+
+    For every class k the minimal latent perturbation s_k that sends all samples to k is solved
+    exactly (arXiv 2511.08944); a class whose norm |s_k| is abnormally small is suspect.
+
+    Args:
+        model: maps inputs [N, ...] to logits [N, C] through a last nn.Linear, or a 1x1 nn.Conv2d at
+            a pooled latent. Used in evaluation mode, on its own device; left as it was.
+        data: clean samples: a pair of tensors (inputs, labels), an ImageSet, a Dataset, or any
+            iterable of (inputs, labels) batches; streamed once. Samples of at least 2 classes.
+        head: the name of the last linear layer, where the model is too unusual to tell.
+        metric: "standardized" measures every latent in units of 1 / its spread over the data;
+            "l2" is the paper's plain norm.
+        alpha: false-alarm rate of the test, over all classes together; between 0 and 1.
+        batch_size: samples in a forward pass, where the data is not already in batches.
+        settings: of the exact solver.
+        progress: whether to show a progress bar; None shows it on a terminal.
+
+    Returns:
+        ScanReport with the verdict, the suspects, the p-value, norms, perturbations, certificates.
+
+    Raises:
+        HeadNotFoundError: no layer reproduces the model's logits; name it with `head`.
+        InputError: no samples, samples of one class, labels out of range, NaN or infinity, inputs
+            of a shape that the model rejects.
+    """
+    check_metric(metric, "scan")
+    if not 0 < alpha < 1:
+        raise InputError.of(
+            "scan",
+            "alpha",
+            expected="a rate between 0 and 1",
+            got=f"{alpha}",
+            way_out="leave it out for 0.01",
+        )
+    observation = observe(
+        model, data, head=head, batch_size=batch_size, progress=progress, operation="scan"
+    )
+    if observation.classes_seen < 2:
+        raise InputError.of(
+            "scan",
+            "data",
+            expected="samples of at least 2 classes",
+            got=f"{observation.samples} samples of 1 class",
+            way_out="pass clean samples of all classes",
+        )
+    started = time.perf_counter()
+    perturbations, scale = solve(observation, metric, settings, operation="scan")
+    solved = time.perf_counter()
+    test = judge_norms(perturbations.norm.cpu().numpy(), alpha)
+    return _report(
+        observation,
+        perturbations,
+        scale,
+        test,
+        metric,
+        alpha,
+        ScanTimings(
+            observation.forward_seconds,
+            observation.margin_seconds,
+            solved - started,
+            time.perf_counter() - solved,
+        ),
+    )
+
+
+def _report(
+    observation: Observation,
+    perturbations: MinimalPerturbation,
+    scale: Tensor | None,
+    test: NormTest,
+    metric: Metric,
+    alpha: float,
+    timings: ScanTimings,
+) -> ScanReport:
+    num_classes = observation.head.num_classes
+    accuracy = observation.correct / observation.samples
+    warnings = []
+    if accuracy * num_classes < _SENSIBLE_ACCURACY_OVER_CHANCE:
+        warnings.append(
+            f"the model is right on only {accuracy:.1%} of the samples; check the normalisation "
+            "and the order of the classes"
+        )
+    if observation.classes_seen < num_classes:
+        warnings.append(
+            f"the data covers {observation.classes_seen} of {num_classes} classes; "
+            "norms are too small where samples are missing"
+        )
+    unsolved = perturbations.classes[perturbations.status == Status.ITERATION_LIMIT].tolist()
+    verdict, reason = test.verdict, test.reason
+    if unsolved:
+        warnings.append(f"classes without a certificate: {unsolved}")
+        if verdict == "clean":
+            verdict, reason = "inconclusive", "some classes were solved without a certificate"
+    if warnings and verdict == "clean" and accuracy * num_classes < _SENSIBLE_ACCURACY_OVER_CHANCE:
+        verdict, reason = "inconclusive", "the model is not right often enough to be judged"
+    for warning in warnings:
+        logger.warning("scan: %s", warning)
+    return ScanReport(
+        verdict=verdict,
+        suspects=test.suspects,
+        p_value=test.p_value,
+        reason=reason,
+        warnings=tuple(warnings),
+        test=test,
+        perturbations=perturbations,
+        head=observation.head.name,
+        num_classes=num_classes,
+        latent_dim=observation.head.latent_dim,
+        samples=observation.samples,
+        accuracy=accuracy,
+        metric=metric,
+        scale=scale,
+        margins=observation.margins,
+        alpha=alpha,
+        timings=timings,
+    )

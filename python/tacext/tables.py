@@ -1,0 +1,88 @@
+"""Results as tables for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .evaluation import Evaluation
+from .ops import Status
+from .repairing import RepairResult
+from .scanning import ScanReport
+
+_COLOURS = {"backdoored": "bold red", "clean": "bold green", "inconclusive": "bold yellow"}
+_MOST_ROWS = 20
+
+
+def _number(value: float, form: str = ".3g") -> str:
+    return "-" if math.isnan(value) else format(value, form)
+
+
+def scan_table(report: ScanReport, class_names: Sequence[str] | None = None) -> RenderableType:
+    """The verdict, and the classes with the smallest norms."""
+    verdict = Text.assemble("verdict: ", (report.verdict, _COLOURS[report.verdict]))
+    if report.suspects:
+        verdict.append(f"   suspects: {', '.join(map(str, report.suspects))}")
+    verdict.append(f"   p = {report.p_value:.2g}")
+    facts = (
+        f"{report.samples} samples, accuracy {report.accuracy:.3f}; head {report.head or '(model)'} "
+        f"with {report.num_classes} classes and {report.latent_dim} latents; "
+        f"certificate {report.certificate:.0e}"
+    )
+    seconds = report.timings
+    cost = (
+        f"{seconds.forward:.2f} s in the model, "
+        f"{seconds.margins + seconds.solve + seconds.test:.3f} s in the analysis"
+    )
+    table = Table(title=None, box=None, pad_edge=False, header_style="bold")
+    for heading in ("class", "norm", "of usual", "index", "p", "active", "status"):
+        table.add_column(heading, justify="left" if heading == "status" else "right")
+    norm = report.norm.cpu()
+    finite = norm[norm.isfinite()]
+    usual = float(finite.median()) if len(finite) else math.nan
+    order = norm.argsort().tolist()
+    for k in order[:_MOST_ROWS]:
+        name = f"{k}" if class_names is None else f"{k} {class_names[k]}"
+        table.add_row(
+            name,
+            _number(float(norm[k]), ".4g"),
+            _number(float(norm[k]) / usual, ".2f") if usual else "-",
+            _number(float(report.test.anomaly_index[k]), ".1f"),
+            _number(float(report.test.class_p_values[k]), ".2g"),
+            str(int(report.perturbations.active[k])),
+            Status(int(report.perturbations.status[k])).name.lower().replace("_", " "),
+            style="red" if k in report.suspects else None,
+        )
+    parts: list[RenderableType] = [table]
+    if len(order) > _MOST_ROWS:
+        parts.append(Text(f"... and {len(order) - _MOST_ROWS} classes with larger norms", "dim"))
+    parts += [Text(""), verdict, Text(report.reason), Text(facts, "dim"), Text(cost, "dim")]
+    parts += [Text(f"warning: {warning}", "yellow") for warning in report.warnings]
+    return Group(*parts)
+
+
+def repair_table(result: RepairResult) -> RenderableType:
+    """Accuracy before and after."""
+    targets = ", ".join(map(str, result.targets))
+    accuracies = f"{result.accuracy_before:.3f} -> {result.accuracy_after:.3f}"
+    work = f"{result.training_samples} samples in {result.seconds:.0f} s"
+    return Group(
+        Text(f"repaired: {targets} by {result.method} on {work}"),
+        Text(f"accuracy on {result.holdout_samples} held-out samples: {accuracies}"),
+    )
+
+
+def evaluation_table(rows: Sequence[tuple[str, Evaluation]]) -> RenderableType:
+    """ACC, ASR, RA and DER, a row a model."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("model")
+    for heading in ("ACC", "ASR", "RA", "DER"):
+        table.add_column(heading, justify="right")
+    for name, e in rows:
+        der = "-" if e.der is None else f"{e.der:.3f}"
+        table.add_row(name, f"{e.acc:.3f}", f"{e.asr:.3f}", f"{e.ra:.3f}", der)
+    return table

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Checks format, lint and types; with --fix it formats and mends what it can first.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+mapfile -t native < <(git ls-files 'cpp/*.cpp' 'cpp/*.h' 'cuda/*' 'tests/cpp/*.cpp' 'tests/cpp/*.h' | grep -E '\.(cpp|h|cu|cuh)$')
+
+if [ "${1:-}" = "--fix" ]; then
+  ruff format .
+  ruff check --fix .
+  clang-format -i "${native[@]}"
+fi
+ruff format --check .
+ruff check .
+mypy
+clang-format --dry-run --Werror "${native[@]}"
+echo "lint: all good"

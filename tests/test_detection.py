@@ -1,0 +1,142 @@
+"""The statistics behind the verdict."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from tacext.detection import anomaly_index, judge_norms
+
+
+def clean_norms(rng: np.random.Generator, count: int, spread: float = 0.07) -> np.ndarray:
+    return np.exp(rng.normal(0, spread, count)) * 5
+
+
+def test_p_value_is_grubbs() -> None:
+    norm = clean_norms(np.random.default_rng(0), 12)
+    log_norm = np.log(norm)
+    k = int(norm.argmin())
+    others = np.delete(log_norm, k)
+    # The textbook form: compare with the prediction interval of the others.
+    t = (others.mean() - log_norm[k]) / (others.std(ddof=1) * np.sqrt(1 + 1 / len(others)))
+    expected = min(1.0, 12 * stats.t.sf(t, 10))
+    assert judge_norms(norm).p_value == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("count", [10, 43, 200])
+def test_false_alarms_stay_at_alpha_and_a_planted_class_is_found(count: int) -> None:
+    rng = np.random.default_rng(count)
+    trials = 1000
+    alarms = found = 0
+    for _ in range(trials):
+        norm = clean_norms(rng, count)
+        alarms += judge_norms(norm, alpha=0.05).verdict == "backdoored"
+        norm[3] = 0.5 * 5
+        test = judge_norms(norm)
+        found += test.verdict == "backdoored" and test.suspects[0] == 3
+    # Binomial: 5 % of 1000 is 50 +- 7.
+    assert alarms <= 50 + 4 * 7
+    assert alarms >= 50 - 4 * 7
+    assert found >= 0.95 * trials
+
+
+def test_several_suspects_come_in_order() -> None:
+    norm = clean_norms(np.random.default_rng(1), 43)
+    norm[[7, 9]] = 1.0, 0.5
+    test = judge_norms(norm)
+    assert test.verdict == "backdoored"
+    assert test.suspects == (9, 7)
+    assert test.p_value < 0.01
+
+
+def test_an_inconclusive_scatter_is_not_called_clean() -> None:
+    norm = clean_norms(np.random.default_rng(2), 10, spread=0.4)
+    test = judge_norms(norm)
+    assert test.verdict == "inconclusive"
+    assert test.detectable_ratio < 0.5
+
+
+def test_an_almost_significant_class_is_not_called_clean() -> None:
+    norm = clean_norms(np.random.default_rng(3), 43, spread=0.02)
+    for ratio in np.linspace(1.0, 0.8, 400):
+        norm[5] = 5 * ratio
+        test = judge_norms(norm)
+        if test.verdict == "inconclusive":
+            break
+    assert test.verdict == "inconclusive"
+    assert 0.01 <= test.p_value < 0.1
+    assert "class 5 stands out" in test.reason
+
+
+def test_tight_norms_are_clean() -> None:
+    test = judge_norms(clean_norms(np.random.default_rng(4), 43, spread=0.02))
+    assert test.verdict == "clean"
+    assert test.suspects == ()
+    assert test.detectable_ratio > 0.9
+
+
+def test_detectable_ratio_is_where_the_verdict_turns() -> None:
+    norm = clean_norms(np.random.default_rng(5), 20)
+    others = np.delete(norm, norm.argmin())
+    ratio = judge_norms(norm).detectable_ratio
+    usual = np.exp(np.log(others).mean())
+    k = int(norm.argmin())
+    norm[k] = usual * ratio * 0.999
+    assert judge_norms(norm).verdict == "backdoored"
+    norm[k] = usual * ratio * 1.001
+    assert judge_norms(norm).verdict != "backdoored"
+
+
+def test_unreachable_classes_are_left_out() -> None:
+    norm = clean_norms(np.random.default_rng(6), 12)
+    with_unreachable = np.append(norm, np.inf)
+    a, b = judge_norms(norm), judge_norms(with_unreachable)
+    assert a.p_value == b.p_value
+    assert np.isnan(b.class_p_values[-1])
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_too_few_classes_are_inconclusive(count: int) -> None:
+    test = judge_norms(np.full(count, 2.0))
+    assert test.verdict == "inconclusive"
+    assert test.p_value == 1.0
+    assert "fewer than 4" in test.reason
+
+
+def test_a_norm_of_zero_is_inconclusive_and_says_why() -> None:
+    norm = clean_norms(np.random.default_rng(7), 10)
+    norm[4] = 0
+    test = judge_norms(norm)
+    assert test.verdict == "inconclusive"
+    assert "already predicted as class 4" in test.reason
+
+
+def test_equal_norms_are_clean() -> None:
+    test = judge_norms(np.full(10, 3.0))
+    assert test.verdict == "clean"
+    assert test.p_value == 1.0
+
+
+def test_anomaly_index_is_the_textbook_one() -> None:
+    norm = np.array([1.0, 2.0, 3.0, 4.0, 5.0, np.inf])
+    assert anomaly_index(norm)[:5] == pytest.approx(np.array([2, 1, 0, -1, -2]) / 1.4826)
+    assert np.isnan(anomaly_index(norm)[5])
+
+
+@given(
+    st.lists(st.floats(0.1, 10), min_size=4, max_size=30),
+    st.floats(1e-6, 1e6),
+    st.randoms(use_true_random=False),
+)
+def test_unit_and_order_do_not_matter(norms: list[float], unit: float, random: object) -> None:
+    norm = np.array(norms)
+    test = judge_norms(norm)
+    scaled = judge_norms(norm * unit)
+    assert scaled.p_value == pytest.approx(test.p_value, rel=1e-5, abs=1e-9)
+    order = np.random.default_rng(0).permutation(len(norm))
+    permuted = judge_norms(norm[order])
+    assert permuted.p_value == pytest.approx(test.p_value, rel=1e-6, abs=1e-12)
+    assert 0 <= test.p_value <= 1

@@ -1,0 +1,77 @@
+"""ACC, ASR, RA and DER against their definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from digits import digit_case
+from tacext import Evaluation, InputError, demo, evaluate
+
+
+def test_rates_match_their_definitions() -> None:
+    case = digit_case()
+    images, labels = case.data.test
+    result = evaluate(case.backdoored, (images, labels), demo.white_corner, 0, batch_size=33)
+    with torch.no_grad():
+        clean = case.backdoored(images).argmax(1)
+        triggered = case.backdoored(demo.white_corner(images)).argmax(1)
+    others = labels != 0
+    assert result.acc == pytest.approx(float((clean == labels).double().mean()))
+    assert result.asr == pytest.approx(float((triggered[others] == 0).double().mean()))
+    assert result.ra == pytest.approx(float((triggered[others] == labels[others]).double().mean()))
+    assert result.der is None
+    assert (result.samples, result.triggered) == (len(labels), int(others.sum()))
+
+
+def test_der_weighs_both_losses() -> None:
+    case = digit_case()
+    before = Evaluation(acc=1.0, asr=1.0, ra=0.0, der=None, target=0, samples=1, triggered=1)
+    after = evaluate(case.clean, case.data.test, demo.white_corner, 0, baseline=before)
+    assert after.der == pytest.approx(((1 - after.asr) - (1 - after.acc) + 1) / 2)
+    better = Evaluation(acc=0.0, asr=0.0, ra=0.0, der=None, target=0, samples=1, triggered=1)
+    worse = evaluate(case.backdoored, case.data.test, demo.white_corner, 0, baseline=better)
+    assert worse.der == pytest.approx(0.5)  # neither a gain nor a loss counts
+
+
+def test_a_model_can_be_the_baseline() -> None:
+    case = digit_case()
+    arguments = case.data.test, demo.white_corner, 0
+    before = evaluate(case.backdoored, *arguments)
+    by_model = evaluate(case.clean, *arguments, baseline=case.backdoored)
+    assert by_model == evaluate(case.clean, *arguments, baseline=before)
+
+
+def test_the_trigger_may_write_into_its_input() -> None:
+    def in_place(images: torch.Tensor) -> torch.Tensor:
+        images[:, :, -2:, -2:] = 1
+        return images
+
+    case = digit_case()
+    images, labels = case.data.test
+    copy = images.clone()
+    first = evaluate(case.backdoored, (images, labels), in_place, 0)
+    assert torch.equal(images, copy)
+    assert first == evaluate(case.backdoored, (images, labels), demo.white_corner, 0)
+
+
+def test_bad_triggers_and_targets_are_refused() -> None:
+    case = digit_case()
+    images, labels = case.data.test
+    with pytest.raises(InputError, match="trigger: expected a tensor of the inputs' shape"):
+        evaluate(case.clean, (images, labels), lambda x: x[:, :, :4], 0)
+    with pytest.raises(InputError, match="trigger: expected finite values"):
+        evaluate(case.clean, (images, labels), lambda x: x * torch.nan, 0)
+    with pytest.raises(InputError, match="target: expected a class from 0 to 9"):
+        evaluate(case.clean, (images, labels), demo.white_corner, 10)
+    with pytest.raises(InputError, match="other classes than the target 3"):
+        evaluate(case.clean, (images[labels == 3], labels[labels == 3]), demo.white_corner, 3)
+
+
+def test_the_mode_is_restored() -> None:
+    case = digit_case()
+    model = nn.Sequential(case.clean).train()
+    evaluate(model, case.data.test, demo.white_corner, 0)
+    assert model.training
+    case.clean.eval()

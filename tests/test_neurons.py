@@ -1,0 +1,66 @@
+"""Scores of every layer of a real classifier."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from digits import digit_case
+from tacext import InputError, demo, scan, score_neurons
+
+
+def test_scores_every_conv_and_linear_layer_but_the_head() -> None:
+    case = digit_case()
+    report = scan(case.backdoored, case.data.defender)
+    scores = score_neurons(case.backdoored, case.data.defender, report.perturbation[demo.TARGET])
+    convolutions = [n for n, m in case.backdoored.named_modules() if isinstance(m, nn.Conv2d)]
+    assert list(scores) == convolutions
+    assert [len(scores[name]) for name in convolutions] == [16, 16, 32, 32, 128]
+    assert scores.samples == 400
+    assert all(bool(s.isfinite().all()) for s in scores.values())
+    ranking = scores.ranking()
+    assert len(ranking) == 16 + 16 + 32 + 32 + 128
+    assert ranking[0][2] == max(float(s.max()) for s in scores.values())
+
+
+def test_scores_are_activation_times_gradient() -> None:
+    case = digit_case()
+    images, _ = case.data.defender
+    s = torch.randn(128, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores = score_neurons(case.backdoored, case.data.defender, s, batch_size=90)
+    activation = case.backdoored[:3](images)  # conv, batch norm, ReLU ...
+    conv_output = case.backdoored[:4](images).detach().requires_grad_()  # ... and the next conv
+    latent = case.backdoored[4:-1](conv_output)
+    (gradient,) = torch.autograd.grad((latent.double() @ s).sum(), conv_output)
+    expected = (conv_output * gradient).sum((0, 2, 3)) / len(images)
+    assert activation.shape == conv_output.shape
+    assert torch.allclose(scores["3"].float(), expected.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_frozen_parameters_and_tokens_are_scored_too() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(3, 6)
+            self.head = nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.embed(x).relu().mean(1))
+
+    model = Tokens().requires_grad_(False)
+    tokens = torch.rand(5, 7, 3)
+    s = torch.arange(6.0)
+    scores = score_neurons(model, (tokens, torch.arange(5) % 4), s)
+    latent = model.embed(tokens).relu().mean(1)
+    # The latent is linear in the active units: the scores are its exact shares of <s, phi>.
+    assert torch.allclose(scores["embed"].float(), (latent * s).mean(0), atol=1e-5)
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+
+
+def test_bad_perturbations_are_refused() -> None:
+    case = digit_case()
+    with pytest.raises(InputError, match=r"perturbation: expected shape \[128\]"):
+        score_neurons(case.clean, case.data.defender, torch.zeros(10))
+    with pytest.raises(InputError, match="perturbation: expected finite values"):
+        score_neurons(case.clean, case.data.defender, torch.full((128,), torch.nan))

@@ -1,0 +1,158 @@
+"""Repairing a real digit classifier."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from digits import digit_case
+from tacext import FinetuneSettings, InputError, demo, evaluate, repair, scan
+
+SETTINGS = FinetuneSettings(batch_size=32)
+
+
+def test_removes_the_backdoor_where_plain_fine_tuning_does_not() -> None:
+    case = digit_case()
+    before = evaluate(case.backdoored, case.data.test, demo.white_corner, demo.TARGET)
+    assert before.asr > 0.95
+    repaired = repair(case.backdoored, case.data.defender, settings=SETTINGS)
+    plain = repair(
+        case.backdoored,
+        case.data.defender,
+        targets=[demo.TARGET],
+        settings=FinetuneSettings(batch_size=32, beta=0),
+    )
+    arguments = case.data.test, demo.white_corner, demo.TARGET
+    after = evaluate(repaired.model, *arguments, baseline=before)
+    without = evaluate(plain.model, *arguments, baseline=before)
+    assert repaired.targets == (demo.TARGET,)
+    assert after.asr < 0.10
+    assert without.asr > 0.5
+    assert after.acc > before.acc - 0.05
+    assert after.der is not None
+    assert without.der is not None
+    assert after.der > without.der
+
+
+def test_reports_held_out_accuracy_and_the_split() -> None:
+    case = digit_case()
+    result = repair(case.backdoored, case.data.defender, settings=SETTINGS)
+    assert (result.training_samples, result.holdout_samples) == (320, 80)
+    # The held-out part is never trained on: measure it again by hand.
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(0))[:80]
+    images, labels = (part[order] for part in case.data.defender)
+    with torch.no_grad():
+        for model, accuracy in (
+            (case.backdoored, result.accuracy_before),
+            (result.model, result.accuracy_after),
+        ):
+            expected = (model(images).argmax(1) == labels).double().mean()
+            assert float(expected) == pytest.approx(accuracy)
+    assert len(result.history) == SETTINGS.epochs
+    assert result.history[-1].shifted < result.history[0].shifted
+
+
+def test_leaves_the_callers_model_and_random_state_untouched() -> None:
+    case = digit_case()
+    model = copy.deepcopy(case.backdoored)
+    model[0].weight.requires_grad_(False)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    result = repair(model, case.data.defender, targets=[0], settings=FinetuneSettings(epochs=1))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert not result.model.training
+    assert not result.model[0].weight.requires_grad
+    assert not torch.equal(result.model[0].weight, model[0].weight)
+    assert all(parameter.grad is None for parameter in result.model.parameters())
+    assert not result.model[-1]._forward_pre_hooks
+
+
+def test_the_same_seed_gives_the_same_model() -> None:
+    case = digit_case()
+    settings = FinetuneSettings(epochs=1, seed=3)
+    first, second = (
+        repair(case.backdoored, case.data.defender, targets=[0], settings=settings).model
+        for _ in range(2)
+    )
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_targets_override_the_report() -> None:
+    case = digit_case()
+    report = scan(case.backdoored, case.data.defender)
+    settings = FinetuneSettings(epochs=1)
+    result = repair(
+        case.backdoored, case.data.defender, report, targets=[4, 2, 4], settings=settings
+    )
+    assert result.targets == (4, 2)
+    assert repair(case.backdoored, case.data.defender, report, settings=settings).targets == (0,)
+
+
+def test_nothing_to_repair_says_what_to_do() -> None:
+    case = digit_case()
+    with pytest.raises(InputError, match=r"targets: .*none \(the scan's verdict: .*pass targets="):
+        repair(case.clean, case.data.defender)
+
+
+def test_a_report_of_another_model_is_refused() -> None:
+    case = digit_case()
+    report = scan(nn.Linear(4, 10), (torch.rand(50, 4), torch.arange(50) % 10))
+    with pytest.raises(InputError, match="report: expected a scan of this model"):
+        repair(case.clean, case.data.defender, report, targets=[0])
+
+
+def test_an_unreachable_target_is_refused() -> None:
+    case = digit_case()
+    model = copy.deepcopy(case.clean)
+    with torch.no_grad():
+        model[-1].weight[3] = model[-1].weight[4]
+        model[-1].bias[3] = model[-1].bias[4] - 1
+    with pytest.raises(InputError, match="3, whose status is UNREACHABLE"):
+        repair(model, case.data.defender, targets=[3])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"targets": [10]}, "targets: expected classes from 0 to 9"),
+        ({"targets": [-1]}, "targets"),
+        ({"targets": []}, "at least one class"),
+        ({"targets": [0], "method": "magic"}, "method: expected 'finetune'"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
+    case = digit_case()
+    with pytest.raises(InputError, match=message):
+        repair(case.backdoored, case.data.defender, **arguments)
+
+
+def test_too_few_samples_are_refused() -> None:
+    case = digit_case()
+    images, labels = case.data.defender
+    with pytest.raises(InputError, match="at least 3 samples"):
+        repair(case.backdoored, (images[:2], labels[:2]), targets=[0])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"epochs": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": math.nan},
+        {"beta": -1.0},
+        {"batch_size": 1},
+        {"holdout": 0.0},
+        {"holdout": 1.0},
+        {"weight_decay": -0.1},
+    ],
+)
+def test_bad_settings_are_refused(arguments: dict[str, float]) -> None:
+    (name,) = arguments
+    with pytest.raises(InputError, match=f"FinetuneSettings: {name}: expected"):
+        FinetuneSettings(**arguments)  # type: ignore[arg-type]

@@ -1,0 +1,241 @@
+"""Scanning real digit classifiers, and the errors of a scan."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from digits import digit_case
+from tacext import InputError, SolverSettings, Status, demo, ops, scan
+
+
+def test_finds_the_backdoor_and_certifies_every_class() -> None:
+    case = digit_case()
+    report = scan(case.backdoored, case.data.defender)
+    assert report.verdict == "backdoored"
+    assert report.suspects == (demo.TARGET,)
+    assert report.p_value < 0.01
+    assert int(report.norm.argmin()) == demo.TARGET
+    assert bool((report.perturbations.status == Status.OPTIMAL).all())
+    assert report.certificate <= 1e-8
+    assert report.accuracy > 0.95
+    assert (report.samples, report.num_classes, report.latent_dim) == (400, 10, 128)
+    assert report.warnings == ()
+
+
+def test_does_not_flag_the_clean_twin() -> None:
+    case = digit_case()
+    report = scan(case.clean, case.data.defender)
+    assert report.verdict != "backdoored"
+    assert report.suspects == ()
+    assert report.p_value > 0.01
+
+
+@pytest.mark.parametrize("metric", ["standardized", "l2"])
+def test_every_sample_is_sent_to_every_class_and_no_shorter_way_is_known(metric: str) -> None:
+    case = digit_case()
+    images, labels = case.data.defender
+    report = scan(case.backdoored, (images, labels), metric=metric)
+    body, head = case.backdoored[:-1], case.backdoored[-1]
+    with torch.no_grad():
+        latents = body(images).double()
+        for k in range(10):
+            s = report.perturbation[k]
+            logits = (latents + s) @ head.weight.double().T + head.bias.double()
+            others = logits.clone()
+            others[:, k] = -math.inf
+            margin = logits[:, k] - others.max(1).values
+            # Forced for all, and for the worst sample only just: the constraints are tight.
+            assert float(margin.min()) == pytest.approx(0, abs=1e-4)
+        scale = 1 if report.scale is None else report.scale
+        expected = (report.perturbation / scale).norm(dim=1)
+    assert torch.allclose(report.norm, expected, rtol=1e-9)
+
+
+def test_streaming_gives_the_same_bits_as_one_batch() -> None:
+    case = digit_case()
+    images, labels = case.data.defender
+    whole = scan(case.backdoored, [(images, labels)], metric="l2")
+    model = copy.deepcopy(case.backdoored)
+    ragged = [(images[i:j], labels[i:j]) for i, j in ((0, 1), (1, 64), (64, 64), (64, 400))]
+    pieces = scan(model, ragged, metric="l2")
+    # Convolutions may round differently for another batch size; the operators do not.
+    assert torch.allclose(whole.margins, pieces.margins, atol=1e-4)
+    assert pieces.samples == 400
+    assert torch.allclose(whole.norm, pieces.norm, rtol=1e-4)
+
+
+def test_the_scale_is_the_spread_of_the_latents() -> None:
+    case = digit_case()
+    images, labels = case.data.defender
+    report = scan(case.backdoored, (images, labels), batch_size=37)
+    with torch.no_grad():
+        std = case.backdoored[:-1](images).double().std(0)
+    expected = 1 / torch.maximum(std, 0.1 * std.square().mean().sqrt())
+    assert torch.allclose(report.scale, expected, rtol=1e-5)
+
+
+def test_all_kinds_of_data_give_the_same_report() -> None:
+    case = digit_case()
+    images, labels = case.data.defender
+    reference = scan(case.backdoored, (images, labels), batch_size=100)
+    dataset = TensorDataset(images, labels)
+    for data in (
+        DataLoader(dataset, batch_size=100),
+        dataset,
+        list(zip(images.split(100), labels.split(100), strict=True)),
+        (pair for pair in zip(images.split(100), labels.split(100), strict=True)),
+        (images.numpy(), labels.numpy()),
+    ):
+        report = scan(case.backdoored, data, batch_size=100)
+        assert torch.equal(report.norm, reference.norm)
+
+
+def test_two_scans_give_the_same_bits_at_any_thread_count() -> None:
+    case = digit_case()
+    images, labels = case.data.defender
+    with torch.no_grad():
+        latents = case.backdoored[:-1](images)
+    head = case.backdoored[-1]
+    threads = torch.get_num_threads()
+    norms = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            norms.append(scan(head, (latents, labels)).norm)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*norms)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    case = digit_case()
+    model = copy.deepcopy(case.backdoored).train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    scan(model, case.data.defender)
+    assert model.training
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_report_is_frozen() -> None:
+    case = digit_case()
+    report = scan(case.backdoored, case.data.defender)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.verdict = "clean"  # type: ignore[misc]
+
+
+def test_wrong_normalisation_is_warned_about_and_never_clean() -> None:
+    case = digit_case()
+    images, labels = case.data.defender
+    report = scan(case.clean, (1000 * (1 - images) ** 3, labels))
+    assert any("check the normalisation" in warning for warning in report.warnings)
+    assert report.verdict != "clean"
+
+
+def test_missing_classes_are_warned_about() -> None:
+    case = digit_case()
+    images, labels = case.data.defender
+    report = scan(case.clean, (images[labels < 5], labels[labels < 5]))
+    assert any("covers 5 of 10 classes" in warning for warning in report.warnings)
+
+
+def test_two_classes_are_inconclusive() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(50, 4, generator=generator)
+    report = scan(nn.Linear(4, 2), (inputs, torch.arange(50) % 2))
+    assert report.verdict == "inconclusive"
+    assert report.p_value == 1.0
+    assert "fewer than 4" in report.reason
+
+
+def test_an_unreachable_class_is_a_status_not_an_error() -> None:
+    case = digit_case()
+    model = copy.deepcopy(case.clean)
+    with torch.no_grad():
+        model[-1].weight[3] = model[-1].weight[4]
+        model[-1].bias[3] = model[-1].bias[4] - 1
+    report = scan(model, case.data.defender)
+    assert int(report.perturbations.status[3]) == Status.UNREACHABLE
+    assert math.isinf(report.norm[3])
+    assert np.isnan(report.test.class_p_values[3])
+
+
+def test_classes_without_a_certificate_are_never_clean() -> None:
+    case = digit_case()
+    settings = SolverSettings(max_iterations=1, closed_form=False)
+    report = scan(case.clean, case.data.defender, settings=settings)
+    assert any("without a certificate" in warning for warning in report.warnings)
+    assert report.verdict != "clean"
+
+
+def bad_inputs() -> dict[str, tuple[object, str]]:
+    images, labels = digit_case().data.defender
+    nan_images = images.clone()
+    nan_images[300, 0, 2, 2] = math.nan
+    return {
+        "no samples": ((images[:0], labels[:0]), "data: expected at least 1 sample"),
+        "no batches": ([], "data: expected at least 1 sample"),
+        "one class": ((images[labels == 3], labels[labels == 3]), "at least 2 classes"),
+        "label too large": ((images, labels + 1), "labels from 0 to 9.*got 10"),
+        "negative label": ((images, labels - 1), "scan: data.*-1"),
+        "NaN": ((nan_images, labels), "finite values.*NaN or infinity"),
+        "wrong shape": ((images.repeat(1, 3, 1, 1), labels), "inputs that the model takes"),
+        "lengths": ((images, labels[:-1]), "as many labels as inputs"),
+        "not data": (7, "scan: data: expected"),
+    }
+
+
+@pytest.mark.parametrize("case", bad_inputs())
+def test_bad_data_is_refused_with_the_way_out(case: str) -> None:
+    data, message = bad_inputs()[case]
+    with pytest.raises(InputError, match=message):
+        scan(digit_case().clean, data)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"alpha": 0.0}, "alpha: expected a rate between 0 and 1"),
+        ({"alpha": 1.0}, "alpha"),
+        ({"metric": "cosine"}, "metric: expected 'standardized' or 'l2'"),
+        ({"head": "nowhere"}, "head: expected the name"),
+        ({"batch_size": 0}, "batch_size"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
+    case = digit_case()
+    with pytest.raises(InputError, match=message):
+        scan(case.clean, case.data.defender, **arguments)
+
+
+def test_nan_in_the_weights_is_refused() -> None:
+    case = digit_case()
+    model = copy.deepcopy(case.clean)
+    with torch.no_grad():
+        model[0].weight[0, 0, 0, 0] = math.nan
+    with pytest.raises(InputError, match="model: expected finite logits"):
+        scan(model, case.data.defender)
+
+
+def test_constant_latents_are_refused_in_the_standardized_metric() -> None:
+    inputs, labels = torch.ones(10, 4), torch.arange(10) % 3
+    with pytest.raises(InputError, match="latents differ"):
+        scan(nn.Linear(4, 5), (inputs, labels))
+    assert scan(nn.Linear(4, 5), (inputs, labels), metric="l2").samples == 10
+
+
+def test_margins_of_the_report_are_those_of_the_operator() -> None:
+    case = digit_case()
+    images, labels = case.data.defender
+    with torch.no_grad():
+        logits = case.clean(images)
+    report = scan(case.clean, [(images, labels)])
+    assert torch.allclose(report.margins, ops.pairwise_margin_max(logits), atol=1e-4)
