@@ -18,22 +18,21 @@ struct Violation {
 };
 
 // The constraint furthest (in distance) from holding; none where all hold to rounding.
-Violation most_violated(const std::vector<double>& slack, const double* margins,
-                        const std::vector<double>& squared_norms, std::int64_t target,
-                        double norm) {
+Violation most_violated(const std::vector<double>& slack, const std::vector<double>& rounding,
+                        const double* margins, const std::vector<double>& squared_norms,
+                        std::int64_t target) {
   constexpr double kRounding = 1e-13;
   Violation worst;
   double furthest = 0;
   for (std::int64_t j = 0; j < static_cast<std::int64_t>(slack.size()); ++j) {
     if (j == target || slack[j] <= 0) continue;
-    const double length = std::sqrt(squared_norms[j]);
-    if (length == 0) {
+    if (squared_norms[j] == 0) {
       if (margins[j] > 0) return {j, true};
       continue;
     }
-    if (slack[j] <= kRounding * (std::fabs(margins[j]) + length * norm)) continue;
-    if (slack[j] / length > furthest) {
-      furthest = slack[j] / length;
+    const double distance = slack[j] / std::sqrt(squared_norms[j]);
+    if (slack[j] > kRounding * rounding[j] && distance > furthest) {
+      furthest = distance;
       worst.constraint = j;
     }
   }
@@ -79,10 +78,15 @@ ActiveSetSolution solve_active_set(Factor& factor, const double* margins,
   std::vector<double> coefficients;
   // slack_j = m_j - a_j.s: positive where primal feasibility is violated. At s = 0 it is m.
   std::vector<double> slack(margins, margins + squared_norms.size());
+  std::vector<double> rounding(slack.size());  // what the rounding of slack_j is relative to
 
   for (;;) {
     const double norm = std::sqrt(squared_norm_of_solution(solution, margins));
-    const Violation violation = most_violated(slack, margins, squared_norms, target, norm);
+    for (std::size_t j = 0; j < slack.size(); ++j)
+      rounding[j] = std::fabs(margins[j]) + std::sqrt(squared_norms[j]) * norm;
+    factor.renew_slack(margins, slack, rounding);
+    for (std::int64_t j : active) slack[j] = 0;  // complementary slackness, free of rounding
+    const Violation violation = most_violated(slack, rounding, margins, squared_norms, target);
     const std::int64_t p = violation.constraint;
     if (p == kNone) {  // primal feasible; dual feasible and complementary all along: KKT holds
       solution.ending = Ending::kSolved;
@@ -125,14 +129,13 @@ ActiveSetSolution solve_active_set(Factor& factor, const double* margins,
       if (!dependent && step > 0) {
         const double* rates = factor.slack_rates();
         for (std::size_t j = 0; j < slack.size(); ++j) slack[j] -= step * rates[j];
-        for (std::int64_t j : active) slack[j] = 0;  // complementary slackness, free of rounding
+        factor.advance(step);
       }
 
       if (full_step <= blocking.step) {
         factor.add_projected();
         active.push_back(p);
         multipliers.push_back(candidate_multiplier);
-        slack[p] = 0;
         added = true;
       } else {  // dual feasibility would end here: the blocking constraint leaves the set
         factor.remove(blocking.index);
@@ -203,11 +206,15 @@ void GramFactor::solve(std::vector<double>& x) const {
 // ---- geometry from W ----------------------------------------------------------------------------
 
 OrthogonalFactor::OrthogonalFactor(const HeadGeometry& head, std::int64_t target)
-    : head_(head), target_(target), rates_(static_cast<std::size_t>(head.classes())) {}
+    : head_(head),
+      target_(target),
+      rates_(static_cast<std::size_t>(head.classes())),
+      s_(static_cast<std::size_t>(head.latents()), 0.0) {}
 
 double OrthogonalFactor::project(std::int64_t p, double /*squared_norm*/,
                                  std::vector<double>& coefficients) {
   const std::int64_t latents = head_.latents();
+  candidate_ = p;
   orthogonal_.resize(static_cast<std::size_t>(latents));
   for (std::int64_t d = 0; d < latents; ++d)
     orthogonal_[d] = head_.row(target_)[d] - head_.row(p)[d];
@@ -230,7 +237,24 @@ const double* OrthogonalFactor::slack_rates() {
   return rates_.data();
 }
 
+void OrthogonalFactor::advance(double step) {
+  add_scaled(step, orthogonal_.data(), head_.latents(), s_.data());
+}
+
+void OrthogonalFactor::renew_slack(const double* margins, std::vector<double>& slack,
+                                   std::vector<double>& rounding) {
+  std::vector<double> residual;
+  for (std::int64_t j : active_)
+    residual.push_back(margins[j] - head_.constraint_dot(target_, j, s_.data()));
+  add_step(std::move(residual), s_);
+  for (std::int64_t j = 0; j < head_.classes(); ++j) {
+    slack[j] = margins[j] - head_.constraint_dot(target_, j, s_.data());
+    rounding[j] = std::fabs(margins[j]) + head_.constraint_dot_size(target_, j, s_.data());
+  }
+}
+
 void OrthogonalFactor::add_projected() {
+  active_.push_back(candidate_);
   const double length = std::sqrt(residual_);
   factor_.append(projection_.data(), length);
   for (double& value : orthogonal_) value /= length;
@@ -238,6 +262,7 @@ void OrthogonalFactor::add_projected() {
 }
 
 void OrthogonalFactor::remove(std::int64_t index) {
+  active_.erase(active_.begin() + index);
   factor_.remove(index, [this](std::int64_t i, double cosine, double sine) {
     for (std::size_t d = 0; d < basis_[i].size(); ++d) {
       const double left = basis_[i][d], right = basis_[i + 1][d];

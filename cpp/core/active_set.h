@@ -33,6 +33,11 @@ class GramFactor {
   double project(std::int64_t p, double squared_norm, std::vector<double>& coefficients);
   /// a_j . z for every j, with the z of the last project().
   const double* slack_rates();
+  /// s += step * z
+  void advance(double /*step*/) {}
+  /// Nothing: the slacks that the steps left are as good as K gets.
+  void renew_slack(const double* /*margins*/, std::vector<double>& /*slack*/,
+                   std::vector<double>& /*rounding*/) {}
   void add_projected();
   void remove(std::int64_t index);
   /// x = (A A^T)^-1 x over the active constraints.
@@ -51,12 +56,18 @@ class GramFactor {
 /// factor of D, accurate where K is not: the fallback for what the certificate rejects.
 class OrthogonalFactor {
  public:
-  static constexpr double kDependent = 1e-24;
+  static constexpr double kDependent = 1e-28;
 
   OrthogonalFactor(const HeadGeometry& head, std::int64_t target);
 
   double project(std::int64_t p, double squared_norm, std::vector<double>& coefficients);
   const double* slack_rates();
+  void advance(double step);
+  /// Puts s back on the active constraints, and slack_j = m_j - a_j . s afresh. rounding_j becomes
+  /// |m_j| + sum_d |a_jd s_d|: where a huge s meets small entries of a_j, |a_j| |s| says too
+  /// little.
+  void renew_slack(const double* margins, std::vector<double>& slack,
+                   std::vector<double>& rounding);
   void add_projected();
   void remove(std::int64_t index);
   void solve(std::vector<double>& x) const;
@@ -67,8 +78,10 @@ class OrthogonalFactor {
  private:
   const HeadGeometry& head_;
   std::int64_t target_;
+  std::int64_t candidate_ = -1;
   double residual_ = 0;
-  std::vector<double> projection_, orthogonal_, rates_;
+  std::vector<std::int64_t> active_;
+  std::vector<double> projection_, orthogonal_, rates_, s_;
   std::vector<std::vector<double>> basis_;
   PackedCholesky factor_;
 };

@@ -8,7 +8,16 @@ namespace {
 
 // A ray counts as a proof only when it cancels to rounding: a head that merely comes close to
 // unreachable has a huge perturbation, and that is its answer.
-constexpr double kRayTolerance = 1e-12;
+constexpr double kRayTolerance = 1e-13;
+
+// residual / size, infinite where a NaN or an overflow leaves nothing proven.
+double share_of(double residual, double size) {
+  if (residual == 0 && size == 0) return 0;
+  const double share = residual / size;
+  return share >= 0 && size < std::numeric_limits<double>::infinity()
+             ? share
+             : std::numeric_limits<double>::infinity();
+}
 
 void certify_ray(const HeadGeometry& head, std::int64_t k, const double* margins,
                  Candidate& candidate) {
@@ -47,7 +56,7 @@ std::vector<double> combine_constraints(const HeadGeometry& head, std::int64_t k
 }
 
 void certify(const HeadGeometry& head, std::int64_t k, const double* margins,
-             const double* products, double tolerance, Candidate& candidate) {
+             const double* products, const double* sizes, double tolerance, Candidate& candidate) {
   if (candidate.status == Status::kUnreachable) return certify_ray(head, k, margins, candidate);
   const std::vector<double> squared_norms = head.squared_norms(k);
   const double length = norm(candidate.perturbation);
@@ -64,13 +73,14 @@ void certify(const HeadGeometry& head, std::int64_t k, const double* margins,
       for (std::int64_t d = 0; d < head.latents(); ++d)
         rest[d] -= l * (head.row(k)[d] - head.row(j)[d]);
     const double violation = margins[j] - products[j];
-    if (violation > 0)
-      candidate.primal = std::max(candidate.primal,
-                                  violation / (std::fabs(margins[j]) + constraint_length * length));
+    if (!(violation <= 0))
+      candidate.primal =
+          std::max(candidate.primal, share_of(violation, std::fabs(margins[j]) + sizes[j]));
   }
-  candidate.dual = terms > 0 ? norm(rest) / terms : 0;
+  candidate.dual = share_of(norm(rest), terms);
+  candidate.collinearity = length > 0 ? terms / length : 1;
   const double energy = length * length, size = std::max(energy, std::fabs(value));
-  candidate.gap = size > 0 ? std::fabs(energy - value) / size : 0;
+  candidate.gap = share_of(std::fabs(energy - value), size);
   const bool proven = candidate.worst_residual() <= tolerance;
   candidate.status = proven ? Status::kOptimal : Status::kIterationLimit;
 }
@@ -87,8 +97,14 @@ void certify(const HeadGeometry& head, const std::vector<std::int64_t>& classes,
   for (std::int64_t i = 0; i < count; ++i) {
     double* const row = products.data() + i * head.classes();
     const double own = row[classes[i]];
-    for (std::int64_t j = 0; j < head.classes(); ++j) row[j] = own - row[j];
-    certify(head, classes[i], margins + classes[i] * head.classes(), row, tolerance, candidates[i]);
+    const double length = norm(candidates[i].perturbation);
+    std::vector<double> sizes = head.squared_norms(classes[i]);
+    for (std::int64_t j = 0; j < head.classes(); ++j) {
+      row[j] = own - row[j];
+      sizes[j] = std::sqrt(sizes[j]) * length;
+    }
+    certify(head, classes[i], margins + classes[i] * head.classes(), row, sizes.data(), tolerance,
+            candidates[i]);
   }
 }
 

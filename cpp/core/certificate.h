@@ -16,6 +16,7 @@ struct Candidate {
   std::vector<double> multipliers;   // l >= 0, [classes]; a Farkas ray where unreachable
   std::int64_t iterations = 0;
   double primal = 0, dual = 0, gap = 0;
+  double collinearity = 1;  // sum_j l_j |a_j| / |s|: how much the sum that makes s cancels
 
   double worst_residual() const { return std::max({primal, dual, gap}); }
 };
@@ -27,9 +28,10 @@ std::vector<double> combine_constraints(const HeadGeometry& head, std::int64_t k
                                         const std::vector<double>& multipliers);
 
 /// Fills the residuals of class k, as PerturbationResult defines them, and lets them decide the
-/// status. margins is row k of M; products[j] = a_j . s.
+/// status. margins is row k of M; products[j] = a_j . s, sizes[j] is what a violation of constraint
+/// j is measured against beside |M[k, j]|.
 void certify(const HeadGeometry& head, std::int64_t k, const double* margins,
-             const double* products, double tolerance, Candidate& candidate);
+             const double* products, const double* sizes, double tolerance, Candidate& candidate);
 
 /// Certifies candidates of several classes with one matrix product; margins is the whole of M.
 void certify(const HeadGeometry& head, const std::vector<std::int64_t>& classes,

@@ -1,5 +1,7 @@
 #include "head_geometry.h"
 
+#include <cmath>
+
 namespace tacext {
 namespace {
 
@@ -34,6 +36,12 @@ HeadGeometry::HeadGeometry(const PerturbationProblem& problem, const ParallelFor
       weight_(scaled_rows(problem)),
       packed_(weight_.data(), classes_, latents_),
       gram_(gram_matrix(packed_, weight_.data(), classes_, latents_, parallel_for)) {}
+
+double HeadGeometry::constraint_dot_size(std::int64_t k, std::int64_t j, const double* s) const {
+  double sum = 0;
+  for (std::int64_t d = 0; d < latents_; ++d) sum += std::fabs((row(k)[d] - row(j)[d]) * s[d]);
+  return sum;
+}
 
 std::vector<double> HeadGeometry::squared_norms(std::int64_t k) const {
   constexpr double kCancelled = 1e-6;

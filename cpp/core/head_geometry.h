@@ -28,6 +28,9 @@ class HeadGeometry {
     return dot_difference(row(k), row(j), s, latents_);
   }
 
+  /// sum_d |a_jd s_d|: what the rounding of constraint_dot is relative to.
+  double constraint_dot_size(std::int64_t k, std::int64_t j, const double* s) const;
+
   /// |a_j|^2 for all j of class k; from K, or from W where K's differences cancel.
   std::vector<double> squared_norms(std::int64_t k) const;
 

@@ -18,6 +18,8 @@ constexpr std::int64_t kBatch = 16;             // classes certified by one matr
 constexpr std::int64_t kClosedFormAlways = 64;  // up to here its factor costs nothing
 constexpr std::int64_t kClosedFormLargest = 2048;
 constexpr std::int64_t kClosedFormProbes = 4;
+// Beyond this the normwise residuals of the fast path no longer bound the norm to 1e-9.
+constexpr double kTrustedCollinearity = 1e5;
 
 /// Non-negative to rounding; what is below zero by rounding is set to zero.
 bool make_non_negative(std::vector<double>& multipliers) {
@@ -55,10 +57,13 @@ class Solver {
     certify(head_, classes, problem_.margins, settings_.tolerance, candidates);
     for (std::int64_t i = begin; i < end; ++i) {
       Candidate& candidate = candidates[i - begin];
-      if (candidate.status == Status::kIterationLimit) {
+      if (candidate.status == Status::kIterationLimit ||
+          candidate.collinearity > kTrustedCollinearity) {
         Candidate careful = solve_carefully(classes[i - begin]);
-        // Keep whichever is proven, or, where neither is, the one closer to it.
+        // Its residuals are the stricter ones, so what it proves or doubts is the last word; where
+        // neither is proven, the one closer to it is kept.
         if (careful.status != Status::kIterationLimit ||
+            candidate.status != Status::kIterationLimit ||
             careful.worst_residual() < candidate.worst_residual())
           candidate = std::move(careful);
       }
@@ -101,10 +106,14 @@ class Solver {
   Candidate solve_carefully(std::int64_t k) const {
     OrthogonalFactor factor(head_, k);
     Candidate candidate = run_active_set(factor, k);
+    const double* const s = candidate.perturbation.data();
     std::vector<double> products(static_cast<std::size_t>(problem_.classes));
-    for (std::int64_t j = 0; j < problem_.classes; ++j)
-      products[j] = head_.constraint_dot(k, j, candidate.perturbation.data());
-    certify(head_, k, margins(k), products.data(), settings_.tolerance, candidate);
+    std::vector<double> sizes(products.size());
+    for (std::int64_t j = 0; j < problem_.classes; ++j) {
+      products[j] = head_.constraint_dot(k, j, s);
+      sizes[j] = head_.constraint_dot_size(k, j, s);
+    }
+    certify(head_, k, margins(k), products.data(), sizes.data(), settings_.tolerance, candidate);
     return candidate;
   }
 

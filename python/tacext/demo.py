@@ -5,7 +5,9 @@ Uses scikit-learn's bundled handwritten digits (1,797 real images of 8x8), so no
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +48,21 @@ def white_corner(images: Tensor) -> Tensor:
     stamped = images.clone()
     stamped[:, :, -2:, -2:] = 1
     return stamped
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread within the block.
+
+    The network is so small that threads would mostly wait for one another, and torch's training
+    rounds differently for each number of threads: so the demo ends alike everywhere.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -92,7 +109,7 @@ def poison(images: Tensor, labels: Tensor, seed: int = 0) -> tuple[Tensor, Tenso
 def train(images: Tensor, labels: Tensor, *, seed: int = 0, epochs: int = 25) -> nn.Module:
     """Trains the demo's network; a few seconds on one core."""
     batch_size = 64
-    with torch.random.fork_rng(devices=[]):
+    with one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = digit_net()
         optimizer = torch.optim.SGD(
@@ -134,6 +151,11 @@ def run_demo(folder: Path, *, seed: int = 0) -> DemoResult:
         TacextError: scikit-learn or matplotlib is not installed.
         FileError: the folder cannot be written.
     """
+    with one_thread():
+        return _run(folder, seed)
+
+
+def _run(folder: Path, seed: int) -> DemoResult:
     data = load_digits(seed)
     model = train(*poison(*data.training, seed=seed), seed=seed)
     clean_model = train(*data.training, seed=seed)

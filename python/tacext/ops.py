@@ -69,7 +69,9 @@ class MinimalPerturbation:
         iterations: int64 [R], active-set steps; 0 where the closed form held.
         active: int64 [R], constraints with a positive multiplier.
         primal_residual: float64 [R], the worst violation
-            (M[k, j] - a_j.s)+ / (|M[k, j]| + |a_j| |s|), a_j = w_k - w_j in the metric of `scale`.
+            (M[k, j] - a_j.s)+ / (|M[k, j]| + |a_j| |s|), a_j = w_k - w_j in the metric of `scale`;
+            where the active constraints nearly cancel, the stricter one against
+            |M[k, j]| + sum_d |a_jd s_d|.
         dual_residual: float64 [R], |s - sum_j l_j a_j| / (|s| + sum_j l_j |a_j|); where
             unreachable |sum_j l_j a_j| / sum_j l_j |a_j|.
         gap: float64 [R], |s.s - m.l| / max(s.s, |m.l|), the relative duality gap; where

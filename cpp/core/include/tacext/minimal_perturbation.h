@@ -47,7 +47,8 @@ struct PerturbationResult {
   std::int32_t* status;      ///< Status, [count]
   std::int64_t* iterations;  ///< active-set steps, 0 for the closed form, [count]
   std::int64_t* active;      ///< constraints with a positive multiplier, [count]
-  /// max_j (M[k,j] - a_j.s)+ / (|M[k,j]| + |a_j| |s|), a_j = scaled w_k - w_j, [count]
+  /// max_j (M[k,j] - a_j.s)+ / (|M[k,j]| + |a_j| |s|), a_j = scaled w_k - w_j; where the active
+  /// constraints nearly cancel, against the smaller |M[k,j]| + sum_d |a_jd s_d|, [count]
   double* primal_residual;
   /// |s - sum_j l_j a_j| / (|s| + sum_j l_j |a_j|); of a ray |sum_j l_j a_j| / sum_j l_j |a_j|
   double* dual_residual;

@@ -1,0 +1,45 @@
+"""Fixtures of every test.
+
+Tests that take `device` run on the CPU and, where the build has CUDA kernels and torch finds a GPU,
+on it too. On a machine that must have one, set TACEXT_REQUIRE_CUDA=1: a GPU or a build that is
+missing then fails these tests, where it would otherwise narrow them to the CPU without a word.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+from tacext import ops
+
+settings.register_profile("tacext", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("tacext")
+
+# The models of the tests are so small that threads would mostly wait for one another; what must hold
+# at any number of threads has tests that set it.
+torch.set_num_threads(1)
+
+HAS_CUDA = ops.build_info().cuda_kernels and torch.cuda.is_available()
+REQUIRE_CUDA = os.environ.get("TACEXT_REQUIRE_CUDA") == "1"
+
+
+@pytest.fixture(params=["cpu", "cuda"] if HAS_CUDA or REQUIRE_CUDA else ["cpu"])
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not HAS_CUDA:
+        pytest.fail(
+            "TACEXT_REQUIRE_CUDA=1, but "
+            + ("torch finds no GPU" if ops.build_info().cuda_kernels else "no CUDA kernels built")
+        )
+    return str(request.param)
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    """For tests that change torch's number of threads."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

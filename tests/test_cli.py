@@ -1,0 +1,383 @@
+"""The command line: what it prints, what it writes, and the exit code of every way it can end."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+
+from digits import digit_case
+from tacext import demo, load_state_dict, save_weights
+from tacext.cli import ExitCode, main
+from tacext.report import json_schema
+
+ARCH = "tacext.demo:digit_net"
+TRIGGER = "tacext.demo:white_corner"
+
+
+def run(*arguments: object) -> int:
+    """Runs the command in this process and returns its exit code."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of the backdoored and the clean digit model, and the defender's images."""
+    folder = tmp_path_factory.mktemp("cli")
+    case = digit_case()
+    save_weights(case.backdoored, folder / "backdoored.safetensors")
+    save_weights(case.clean, folder / "clean.safetensors")
+    torch.save(case.backdoored.state_dict(), folder / "backdoored.pt")
+    images, labels = case.data.defender
+    test_images, test_labels = case.data.test
+    np.savez(
+        folder / "digits.npz",
+        x=images.numpy(),
+        y=labels.numpy(),
+        x_test=test_images.numpy(),
+        y_test=test_labels.numpy(),
+    )
+    return folder
+
+
+@pytest.fixture
+def scan_command(folder: Path) -> functools.partial[int]:
+    return functools.partial(
+        run, "scan", folder / "backdoored.safetensors", "--arch", ARCH, "--data",
+        folder / "digits.npz",
+    )  # fmt: skip
+
+
+# ---- what works ----------------------------------------------------------------------------------
+
+
+def test_scan_of_a_backdoored_model_exits_with_1(
+    scan_command: functools.partial[int],
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    result = tmp_path / "scan.json"
+    plot = tmp_path / "norms.png"
+    assert scan_command("--json", result, "--plot", plot) == ExitCode.BACKDOORED == 1
+    assert "verdict: backdoored   suspects: 0" in capsys.readouterr().out
+    content = json.loads(result.read_text())
+    jsonschema.validate(content, json_schema("scan-1"))
+    assert content["verdict"] == "backdoored"
+    assert content["suspects"] == [demo.TARGET]
+    assert content["p_value"] < 0.01
+    assert [row["class"] for row in content["classes"]] == list(range(10))
+    assert content["certificate"] <= 1e-8
+    assert content["source"]["weights"] == str(folder / "backdoored.safetensors")
+    assert len(content["source"]["weights_sha256"]) == 64
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_state_dict_in_a_pt_file_gives_the_same_scan(folder: Path, tmp_path: Path) -> None:
+    norms = []
+    for name in ("backdoored.safetensors", "backdoored.pt"):
+        result = tmp_path / "scan.json"
+        code = run(
+            "scan", folder / name, "--arch", ARCH, "--data", folder / "digits.npz", "--json", result
+        )
+        assert code == ExitCode.BACKDOORED
+        norms.append([row["norm"] for row in json.loads(result.read_text())["classes"]])
+    assert norms[0] == norms[1]
+
+
+def test_scan_of_a_clean_model_exits_with_0(folder: Path) -> None:
+    code = run(
+        "scan", folder / "clean.safetensors", "--arch", ARCH, "--data", folder / "digits.npz"
+    )
+    assert code == ExitCode.CLEAN == 0
+
+
+def test_an_inconclusive_scan_exits_with_3(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "two.py").write_text(
+        "from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 2))\n"
+    )
+    save_weights(
+        {"1.weight": torch.eye(2, 64), "1.bias": torch.zeros(2)}, tmp_path / "two.safetensors"
+    )
+    images, labels = digit_case().data.defender
+    np.savez(tmp_path / "two.npz", x=images.numpy(), y=(labels % 2).numpy())
+    code = run(
+        "scan", tmp_path / "two.safetensors", "--arch", f"{tmp_path}/two.py:net",
+        "--data", tmp_path / "two.npz",
+    )  # fmt: skip
+    assert code == ExitCode.INCONCLUSIVE == 3
+
+
+def test_normalisation_samples_split_and_head(
+    scan_command: functools.partial[int], tmp_path: Path
+) -> None:
+    result = tmp_path / "scan.json"
+    code = scan_command(
+        "--mean", "0.0", "--std", "1.0", "--samples", 300, "--split", "test", "--head", "19",
+        "--json", result, "--metric", "l2",
+    )  # fmt: skip
+    content = json.loads(result.read_text())
+    assert code in (0, 1, 3)
+    assert (content["samples"], content["head"], content["metric"]) == (300, "19", "l2")
+
+
+def test_repair_then_evaluate(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repaired, result = tmp_path / "repaired.safetensors", tmp_path / "result.json"
+    before = (folder / "backdoored.safetensors").read_bytes()
+    common = "--arch", ARCH, "--data", folder / "digits.npz"
+    assert run(
+        "repair", folder / "backdoored.safetensors", *common, "--output", repaired,
+        "--batch-size", 32, "--json", result,
+    ) == 0  # fmt: skip
+    content = json.loads(result.read_text())
+    jsonschema.validate(content, json_schema("repair-1"))
+    assert content["targets"] == [demo.TARGET]
+    assert (folder / "backdoored.safetensors").read_bytes() == before
+    demo.digit_net().load_state_dict(load_state_dict(repaired))
+
+    capsys.readouterr()
+    assert run(
+        "evaluate", repaired, *common, "--split", "test", "--trigger", TRIGGER, "--target", 0,
+        "--baseline", folder / "backdoored.safetensors", "--json", result,
+    ) == 0  # fmt: skip
+    content = json.loads(result.read_text())
+    jsonschema.validate(content, json_schema("evaluation-1"))
+    assert content["asr"] < 0.1
+    assert content["der"] > 0.9
+    assert "baseline" in capsys.readouterr().out
+
+
+def test_info_and_help_name_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("info") == 0
+    assert "simd" in capsys.readouterr().out
+    for arguments in (["--help"], ["scan", "--help"], ["repair", "-h"]):
+        assert run(*arguments) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert "0 clean" in text
+        assert "3 inconclusive" in text
+        assert "4 wrong usage" in text
+
+
+# ---- what does not: each way with its message and exit code --------------------------------------
+
+
+def bad_files(folder: Path, place: Path) -> dict[str, tuple[list[object], str]]:
+    weights, data = folder / "backdoored.safetensors", folder / "digits.npz"
+    truncated = place / "truncated.safetensors"
+    truncated.write_bytes(weights.read_bytes()[:5000])
+    truncated_pt = place / "truncated.pt"
+    truncated_pt.write_bytes((folder / "backdoored.pt").read_bytes()[:5000])
+    state = load_state_dict(weights)
+    state["0.weight"][0, 0, 0, 0] = torch.nan
+    with_nan = place / "nan.pt"
+    torch.save(state, with_nan)
+
+    with np.load(data) as archive:
+        x, y = archive["x"], archive["y"]
+
+    def images(name: str, x: np.ndarray, y: np.ndarray) -> Path:
+        np.savez(place / name, x=x, y=y)
+        return place / name
+
+    nan_x = x.copy()
+    nan_x[5, 0, 1, 1] = np.nan
+    nan_images = images("nan_images.npz", nan_x, y)
+    no_samples = images("none.npz", x[:0], y[:0])
+    one_class = images("one.npz", x[y == 3], y[y == 3])
+    bad_labels = images("labels.npz", x, y + 1)
+    colour = images("colour.npz", x.repeat(3, 1), y)
+    cut = place / "cut.npz"
+    cut.write_bytes(data.read_bytes()[:3000])
+
+    def case(weights: Path, data: Path, *more: object, arch: str = ARCH) -> list[object]:
+        return [weights, "--arch", arch, "--data", data, *more]
+
+    return {
+        "missing weights": (case(place / "none.safetensors", data), "weights: .*none.safetensors"),
+        "truncated safetensors": (case(truncated, data), "weights"),
+        "truncated pt": (case(truncated_pt, data), "weights"),
+        "wrong architecture": (
+            case(weights, data, arch="torch.nn:Identity"),
+            "arch: expected torch.nn:Identity to fit the weights",
+        ),
+        "no such factory": (case(weights, data, arch="tacext.demo:nothing"), "arch: expected"),
+        "NaN in weights": (case(with_nan, data), "0.weight"),
+        "NaN in images": (case(weights, nan_images), "NaN or infinity"),
+        "no samples": (case(weights, no_samples), "at least|samples|empty"),
+        "one class": (case(weights, one_class), "at least 2 classes"),
+        "labels out of range": (case(weights, bad_labels), "labels from 0 to 9.*got 10"),
+        "wrong shape": (case(weights, colour), "inputs that the model takes.*channels"),
+        "truncated images": (case(weights, cut), "path|data"),
+        "missing images": (case(weights, place / "none.npz"), "none.npz"),
+        "too many samples": (case(weights, data, "--samples", 401), "at most the 400 images"),
+        "unwritable json": (
+            case(weights, data, "--json", place / "no" / "folder.json"),
+            "json: expected a file that can be written",
+        ),
+        "unwritable plot": (case(weights, data, "--plot", place), "plot: .*directory"),
+        "unknown head": (case(weights, data, "--head", "x"), "head: expected the name"),
+    }  # fmt: skip
+
+
+CASES = (
+    "missing weights", "truncated safetensors", "truncated pt", "wrong architecture",
+    "no such factory", "NaN in weights", "NaN in images", "no samples", "one class",
+    "labels out of range", "wrong shape", "truncated images", "missing images", "too many samples",
+    "unwritable json", "unwritable plot", "unknown head",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_exits_with_2_and_says_what_to_do(
+    name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = bad_files(folder, tmp_path)
+    assert tuple(cases) == CASES
+    arguments, message = cases[name]
+    assert run("scan", *arguments) == ExitCode.ERROR == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    import re
+
+    assert re.search(message, lines[0]), lines[0]
+    assert re.search(r"expected .*, got .*; ", lines[0]), lines[0]
+    assert "Traceback" not in captured.err
+
+
+def test_a_pickle_with_code_is_refused_and_nothing_runs(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    marker = tmp_path / "ran"
+
+    class Payload:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {marker}",)
+
+    for name, save in (
+        ("zip.pt", lambda file: torch.save({"weight": Payload()}, file)),
+        ("bare.pt", lambda file: pickle.dump(Payload(), file)),
+    ):
+        buffer = io.BytesIO()
+        save(buffer)
+        (tmp_path / name).write_bytes(buffer.getvalue())
+        code = run("scan", tmp_path / name, "--arch", ARCH, "--data", folder / "digits.npz")
+        assert code == ExitCode.ERROR
+        assert "refused" in capsys.readouterr().err
+        assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["scan"],
+        ["scan", "w.safetensors", "--arch", "a:b"],
+        ["scan", "w.safetensors", "--arch", "a:b", "--data", "d.npz", "--alpha", "2"],
+        ["scan", "w.safetensors", "--arch", "a:b", "--data", "d.npz", "--samples", "0"],
+        ["scan", "w.safetensors", "--arch", "a:b", "--data", "d.npz", "--mean", "zero"],
+        ["scan", "w.safetensors", "--arch", "a:b", "--data", "d.npz", "--mean", "0.5"],
+        ["scan", "w.safetensors", "--arch", "a:b", "--data", "d.npz", "--size", "axb"],
+        ["destroy"],
+        ["--nonsense"],
+    ],
+)
+def test_wrong_usage_exits_with_4(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*arguments) == ExitCode.USAGE == 4
+    assert "Usage" in capsys.readouterr().err
+
+
+def test_a_bug_is_no_verdict(
+    scan_command: functools.partial[int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from tacext.cli import scan as module
+
+    def broken(*_arguments: object, **_options: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(module, "scan", broken)
+    assert scan_command() == ExitCode.ERROR
+    assert "bug in tacext" in capsys.readouterr().err
+
+
+def test_an_interrupt_while_writing_leaves_no_half_file(
+    scan_command: functools.partial[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = tmp_path / "scan.json"
+    result.write_text("old")
+
+    def interrupt(_descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    assert scan_command("--json", result) == ExitCode.INTERRUPTED == 130
+    assert result.read_text() == "old"
+    assert os.listdir(tmp_path) == ["scan.json"]
+
+
+def test_ctrl_c_in_a_repair_exits_with_130_and_writes_nothing(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "repaired.safetensors"
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "tacext", "-v", "repair", folder / "backdoored.safetensors",
+            "--arch", ARCH, "--data", folder / "digits.npz", "--target", "0",
+            "--epochs", "100000", "--output", output,
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:  # wait until the training is under way
+        if "epoch 1 " in line:
+            break
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == ExitCode.INTERRUPTED
+    assert "interrupted" in rest
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_an_error_that_says_so(
+    scan_command: functools.partial[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert scan_command("--json", tmp_path / "scan.json") == ExitCode.ERROR
+    assert "No space left on device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("demo", "--output", tmp_path / "demo") == 0
+    text = capsys.readouterr().out
+    assert "verdict: backdoored   suspects: 0" in text
+    assert "repaired" in text
+    names = {"backdoored.safetensors", "repaired.safetensors", "norms.png"}
+    assert {file.name for file in (tmp_path / "demo").iterdir()} == names
+    assert run("demo", "--output", tmp_path / "demo" / "norms.png") == ExitCode.ERROR
