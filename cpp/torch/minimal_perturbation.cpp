@@ -1,55 +1,15 @@
-#include "tacext/minimal_perturbation.h"
+#include "minimal_perturbation.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
-#include <optional>
-#include <tuple>
 
 #include "tacext/pairwise_margin_max.h"
-#include "tensor_checks.h"
-
-#ifdef TACEXT_WITH_CUDA
-#include "cuda_launch.h"
-#endif
 
 namespace tacext {
 namespace {
 
-constexpr const char* kOperation = "minimal_perturbation";
-
-// perturbation, norm, multipliers, status, iterations, active, primal_residual, dual_residual, gap
-using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-void check_finite(const char* argument, const Tensor& t, int64_t rows, int64_t columns) {
-  const MatrixIndex bad = find_non_finite(const_data<double>(t), rows, columns, torch_parallel);
-  STD_TORCH_CHECK(bad.row < 0, kOperation, ": ", argument,
-                  ": expected finite values, got NaN or infinity at [", bad.row, ", ", bad.column,
-                  "]; check the model and its inputs");
-}
-
-// Margins of a problem that never saw a sample are -inf off the diagonal; that, too, is caught
-// here.
-void check_margins(const Tensor& margins) {
-  check_finite("margins", margins, margins.size(0), margins.size(1));
-}
-
-/// The inputs in double, contiguous, checked; the tensors own what the problem points to.
-struct Inputs {
-  Tensor weight, margins;
-  std::optional<Tensor> scale, classes;
-
-  PerturbationProblem problem() const {
-    const int64_t count = classes ? classes->size(0) : weight.size(0);
-    return {const_data<double>(weight),
-            const_data<double>(margins),
-            scale ? const_data<double>(*scale) : nullptr,
-            classes ? const_data<int64_t>(*classes) : nullptr,
-            count,
-            weight.size(0),
-            weight.size(1)};
-  }
-};
+constexpr const char* kOperation = kMinimalPerturbation;
 
 void check_shapes(const Tensor& weight, const Tensor& margins, const std::optional<Tensor>& scale,
                   const std::optional<Tensor>& classes) {
@@ -77,12 +37,37 @@ void check_shapes(const Tensor& weight, const Tensor& margins, const std::option
     check_dim(kOperation, "classes", *classes, 1);
     STD_TORCH_CHECK(classes->scalar_type() == ScalarType::Long, kOperation,
                     ": classes: expected int64, got another dtype; convert it with .long()");
+    check_same_device(kOperation, "classes", *classes, "weight", weight);
   }
 }
 
-void check_values(const Inputs& inputs) {
-  check_finite("weight", inputs.weight, inputs.weight.size(0), inputs.weight.size(1));
-  check_margins(inputs.margins);
+void check_finite(const char* argument, const Tensor& t) {
+  check_no_bad_value(argument,
+                     find_non_finite(const_data<double>(t), t.size(0), t.size(1), torch_parallel));
+}
+
+}  // namespace
+
+PerturbationProblem PerturbationInputs::problem() const {
+  const int64_t count = classes ? classes->size(0) : weight.size(0);
+  return {const_data<double>(weight),
+          const_data<double>(margins),
+          scale ? const_data<double>(*scale) : nullptr,
+          classes ? const_data<int64_t>(*classes) : nullptr,
+          count,
+          weight.size(0),
+          weight.size(1)};
+}
+
+// Margins of a problem that never saw a sample are -inf off the diagonal; that, too, is caught
+// here.
+void check_no_bad_value(const char* argument, MatrixIndex bad) {
+  STD_TORCH_CHECK(bad.row < 0, kOperation, ": ", argument,
+                  ": expected finite values, got NaN or infinity at [", bad.row, ", ", bad.column,
+                  "]; check the model and its inputs");
+}
+
+void check_scale_and_classes(const PerturbationInputs& inputs) {
   if (inputs.scale) {
     const double* scale = const_data<double>(*inputs.scale);
     for (int64_t d = 0; d < inputs.scale->size(0); ++d)
@@ -99,16 +84,17 @@ void check_values(const Inputs& inputs) {
   }
 }
 
-Inputs prepare(const Tensor& weight, const Tensor& margins, const std::optional<Tensor>& scale,
-               const std::optional<Tensor>& classes) {
+PerturbationInputs prepare(const Tensor& weight, const Tensor& margins,
+                           const std::optional<Tensor>& scale,
+                           const std::optional<Tensor>& classes) {
   check_shapes(weight, margins, scale, classes);
-  Inputs inputs{as_float64(weight), as_float64(margins), std::nullopt, std::nullopt};
+  PerturbationInputs inputs{as_float64(weight), as_float64(margins), std::nullopt, std::nullopt};
   if (scale) inputs.scale = as_float64(*scale);
   if (classes) inputs.classes = torch::stable::contiguous(*classes);
   return inputs;
 }
 
-Result empty_result(const Tensor& like, const PerturbationProblem& p) {
+PerturbationTensors empty_result(const Tensor& like, const PerturbationProblem& p) {
   const auto make = [&](std::initializer_list<int64_t> size, ScalarType type) {
     return torch::stable::new_empty(like, {size.begin(), size.size()}, type);
   };
@@ -123,7 +109,7 @@ Result empty_result(const Tensor& like, const PerturbationProblem& p) {
           make({p.count}, ScalarType::Double)};
 }
 
-PerturbationResult pointers(const Result& r) {
+PerturbationResult pointers(const PerturbationTensors& r) {
   return {mutable_data<double>(std::get<0>(r)),  mutable_data<double>(std::get<1>(r)),
           mutable_data<double>(std::get<2>(r)),  mutable_data<int32_t>(std::get<3>(r)),
           mutable_data<int64_t>(std::get<4>(r)), mutable_data<int64_t>(std::get<5>(r)),
@@ -131,27 +117,33 @@ PerturbationResult pointers(const Result& r) {
           mutable_data<double>(std::get<8>(r))};
 }
 
-Result minimal_perturbation_cpu(const Tensor& weight, const Tensor& margins,
-                                const std::optional<Tensor>& scale,
-                                const std::optional<Tensor>& classes, double tolerance,
-                                int64_t max_iterations, bool closed_form) {
-  const Inputs inputs = prepare(weight, margins, scale, classes);
-  check_values(inputs);
+namespace {
+
+PerturbationTensors minimal_perturbation_cpu(const Tensor& weight, const Tensor& margins,
+                                             const std::optional<Tensor>& scale,
+                                             const std::optional<Tensor>& classes, double tolerance,
+                                             int64_t max_iterations, bool closed_form) {
+  const PerturbationInputs inputs = prepare(weight, margins, scale, classes);
+  check_finite("weight", inputs.weight);
+  check_finite("margins", inputs.margins);
+  check_scale_and_classes(inputs);
   const PerturbationProblem problem = inputs.problem();
-  const Result result = empty_result(inputs.weight, problem);
+  const PerturbationTensors result = empty_result(inputs.weight, problem);
   minimal_perturbation(problem, {tolerance, max_iterations, closed_form}, pointers(result),
                        torch_parallel);
   return result;
 }
 
+}  // namespace
+
 #ifndef TACEXT_WITH_CUDA
-Result minimal_perturbation_cuda(const Tensor&, const Tensor&, const std::optional<Tensor>&,
-                                 const std::optional<Tensor>&, double, int64_t, bool) {
+PerturbationTensors minimal_perturbation_cuda(const Tensor&, const Tensor&,
+                                              const std::optional<Tensor>&,
+                                              const std::optional<Tensor>&, double, int64_t, bool) {
   throw_built_without_cuda(kOperation);
 }
 #endif
 
-}  // namespace
 }  // namespace tacext
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tacext, m) {

@@ -57,10 +57,13 @@ Tensor neuron_scores_cuda(const Tensor& activation, const Tensor& gradient) {
   const CudaScope scope(activation);
   const Tensor a = torch::stable::contiguous(activation), g = torch::stable::contiguous(gradient);
   Tensor scores = torch::stable::new_empty(a, {a.size(1)}, ScalarType::Double);
+  const int64_t samples = a.size(0), channels = a.size(1), positions = positions_of(a);
+  const Tensor workspace = torch::stable::new_empty(
+      a, {tacext_cuda_neuron_scores_workspace(samples, channels, positions)}, ScalarType::Double);
   scope.check(kOperation,
               tacext_cuda_neuron_scores(a.const_data_ptr(), g.const_data_ptr(), cuda_type(a),
-                                        a.size(0), a.size(1), positions_of(a),
-                                        mutable_data<double>(scores), scope.stream()));
+                                        samples, channels, positions, mutable_data<double>(scores),
+                                        mutable_data<double>(workspace), scope.stream()));
   return scores;
 }
 #else

@@ -1,0 +1,281 @@
+#include <cuda_runtime.h>
+#include <gtest/gtest.h>
+
+#include <limits>
+
+#include "tacext/neuron_scores.h"
+#include "tacext/pairwise_margin_max.h"
+#include "tacext_cuda.h"
+#include "test_support.h"
+
+// The kernels themselves, run on the host (see cuda_on_host/cuda_runtime.h), against the core.
+namespace tacext {
+namespace {
+
+using cuda_on_host::Order;
+using test::TestHead;
+using test::TestSolution;
+using test::Values;
+
+template <class T>
+using MarginOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+template <class T>
+constexpr tacext_cuda_type kType = std::is_same_v<T, float>    ? TACEXT_CUDA_FLOAT32
+                                   : std::is_same_v<T, double> ? TACEXT_CUDA_FLOAT64
+                                   : std::is_same_v<T, Half>   ? TACEXT_CUDA_FLOAT16
+                                                               : TACEXT_CUDA_BFLOAT16;
+
+/// Runs `launch` with the threads of a block in either order; both must give the same bits.
+template <class Result, class Launch>
+Result in_both_orders(const Launch& launch) {
+  cuda_on_host::set_order(Order::kBackward);
+  const Result backward = launch();
+  cuda_on_host::set_order(Order::kForward);
+  Result forward = launch();
+  EXPECT_EQ(std::memcmp(forward.data(), backward.data(), forward.size() * sizeof(forward[0])), 0);
+  return forward;
+}
+
+template <class T>
+std::vector<MarginOf<T>> margins_of(const std::vector<T>& logits, std::int64_t classes,
+                                    const std::vector<MarginOf<T>>& initial) {
+  return in_both_orders<std::vector<MarginOf<T>>>([&] {
+    std::vector<MarginOf<T>> margins = initial;
+    const std::int64_t samples = static_cast<std::int64_t>(logits.size()) / classes;
+    EXPECT_EQ(tacext_cuda_pairwise_margin_max(logits.data(), kType<T>, samples, classes,
+                                              margins.data(), nullptr),
+              0);
+    return margins;
+  });
+}
+
+template <class T>
+class CudaKernels : public testing::Test {};
+using Elements = testing::Types<float, double, Half, BFloat16>;
+TYPED_TEST_SUITE(CudaKernels, Elements);
+
+TYPED_TEST(CudaKernels, MarginsEqualTheCores) {
+  // Every tile size, and samples that are split over blocks (300, 1000).
+  for (const auto& [classes, samples] :
+       std::vector<std::pair<std::int64_t, std::int64_t>>{{1, 3},
+                                                          {2, 300},
+                                                          {10, 1000},
+                                                          {16, 17},
+                                                          {17, 33},
+                                                          {32, 5},
+                                                          {33, 300},
+                                                          {90, 20},
+                                                          {515, 3}}) {
+    const auto logits = test::as_elements<TypeParam>(test::normal_values(samples * classes, 1, 10));
+    std::vector<MarginOf<TypeParam>> wanted(classes * classes, -kInfinity);
+    wanted[classes * classes / 2] = 1000;  // what is already there counts
+    const auto got = margins_of(logits, classes, wanted);
+    pairwise_margin_max(logits.data(), samples, classes, wanted.data(), serial_for);
+    ASSERT_EQ(got, wanted) << classes << " classes, " << samples << " samples";
+  }
+}
+
+TYPED_TEST(CudaKernels, ScoresEqualTheCores) {
+  struct Sizes {
+    std::int64_t samples, channels, positions;
+  };
+  for (const Sizes& n :
+       {Sizes{1, 1, 1}, Sizes{70, 5, 1}, Sizes{500, 33, 1}, Sizes{300, 3, 4}, Sizes{9, 4, 32},
+        Sizes{50, 3, 49}, Sizes{5, 2, 256}, Sizes{3, 2, 1025}, Sizes{100, 2, 300}}) {
+    const std::int64_t count = n.samples * n.channels * n.positions;
+    const auto a = test::as_elements<TypeParam>(test::normal_values(count, 1));
+    const auto g = test::as_elements<TypeParam>(test::normal_values(count, 2));
+    Values wanted(n.channels);
+    neuron_scores(a.data(), g.data(), n.samples, n.channels, n.positions, wanted.data(),
+                  serial_for);
+    const Values got = in_both_orders<Values>([&] {
+      Values workspace(tacext_cuda_neuron_scores_workspace(n.samples, n.channels, n.positions));
+      Values scores(n.channels, 99.0);
+      EXPECT_EQ(
+          tacext_cuda_neuron_scores(a.data(), g.data(), kType<TypeParam>, n.samples, n.channels,
+                                    n.positions, scores.data(), workspace.data(), nullptr),
+          0);
+      return scores;
+    });
+    for (std::int64_t c = 0; c < n.channels; ++c)
+      EXPECT_NEAR(got[c], wanted[c], 1e-13 * n.positions)
+          << n.samples << " x " << n.channels << " x " << n.positions;
+  }
+}
+
+template <class T>
+void expect_nan_in_cross(std::int64_t classes, std::int64_t samples, std::int64_t bad_class,
+                         float bad) {
+  auto logits = test::as_elements<T>(test::normal_values(samples * classes, 3));
+  logits[samples / 2 * classes + bad_class] = bad;
+  const auto got =
+      margins_of(logits, classes, std::vector<MarginOf<T>>(classes * classes, -kInfinity));
+  for (std::int64_t k = 0; k < classes; ++k)
+    for (std::int64_t j = 0; j < classes; ++j)
+      ASSERT_EQ(std::isnan(got[k * classes + j]), k == bad_class || j == bad_class)
+          << "[" << k << ", " << j << "] of " << classes << " classes, " << samples << " samples";
+}
+
+TEST(CudaMargins, ANaNLogitSpoilsItsRowAndColumn) {
+  for (float bad : {kNaN, -kNaN})
+    for (std::int64_t samples : {5, 600}) {
+      expect_nan_in_cross<float>(7, samples, 3, bad);
+      expect_nan_in_cross<double>(7, samples, 6, bad);
+      expect_nan_in_cross<float>(40, samples, 0, bad);
+    }
+}
+
+TEST(CudaMargins, NaNsOfEarlierBatchesStay) {
+  for (float bad : {kNaN, -kNaN})
+    for (std::int64_t samples : {5, 600}) {
+      std::vector<float> initial(9, -kInfinity);
+      initial[5] = bad;
+      const auto logits = test::as_elements<float>(test::normal_values(samples * 3, 4));
+      const auto got = margins_of(logits, 3, initial);
+      for (std::size_t i = 0; i < got.size(); ++i) EXPECT_EQ(std::isnan(got[i]), i == 5) << i;
+    }
+}
+
+TEST(CudaMargins, NothingHappensWithoutSamplesOrClasses) {
+  std::vector<float> margins(9, 5.0f);
+  EXPECT_EQ(
+      tacext_cuda_pairwise_margin_max(nullptr, TACEXT_CUDA_FLOAT32, 0, 3, margins.data(), nullptr),
+      0);
+  EXPECT_EQ(
+      tacext_cuda_pairwise_margin_max(nullptr, TACEXT_CUDA_FLOAT32, 4, 0, margins.data(), nullptr),
+      0);
+  EXPECT_EQ(margins, std::vector<float>(9, 5.0f));
+}
+
+TEST(CudaScores, NoPositionsScoreZero) {
+  Values scores(3, 7.0);
+  EXPECT_EQ(tacext_cuda_neuron_scores_workspace(4, 3, 0), 0);
+  EXPECT_EQ(tacext_cuda_neuron_scores(nullptr, nullptr, TACEXT_CUDA_FLOAT32, 4, 3, 0, scores.data(),
+                                      nullptr, nullptr),
+            0);
+  EXPECT_EQ(scores, Values(3, 0.0));
+}
+
+TEST(CudaFinite, FindsTheFirstBadValue) {
+  Values values = test::normal_values(5000, 5);
+  const auto first = [&] {
+    std::int64_t found = 77;
+    EXPECT_EQ(tacext_cuda_first_non_finite(values.data(), static_cast<std::int64_t>(values.size()),
+                                           &found, nullptr),
+              0);
+    return found;
+  };
+  EXPECT_EQ(first(), -1);
+  values[4999] = kNaN;
+  EXPECT_EQ(first(), 4999);
+  values[1234] = -kInfinity;
+  values[1300] = kInfinity;
+  EXPECT_EQ(first(), 1234);
+}
+
+TestSolution solve_on_device(const TestHead& head, const double* scale = nullptr,
+                             const std::vector<std::int64_t>* targets = nullptr) {
+  const std::int64_t count = targets ? static_cast<std::int64_t>(targets->size()) : head.classes;
+  TestSolution solution(count, head.classes, head.latents);
+  const PerturbationResult to = solution.pointers();
+  const tacext_cuda_perturbation_problem problem{head.weight.data(),
+                                                 head.margins.data(),
+                                                 scale,
+                                                 targets ? targets->data() : nullptr,
+                                                 count,
+                                                 head.classes,
+                                                 head.latents,
+                                                 1e-9,
+                                                 10000};
+  const tacext_cuda_perturbation_result result{to.perturbation,    to.norm,          to.multipliers,
+                                               to.status,          to.iterations,    to.active,
+                                               to.primal_residual, to.dual_residual, to.gap};
+  const std::int64_t bytes =
+      tacext_cuda_minimal_perturbation_workspace(count, head.classes, head.latents);
+  Values workspace(bytes / sizeof(double), std::numeric_limits<double>::quiet_NaN());
+  EXPECT_EQ(tacext_cuda_minimal_perturbation(&problem, &result, workspace.data(), nullptr), 0);
+  return solution;
+}
+
+void expect_same_answers(const TestSolution& device, const TestSolution& core) {
+  for (std::int64_t i = 0; i < core.count; ++i) {
+    SCOPED_TRACE(i);
+    if (core.is(i, Status::kUnreachable)) {
+      EXPECT_TRUE(device.is(i, Status::kIterationLimit)) << "unreachable is for the CPU to prove";
+      continue;
+    }
+    ASSERT_TRUE(device.is(i, Status::kOptimal));
+    EXPECT_NEAR(device.norm[i], core.norm[i], 1e-10 * core.norm[i]);
+    for (std::int64_t d = 0; d < core.latents; ++d)
+      EXPECT_NEAR(device.s(i)[d], core.s(i)[d], 1e-8 * (1 + core.norm[i]));
+    for (std::int64_t j = 0; j < core.classes; ++j)
+      EXPECT_EQ(device.l(i)[j] > 0, core.l(i)[j] > 0) << "active set, " << j;
+    EXPECT_LE(std::max({device.primal[i], device.dual[i], device.gap[i]}), 1e-9);
+  }
+}
+
+TEST(CudaPerturbation, EqualsTheCoreOnVariousHeads) {
+  for (const test::NamedHead& named : test::various_heads()) {
+    SCOPED_TRACE(named.name);
+    std::vector<std::int64_t> targets{1, 0};  // a few classes, for the time it takes
+    if (named.head.classes > 6) targets.insert(targets.end(), {6, 2});
+    const TestSolution core = test::solve(named.head, {1e-9, 0, false}, nullptr, &targets);
+    in_both_orders<Values>([&] {
+      const TestSolution device = solve_on_device(named.head, nullptr, &targets);
+      expect_same_answers(device, core);
+      return device.multipliers;
+    });
+  }
+}
+
+TEST(CudaPerturbation, EqualsTheCoreWhereConstraintsLeave) {
+  const TestHead head = test::random_head(60, 30, 150, 50);
+  std::vector<std::int64_t> targets{59, 7, 7, 0, 31, 12, 45};
+  const TestSolution core = test::solve(head, {1e-9, 0, false}, nullptr, &targets);
+  const TestSolution device = solve_on_device(head, nullptr, &targets);
+  expect_same_answers(device, core);
+  EXPECT_EQ(std::memcmp(device.s(1), device.s(2), 30 * sizeof(double)), 0);
+  std::int64_t steps = 0, active = 0;
+  for (std::size_t i = 0; i < targets.size(); ++i) {
+    steps += device.iterations[i];
+    active += device.active[i];
+  }
+  EXPECT_GT(steps, active) << "a head on which no constraint ever leaves tests no removal";
+}
+
+// Constraints that depend on the active ones: one of those leaves without a step.
+TEST(CudaPerturbation, EqualsTheCoreInFewLatents) {
+  for (unsigned seed = 60; seed < 62; ++seed) {
+    SCOPED_TRACE(seed);
+    const TestHead head = test::random_head(9, 3, 30, seed);
+    const TestSolution core = test::solve(head, {1e-9, 0, false});
+    in_both_orders<Values>([&] {
+      const TestSolution device = solve_on_device(head);
+      expect_same_answers(device, core);
+      return device.multipliers;
+    });
+  }
+}
+
+TEST(CudaPerturbation, EqualsTheCoreOnSeveralTilesOfTheGramMatrix) {
+  const TestHead head = test::random_head(150, 20, 100, 53);
+  const std::vector<std::int64_t> targets{0, 140};
+  expect_same_answers(solve_on_device(head, nullptr, &targets),
+                      test::solve(head, {1e-9, 0, false}, nullptr, &targets));
+}
+
+TEST(CudaPerturbation, ScaleIsAMetric) {
+  const TestHead head = test::random_head(11, 70, 40, 51);
+  Values scale = test::normal_values(70, 52);
+  for (double& value : scale) value = 0.1 + std::fabs(value);
+  const std::vector<std::int64_t> targets{10, 0, 4};
+  expect_same_answers(solve_on_device(head, scale.data(), &targets),
+                      test::solve(head, {1e-9, 0, false}, scale.data(), &targets));
+}
+
+}  // namespace
+}  // namespace tacext

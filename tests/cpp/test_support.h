@@ -1,0 +1,208 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#include "tacext/half.h"
+#include "tacext/minimal_perturbation.h"
+#include "tacext/parallel.h"
+
+// Inputs and plain references that several tests share.
+namespace tacext::test {
+
+using Values = std::vector<double>;
+
+inline Values normal_values(std::int64_t count, unsigned seed, double deviation = 1.0) {
+  std::mt19937 engine(seed);
+  std::normal_distribution<double> normal(0.0, deviation);
+  Values values(static_cast<std::size_t>(count));
+  for (double& value : values) value = normal(engine);
+  return values;
+}
+
+/// Values of an element type. For the 16-bit types the value is cut, not rounded: references
+/// convert back with to_float, so that any value will do.
+template <class T>
+std::vector<T> as_elements(const Values& values) {
+  std::vector<T> elements;
+  for (double value : values) {
+    const float single = static_cast<float>(value);
+    std::uint32_t bits;
+    std::memcpy(&bits, &single, sizeof bits);
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      elements.push_back({static_cast<std::uint16_t>(bits >> 16)});
+    } else if constexpr (std::is_same_v<T, Half>) {  // for 2^-14 <= |value| < 2^16, else zero
+      const int exponent = static_cast<int>(bits >> 23 & 0xff) - 112;
+      const std::uint32_t magnitude =
+          exponent > 0 && exponent < 31
+              ? static_cast<std::uint32_t>(exponent) << 10 | (bits >> 13 & 0x3ff)
+              : 0;
+      elements.push_back({static_cast<std::uint16_t>((bits >> 16 & 0x8000) | magnitude)});
+    } else {
+      elements.push_back(static_cast<T>(value));
+    }
+  }
+  return elements;
+}
+
+/// A ParallelFor on threads of its own that cuts ranges oddly, whatever the grain.
+inline void odd_threads(std::int64_t count, std::int64_t /*grain*/, const RangeBody& body) {
+  std::vector<std::thread> threads;
+  std::int64_t length = 1;
+  for (std::int64_t begin = 0; begin < count; begin += length, length = length % 7 + 2) {
+    const std::int64_t end = std::min(count, begin + length);
+    threads.emplace_back([&body, begin, end] { body(begin, end); });
+    if (threads.size() == 3) {
+      for (std::thread& thread : threads) thread.join();
+      threads.clear();
+    }
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+/// W and M of a head; margins are those of `samples` random latents.
+struct TestHead {
+  std::int64_t classes, latents;
+  Values weight, margins;
+
+  double margin(std::int64_t k, std::int64_t j) const { return margins[k * classes + j]; }
+  /// a_j[d] = w_k[d] - w_j[d]
+  double constraint(std::int64_t k, std::int64_t j, std::int64_t d) const {
+    return weight[k * latents + d] - weight[j * latents + d];
+  }
+};
+
+/// M of weight and random latents and biases: what pairwise_margin_max gives, in plain loops.
+inline Values random_margins(const Values& weight, std::int64_t classes, std::int64_t latents,
+                             std::int64_t samples, unsigned seed) {
+  const Values latent = normal_values(samples * latents, seed);
+  const Values bias = normal_values(classes, seed + 1, 0.1);
+  Values margins(static_cast<std::size_t>(classes * classes), -HUGE_VAL);
+  for (std::int64_t i = 0; i < samples; ++i) {
+    Values logits = bias;
+    for (std::int64_t k = 0; k < classes; ++k)
+      for (std::int64_t d = 0; d < latents; ++d)
+        logits[k] += weight[k * latents + d] * latent[i * latents + d];
+    for (std::int64_t k = 0; k < classes; ++k)
+      for (std::int64_t j = 0; j < classes; ++j)
+        margins[k * classes + j] = std::max(margins[k * classes + j], logits[j] - logits[k]);
+  }
+  return margins;
+}
+
+inline TestHead random_head(std::int64_t classes, std::int64_t latents, std::int64_t samples,
+                            unsigned seed) {
+  TestHead head{classes, latents, normal_values(classes * latents, seed), {}};
+  head.margins = random_margins(head.weight, classes, latents, samples, seed + 100);
+  return head;
+}
+
+/// A result and the memory behind it.
+struct TestSolution {
+  std::int64_t count, classes, latents;
+  Values perturbation, norm, multipliers, primal, dual, gap;
+  std::vector<std::int32_t> status;
+  std::vector<std::int64_t> iterations, active;
+
+  TestSolution(std::int64_t count_, std::int64_t classes_, std::int64_t latents_)
+      : count(count_),
+        classes(classes_),
+        latents(latents_),
+        perturbation(static_cast<std::size_t>(count * latents)),
+        norm(static_cast<std::size_t>(count)),
+        multipliers(static_cast<std::size_t>(count * classes)),
+        primal(norm),
+        dual(norm),
+        gap(norm),
+        status(norm.size()),
+        iterations(norm.size()),
+        active(norm.size()) {}
+
+  PerturbationResult pointers() {
+    return {perturbation.data(), norm.data(),       multipliers.data(),
+            status.data(),       iterations.data(), active.data(),
+            primal.data(),       dual.data(),       gap.data()};
+  }
+  const double* s(std::int64_t row) const { return perturbation.data() + row * latents; }
+  const double* l(std::int64_t row) const { return multipliers.data() + row * classes; }
+  bool is(std::int64_t row, Status wanted) const {
+    return status[row] == static_cast<std::int32_t>(wanted);
+  }
+};
+
+inline TestSolution solve(const TestHead& head, const SolverSettings& settings = {},
+                          const double* scale = nullptr,
+                          const std::vector<std::int64_t>* targets = nullptr,
+                          const ParallelFor& parallel_for = serial_for) {
+  const std::int64_t count = targets ? static_cast<std::int64_t>(targets->size()) : head.classes;
+  TestSolution solution(count, head.classes, head.latents);
+  minimal_perturbation({head.weight.data(), head.margins.data(), scale,
+                        targets ? targets->data() : nullptr, count, head.classes, head.latents},
+                       settings, solution.pointers(), parallel_for);
+  return solution;
+}
+
+/// The heads on which every version of the solver is tried.
+struct NamedHead {
+  const char* name;
+  TestHead head;
+};
+
+inline std::vector<NamedHead> various_heads() {
+  std::vector<NamedHead> heads;
+  heads.push_back({"random", random_head(12, 20, 40, 1)});
+  heads.push_back({"more classes than latents", random_head(40, 8, 60, 2)});
+  heads.push_back({"two classes", random_head(2, 5, 10, 3)});
+
+  TestHead centred = random_head(10, 16, 30, 4);  // rows that sum to zero
+  for (std::int64_t d = 0; d < 16; ++d) {
+    double mean = 0;
+    for (std::int64_t j = 0; j < 10; ++j) mean += centred.weight[j * 16 + d] / 10;
+    for (std::int64_t j = 0; j < 10; ++j) centred.weight[j * 16 + d] -= mean;
+  }
+  centred.margins = random_margins(centred.weight, 10, 16, 30, 5);
+  heads.push_back({"centred", centred});
+
+  TestHead common = centred;  // a common component that dwarfs the differences
+  for (double& w : common.weight) w += 1e8;
+  heads.push_back({"common component", common});
+
+  TestHead deficient{15, 24, Values(15 * 24, 0.0), {}};  // rank 4
+  const Values left = normal_values(15 * 4, 6), right = normal_values(4 * 24, 7);
+  for (std::int64_t j = 0; j < 15; ++j)
+    for (std::int64_t d = 0; d < 24; ++d)
+      for (std::int64_t r = 0; r < 4; ++r)
+        deficient.weight[j * 24 + d] += left[j * 4 + r] * right[r * 24 + d];
+  deficient.margins = random_margins(deficient.weight, 15, 24, 30, 8);
+  heads.push_back({"rank-deficient", deficient});
+
+  TestHead twins = random_head(9, 14, 30, 9);  // two equal rows: neither can beat the other
+  std::copy_n(twins.weight.begin() + 2 * 14, 14, twins.weight.begin() + 6 * 14);
+  twins.margins = random_margins(twins.weight, 9, 14, 30, 10);
+  heads.push_back({"duplicated row", twins});
+
+  TestHead close = random_head(8, 14, 30, 13);  // rows so close that K hardly tells them apart
+  const Values apart = normal_values(2 * 14, 14, 1e-4);
+  for (std::int64_t d = 0; d < 14; ++d) {
+    close.weight[3 * 14 + d] = close.weight[2 * 14 + d] + apart[d];
+    close.weight[6 * 14 + d] = close.weight[2 * 14 + d] + apart[14 + d];
+  }
+  close.margins = random_margins(close.weight, 8, 14, 30, 15);
+  heads.push_back({"nearly equal rows", close});
+
+  TestHead scaled = random_head(14, 18, 40, 11);  // rows of very different length
+  for (std::int64_t j = 0; j < 14; ++j)
+    for (std::int64_t d = 0; d < 18; ++d)
+      scaled.weight[j * 18 + d] *= std::pow(10.0, static_cast<double>(j % 5) - 2);
+  scaled.margins = random_margins(scaled.weight, 14, 18, 40, 12);
+  heads.push_back({"badly scaled", scaled});
+  return heads;
+}
+
+}  // namespace tacext::test
