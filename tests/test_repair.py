@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from digits import digit_case
 from tacext import FinetuneSettings, InputError, demo, evaluate, repair, scan
 
-SETTINGS = FinetuneSettings(batch_size=32)
+SETTINGS = FinetuneSettings(epochs=6, learning_rate=0.01, batch_size=32)
 
 
 def test_removes_the_backdoor_where_plain_fine_tuning_does_not() -> None:
@@ -24,7 +25,7 @@ def test_removes_the_backdoor_where_plain_fine_tuning_does_not() -> None:
         case.backdoored,
         case.data.defender,
         targets=[demo.TARGET],
-        settings=FinetuneSettings(batch_size=32, beta=0),
+        settings=dataclasses.replace(SETTINGS, beta=0.0),
     )
     arguments = case.data.test, demo.white_corner, demo.TARGET
     after = evaluate(repaired.model, *arguments, baseline=before)

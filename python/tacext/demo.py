@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -171,9 +171,10 @@ def _run(folder: Path, seed: int) -> DemoResult:
     # The defender repairs what the scan names. Were it to name nothing, the demo would still show
     # the repair, and its table the scan's verdict.
     suspects = report.suspects or (TARGET,)
-    settings = FinetuneSettings(batch_size=32, seed=seed)
+    # Gentle: at the default rate plain fine-tuning, too, would wash out this small net's backdoor.
+    settings = FinetuneSettings(epochs=6, learning_rate=0.01, batch_size=32, seed=seed)
     result = repair(model, data.defender, report, suspects, settings=settings)
-    plain = FinetuneSettings(batch_size=32, seed=seed, beta=0)
+    plain = replace(settings, beta=0.0)
     fine_tuned = repair(model, data.defender, report, suspects, settings=plain)
     save_weights(result.model, repaired_file)
     return DemoResult(

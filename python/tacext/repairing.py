@@ -42,8 +42,8 @@ class FinetuneSettings:
         seed: of the split, the order of the samples and dropout.
     """
 
-    epochs: int = 6
-    learning_rate: float = 0.01
+    epochs: int = 10
+    learning_rate: float = 0.05
     beta: float = 1.0
     batch_size: int = 128
     weight_decay: float = 5e-4

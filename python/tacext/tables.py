@@ -29,13 +29,13 @@ def scan_table(report: ScanReport, class_names: Sequence[str] | None = None) -> 
         verdict.append(f"   suspects: {', '.join(map(str, report.suspects))}")
     verdict.append(f"   p = {report.p_value:.2g}")
     facts = (
-        f"{report.samples} samples, accuracy {report.accuracy:.3f}; head {report.head or '(model)'} "
-        f"with {report.num_classes} classes and {report.latent_dim} latents; "
-        f"certificate {report.certificate:.0e}"
+        f"{report.samples} samples, accuracy {report.accuracy:.3f}; "
+        f"layer {report.head or '(the model)'}: {report.num_classes} classes, "
+        f"{report.latent_dim} latents"
     )
     seconds = report.timings
     cost = (
-        f"{seconds.forward:.2f} s in the model, "
+        f"largest KKT residual {report.certificate:.0e}; {seconds.forward:.2f} s in the model, "
         f"{seconds.margins + seconds.solve + seconds.test:.3f} s in the analysis"
     )
     table = Table(title=None, box=None, pad_edge=False, header_style="bold")

@@ -47,6 +47,8 @@ def demo_command(output: str, seed: int) -> None:
     console.print(
         f"\nthe same network trained without poison: {clean.verdict}, p = {clean.p_value:.2g}\n"
     )
+    if not result.report.suspects:
+        console.print("the scan named no class, so the known target is repaired\n")
     targets = ", ".join(map(str, result.repair.targets))
     console.print(f"[bold]Repair of class {targets}, measured on test images[/bold]")
     console.print(
