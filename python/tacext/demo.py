@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .errors import TacextError
+from .errors import DependencyError
 from .evaluation import Evaluation, evaluate
 from .plots import plot_norms
 from .progress import progress_bar
@@ -78,14 +78,17 @@ def load_digits(seed: int = 0) -> DemoData:
     """Splits scikit-learn's digits at random.
 
     Raises:
-        TacextError: scikit-learn is not installed.
+        DependencyError: scikit-learn is not installed.
     """
     try:
         from sklearn import datasets
     except ImportError as error:
-        raise TacextError(
-            "demo: data: expected scikit-learn to be installed, got none; "
-            "run pip install 'tacext[demo]'"
+        raise DependencyError.of(
+            "demo",
+            "data",
+            expected="scikit-learn to be installed",
+            got="none",
+            way_out="run pip install 'tacext[demo]'",
         ) from error
     digits = datasets.load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
@@ -148,7 +151,7 @@ def run_demo(folder: Path, *, seed: int = 0) -> DemoResult:
     made if it does not exist.
 
     Raises:
-        TacextError: scikit-learn or matplotlib is not installed.
+        DependencyError: scikit-learn or matplotlib is not installed.
         FileError: the folder cannot be written.
     """
     with one_thread():

@@ -25,6 +25,9 @@ DETECTABLE_RATIO_FOR_CLEAN = 0.75
 # A p-value above alpha but below this many times alpha is no reason to call a model clean.
 DOUBT_FACTOR = 10.0
 
+# Grubbs' test needs a spread of the others: two of them have none worth the name.
+FEWEST_CLASSES = 4
+
 _FloatArray = npt.NDArray[np.float64]
 
 
@@ -89,7 +92,7 @@ def _low_outlier_p_values(log_norm: _FloatArray) -> _FloatArray:
 def _detectable_ratio(log_norm: _FloatArray, alpha: float) -> float:
     """The ratio to the usual norm at which a low outlier reaches alpha, given this scatter."""
     count = len(log_norm)
-    if count < 4:
+    if count < FEWEST_CLASSES:
         return 0.0
     deviation = np.std(np.delete(log_norm, log_norm.argmin()), ddof=1)
     critical = stats.t.isf(alpha / count, count - 2) * deviation * math.sqrt(1 + 1 / (count - 1))
@@ -111,33 +114,22 @@ def judge_norms(norm: _FloatArray, alpha: float = 0.01) -> NormTest:
     usable = np.flatnonzero(np.isfinite(norm) & (norm > 0))
     index = anomaly_index(norm)
     stuck = np.flatnonzero(norm == 0)
+    nothing_to_compare = None
     if len(stuck):
-        return NormTest(
-            "inconclusive",
-            (),
-            1.0,
-            class_p_values,
-            index,
-            0.0,
-            f"every sample is already predicted as class {stuck[0]}, so the norms cannot be "
-            "compared",
+        nothing_to_compare = f"every sample is already predicted as class {stuck[0]}, so the norms cannot be compared"
+    elif len(usable) < FEWEST_CLASSES:
+        nothing_to_compare = (
+            f"{len(usable)} classes have a norm; with fewer than {FEWEST_CLASSES} there is nothing "
+            "to compare with"
         )
-    if len(usable) < 4:
-        return NormTest(
-            "inconclusive",
-            (),
-            1.0,
-            class_p_values,
-            index,
-            0.0,
-            f"{len(usable)} classes have a norm; with fewer than 4 there is nothing to compare with",
-        )
+    if nothing_to_compare is not None:
+        return NormTest("inconclusive", (), 1.0, class_p_values, index, 0.0, nothing_to_compare)
 
     log_norm = np.log(norm)
     class_p_values[usable] = _low_outlier_p_values(log_norm[usable])
     suspects: list[int] = []
     left = usable
-    while len(left) >= 4:
+    while len(left) >= FEWEST_CLASSES:
         p_values = _low_outlier_p_values(log_norm[left])
         lowest = int(log_norm[left].argmin())
         if p_values[lowest] >= alpha:

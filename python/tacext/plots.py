@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .errors import TacextError
+from .errors import DependencyError
 from .files import StrPath, write_bytes_atomically
 from .scanning import ScanReport
 
@@ -25,16 +25,19 @@ def plot_norms(
     """Writes a PNG with the norm of every class, suspects in red; unreachable classes are left out.
 
     Raises:
-        TacextError: matplotlib is not installed.
+        DependencyError: matplotlib is not installed.
         FileError: the file cannot be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise TacextError(
-            f"{operation}: plot: expected matplotlib to be installed, got none; "
-            "run pip install 'tacext[plot]'"
+        raise DependencyError.of(
+            operation,
+            "plot",
+            expected="matplotlib to be installed",
+            got="none",
+            way_out="run pip install 'tacext[plot]'",
         ) from error
 
     norm = report.norm.cpu().numpy()

@@ -11,7 +11,7 @@ from ..report import evaluation_to_dict, write_json
 from ..tables import evaluation_table
 from ..user_code import load_trigger
 from .exit_codes import EXIT_CODE_HELP
-from .inputs import ModelSource, describe_source, load_data, model_and_data
+from .inputs import BATCH_SIZE, ModelAndData, model_and_data
 
 
 @click.command("evaluate", epilog=EXIT_CODE_HELP)
@@ -27,37 +27,33 @@ from .inputs import ModelSource, describe_source, load_data, model_and_data
     "--baseline", type=click.Path(), help="Weights before repair; the DER is measured against it."
 )
 def evaluate_command(
-    weights: str,
-    arch: str,
-    data_path: str,
-    split: str | None,
-    samples: int | None,
-    seed: int,
-    mean: list[float] | None,
-    std: list[float] | None,
-    size: tuple[int, int] | None,
-    head: str | None,
-    batch_size: int,
-    json_path: str | None,
+    given: ModelAndData,
     trigger: str,
     target: int,
     baseline: str | None,
 ) -> None:
     """Measure the model in WEIGHTS on clean images and on the same images with a known trigger."""
-    source = ModelSource(arch, mean, std, head)
-    if json_path is not None:
-        check_writable(json_path, operation="evaluate", argument="json")
+    if given.json_path is not None:
+        check_writable(given.json_path, operation="evaluate", argument="json")
     stamp = load_trigger(trigger)
-    model = source.load(weights)
-    images = load_data(data_path, split, samples, seed, size)
+    model = given.load_model()
+    images = given.load_images()
     rows: list[tuple[str, Evaluation]] = []
     before = None
     if baseline is not None:
-        before = evaluate(source.load(baseline), images, stamp, target, batch_size=batch_size)
+        before = evaluate(
+            given.load_model(baseline),
+            images,
+            stamp,
+            target,
+            batch_size=given.batch_size or BATCH_SIZE,
+        )
         rows.append(("baseline", before))
-    after = evaluate(model, images, stamp, target, baseline=before, batch_size=batch_size)
+    after = evaluate(
+        model, images, stamp, target, baseline=before, batch_size=given.batch_size or BATCH_SIZE
+    )
     rows.append(("model", after))
-    if json_path is not None:
-        content = evaluation_to_dict(after, describe_source(weights, data_path, split, seed))
-        write_json(json_path, content, operation="evaluate")
+    if given.json_path is not None:
+        content = evaluation_to_dict(after, given.source)
+        write_json(given.json_path, content, operation="evaluate")
     Console().print(evaluation_table(rows))

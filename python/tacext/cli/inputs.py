@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from torch import nn
@@ -18,7 +19,7 @@ from ..normalisation import Normalized
 from ..report import Json
 from ..weights import load_model
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+BATCH_SIZE = 256
 
 
 def _floats(
@@ -71,80 +72,97 @@ _OPTIONS = (
     click.option("--std", callback=_floats, help="Standard deviation likewise."),
     click.option("--size", callback=_size, metavar="HxW", help="Resize images of a folder."),
     click.option("--head", help="Name of the last linear layer, if it is not found by itself."),
-    click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        help="Images in a pass.  [default: 256; in training 128]",
+    ),
     click.option("--json", "json_path", type=click.Path(), help="Write the result as JSON."),
 )
 
 
-def model_and_data(command: Command) -> Command:
-    """Adds the argument WEIGHTS and the options that name a model and its images."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
-
-
 @dataclass(frozen=True)
-class ModelSource:
-    """How to build a model: the code, the normalisation, the name of its head."""
+class ModelAndData:
+    """A model and its images as the command line names them; nothing is read yet."""
 
+    weights: str
     arch: str
+    data_path: str
+    split: str | None
+    samples: int | None
+    seed: int
     mean: list[float] | None
     std: list[float] | None
+    size: tuple[int, int] | None
     head: str | None
+    batch_size: int | None
+    json_path: str | None
 
     def __post_init__(self) -> None:
         if (self.mean is None) != (self.std is None):
             raise click.UsageError("--mean and --std go together: give both or neither")
 
-    def load(self, weights: str) -> nn.Module:
-        """The model, in evaluation mode, taking images in [0, 1]."""
-        model = load_model(weights, self.arch)
+    def load_model(self, weights: str | None = None) -> nn.Module:
+        """The model (with other weights, if given), taking images in [0, 1]."""
+        model = load_model(self.weights if weights is None else weights, self.arch)
         if self.mean is None or self.std is None:
             return model
         return Normalized(model, self.mean, self.std).eval()
 
+    def load_images(self) -> ImageSet:
+        """The images, or a random choice of them."""
+        images = load_images(self.data_path, split=self.split, size=self.size)
+        if self.samples is None:
+            return images
+        if self.samples > len(images):
+            raise InputError.of(
+                "load_images",
+                "samples",
+                expected=f"at most the {len(images)} images in {self.data_path}",
+                got=str(self.samples),
+                way_out="ask for fewer, or leave --samples out for all",
+            )
+        return images.sample(self.samples, self.seed)
+
     @property
     def head_in_model(self) -> str | None:
-        """The head's name as the loaded model has it."""
+        """The head's name as the loaded model has it, behind its normalisation."""
         if self.head is None or self.mean is None:
             return self.head
         return f"model.{self.head}"
 
-    def inner(self, model: nn.Module) -> nn.Module:
-        """The user's own model inside a loaded one: what weights are saved from."""
-        return model.model if isinstance(model, Normalized) else model
+    @property
+    def source(self) -> Json:
+        """Where a result came from, for its JSON; the digest pins the very file that was read."""
+        digest = hashlib.sha256()
+        with Path(self.weights).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return {
+            "weights": self.weights,
+            "weights_sha256": digest.hexdigest(),
+            "data": self.data_path,
+            "split": self.split,
+            "seed": self.seed,
+        }
 
 
-def load_data(
-    path: str, split: str | None, samples: int | None, seed: int, size: tuple[int, int] | None
-) -> ImageSet:
-    """The images, or a random choice of them."""
-    images = load_images(path, split=split, size=size)
-    if samples is None:
-        return images
-    if samples > len(images):
-        raise InputError.of(
-            "load_images",
-            "samples",
-            expected=f"at most the {len(images)} images in {path}",
-            got=str(samples),
-            way_out="ask for fewer, or leave --samples out for all",
+def inner(model: nn.Module) -> nn.Module:
+    """The user's own model inside a loaded one."""
+    return model.model if isinstance(model, Normalized) else model
+
+
+def model_and_data(command: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Adds WEIGHTS and the options that name a model and images; they arrive as one `given`."""
+
+    @functools.wraps(command)
+    def collected(**options: Any) -> int | None:
+        given = ModelAndData(
+            **{field.name: options.pop(field.name) for field in fields(ModelAndData)}
         )
-    return images.sample(samples, seed)
+        return command(given, **options)
 
-
-def describe_source(weights: str, data_path: str, split: str | None, seed: int) -> Json:
-    """Where a result came from, for its JSON; the digest pins the very file that was read."""
-    with Path(weights).open("rb") as file:
-        digest = (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )
-    return {
-        "weights": str(weights),
-        "weights_sha256": digest,
-        "data": str(data_path),
-        "split": split,
-        "seed": seed,
-    }
+    wrapped: Callable[..., int | None] = collected
+    for option in reversed(_OPTIONS):
+        wrapped = option(wrapped)
+    return wrapped

@@ -13,7 +13,7 @@ from ..report import repair_to_dict, write_json
 from ..tables import repair_table
 from ..weights import save_weights
 from .exit_codes import EXIT_CODE_HELP
-from .inputs import ModelSource, describe_source, load_data, model_and_data
+from .inputs import ModelAndData, inner, model_and_data
 
 _DEFAULTS = {field.name: field.default for field in fields(FinetuneSettings)}
 
@@ -57,18 +57,7 @@ _DEFAULTS = {field.name: field.default for field in fields(FinetuneSettings)}
     help="Share of the images kept to measure accuracy with.",
 )
 def repair_command(
-    weights: str,
-    arch: str,
-    data_path: str,
-    split: str | None,
-    samples: int | None,
-    seed: int,
-    mean: list[float] | None,
-    std: list[float] | None,
-    size: tuple[int, int] | None,
-    head: str | None,
-    batch_size: int,
-    json_path: str | None,
+    given: ModelAndData,
     output: str,
     targets: tuple[int, ...],
     epochs: int,
@@ -81,30 +70,29 @@ def repair_command(
     Without --target the model is scanned first and its suspects are repaired. The file in WEIGHTS
     is left as it is.
     """
-    source = ModelSource(arch, mean, std, head)
     check_writable(output, operation="repair", argument="output")
-    if json_path is not None:
-        check_writable(json_path, operation="repair", argument="json")
-    model = source.load(weights)
-    images = load_data(data_path, split, samples, seed, size)
+    if given.json_path is not None:
+        check_writable(given.json_path, operation="repair", argument="json")
+    model = given.load_model()
+    images = given.load_images()
     result = repair(
         model,
         images,
         targets=targets or None,
-        head=source.head_in_model,
+        head=given.head_in_model,
         settings=FinetuneSettings(
             epochs=epochs,
             learning_rate=learning_rate,
             beta=beta,
-            batch_size=min(batch_size, FinetuneSettings.batch_size),
+            batch_size=given.batch_size or FinetuneSettings.batch_size,
             holdout=holdout,
-            seed=seed,
+            seed=given.seed,
         ),
     )
-    save_weights(source.inner(result.model), output)
-    if json_path is not None:
-        content = repair_to_dict(result, describe_source(weights, data_path, split, seed))
-        write_json(json_path, content, operation="repair")
+    save_weights(inner(result.model), output)
+    if given.json_path is not None:
+        content = repair_to_dict(result, given.source)
+        write_json(given.json_path, content, operation="repair")
     console = Console()
     console.print(repair_table(result))
     console.print(f"written: {output}", highlight=False, soft_wrap=True)

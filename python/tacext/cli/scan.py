@@ -14,7 +14,7 @@ from ..report import scan_to_dict, write_json
 from ..scanning import scan
 from ..tables import scan_table
 from .exit_codes import EXIT_CODE_HELP, OF_VERDICT
-from .inputs import ModelSource, describe_source, load_data, model_and_data
+from .inputs import BATCH_SIZE, ModelAndData, model_and_data
 
 
 @click.command("scan", epilog=EXIT_CODE_HELP)
@@ -34,52 +34,38 @@ from .inputs import ModelSource, describe_source, load_data, model_and_data
     help="False-alarm rate of the verdict.",
 )
 @click.option("--plot", type=click.Path(), help="Write a PNG of the norms.")
-@click.pass_context
 def scan_command(
-    context: click.Context,
-    weights: str,
-    arch: str,
-    data_path: str,
-    split: str | None,
-    samples: int | None,
-    seed: int,
-    mean: list[float] | None,
-    std: list[float] | None,
-    size: tuple[int, int] | None,
-    head: str | None,
-    batch_size: int,
-    json_path: str | None,
+    given: ModelAndData,
     metric: str,
     alpha: float,
     plot: str | None,
-) -> None:
+) -> int:
     """Scan the model in WEIGHTS (.safetensors or a .pt state dict) with a few clean images.
 
     Prints a verdict: backdoored, with the suspect classes; clean; or inconclusive.
     """
-    source = ModelSource(arch, mean, std, head)
-    for path, argument in ((json_path, "json"), (plot, "plot")):
+    for path, argument in ((given.json_path, "json"), (plot, "plot")):
         if path is not None:
             check_writable(path, operation="scan", argument=argument)
-    model = source.load(weights)
-    images = load_data(data_path, split, samples, seed, size)
+    model = given.load_model()
+    images = given.load_images()
     report = scan(
         model,
         images,
-        head=source.head_in_model,
+        head=given.head_in_model,
         metric="l2" if metric == "l2" else "standardized",
         alpha=alpha,
-        batch_size=batch_size,
+        batch_size=given.batch_size or BATCH_SIZE,
     )
     if isinstance(model, Normalized):  # the user knows the layer by its name in their own model
         report = replace(report, head=report.head.removeprefix("model."))
     names = images.class_names
     if names is not None and len(names) != report.num_classes:
         names = None
-    if json_path is not None:
-        content = scan_to_dict(report, names, describe_source(weights, data_path, split, seed))
-        write_json(json_path, content, operation="scan")
+    if given.json_path is not None:
+        content = scan_to_dict(report, names, given.source)
+        write_json(given.json_path, content, operation="scan")
     if plot is not None:
         plot_norms(report, plot, class_names=names, operation="scan")
     Console().print(scan_table(report, names))
-    context.exit(OF_VERDICT[report.verdict])
+    return OF_VERDICT[report.verdict]
