@@ -5,6 +5,7 @@ import dataclasses
 import enum
 import importlib.metadata
 import inspect
+import pickle
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 
 import tacext
 from tacext import _core, ops
-from tacext.ops import Status
+from tacext.ops import SolverSettings, Status
 
 STUB = Path(tacext.__file__).with_name("_core.pyi")
 
@@ -110,3 +111,14 @@ def test_the_stub_matches(node: ast.stmt) -> None:
         assert stub_parameters(methods["__init__"]) == native_parameters(native.__init__)
         for name in public:
             assert isinstance(vars(native)[name], property), name
+
+
+def test_solver_settings_compare_hash_and_pickle() -> None:
+    settings = SolverSettings(tolerance=1e-7)
+    assert settings == SolverSettings(tolerance=1e-7)
+    assert settings != SolverSettings()
+    assert settings != 3
+    assert settings is not None
+    assert settings != None
+    assert len({settings, SolverSettings(tolerance=1e-7), SolverSettings()}) == 2
+    assert pickle.loads(pickle.dumps(settings)) == settings

@@ -199,7 +199,7 @@ def bad_files(folder: Path, place: Path) -> dict[str, tuple[list[object], str]]:
     nan_x = x.copy()
     nan_x[5, 0, 1, 1] = np.nan
     nan_images = images("nan_images.npz", nan_x, y)
-    no_samples = images("none.npz", x[:0], y[:0])
+    no_samples = images("empty.npz", x[:0], y[:0])
     one_class = images("one.npz", x[y == 3], y[y == 3])
     bad_labels = images("labels.npz", x, y + 1)
     colour = images("colour.npz", x.repeat(3, 1), y)
@@ -211,8 +211,8 @@ def bad_files(folder: Path, place: Path) -> dict[str, tuple[list[object], str]]:
 
     return {
         "missing weights": (case(place / "none.safetensors", data), "weights: .*none.safetensors"),
-        "truncated safetensors": (case(truncated, data), "weights"),
-        "truncated pt": (case(truncated_pt, data), "weights"),
+        "truncated safetensors": (case(truncated, data), "weights: .*truncated"),
+        "truncated pt": (case(truncated_pt, data), "weights: .*truncated"),
         "wrong architecture": (
             case(weights, data, arch="torch.nn:Identity"),
             "arch: expected torch.nn:Identity to fit the weights",
@@ -220,12 +220,12 @@ def bad_files(folder: Path, place: Path) -> dict[str, tuple[list[object], str]]:
         "no such factory": (case(weights, data, arch="tacext.demo:nothing"), "arch: expected"),
         "NaN in weights": (case(with_nan, data), "0.weight"),
         "NaN in images": (case(weights, nan_images), "NaN or infinity"),
-        "no samples": (case(weights, no_samples), "at least|samples|empty"),
+        "no samples": (case(weights, no_samples), "at least 1 (image|sample)"),
         "one class": (case(weights, one_class), "at least 2 classes"),
         "labels out of range": (case(weights, bad_labels), "labels from 0 to 9.*got 10"),
         "wrong shape": (case(weights, colour), "inputs that the model takes.*channels"),
-        "truncated images": (case(weights, cut), "path|data"),
-        "missing images": (case(weights, place / "none.npz"), "none.npz"),
+        "truncated images": (case(weights, cut), "path: expected an .npz archive"),
+        "missing images": (case(weights, place / "absent.npz"), "path: .*absent.npz"),
         "too many samples": (case(weights, data, "--samples", 401), "at most the 400 images"),
         "unwritable json": (
             case(weights, data, "--json", place / "no" / "folder.json"),
@@ -233,6 +233,14 @@ def bad_files(folder: Path, place: Path) -> dict[str, tuple[list[object], str]]:
         ),
         "unwritable plot": (case(weights, data, "--plot", place), "plot: .*directory"),
         "unknown head": (case(weights, data, "--head", "x"), "head: expected the name"),
+        "json over weights": (
+            case(weights, data, "--json", weights),
+            "json: expected a file of its own, got .*which is WEIGHTS",
+        ),
+        "one file for two": (
+            case(weights, data, "--json", place / "a", "--plot", place / "a"),
+            "plot: expected a file of its own, got .*which is --json",
+        ),
     }  # fmt: skip
 
 
@@ -240,7 +248,7 @@ CASES = (
     "missing weights", "truncated safetensors", "truncated pt", "wrong architecture",
     "no such factory", "NaN in weights", "NaN in images", "no samples", "one class",
     "labels out of range", "wrong shape", "truncated images", "missing images", "too many samples",
-    "unwritable json", "unwritable plot", "unknown head",
+    "unwritable json", "unwritable plot", "unknown head", "json over weights", "one file for two",
 )  # fmt: skip
 
 
@@ -296,6 +304,8 @@ def test_a_pickle_with_code_is_refused_and_nothing_runs(
         ["scan", "w.safetensors", "--arch", "a:b", "--data", "d.npz", "--mean", "zero"],
         ["scan", "w.safetensors", "--arch", "a:b", "--data", "d.npz", "--mean", "0.5"],
         ["scan", "w.safetensors", "--arch", "a:b", "--data", "d.npz", "--size", "axb"],
+        ["scan", "w.safetensors", "--arch", "a:b", "--data", "d.npz", "--size", "²"],
+        ["scan", "w.safetensors", "--arch", "a:b", "--data", "d.npz", "--seed", "-1"],
         ["destroy"],
         ["--nonsense"],
     ],
@@ -356,6 +366,73 @@ def test_ctrl_c_in_a_repair_exits_with_130_and_writes_nothing(folder: Path, tmp_
     assert process.returncode == ExitCode.INTERRUPTED
     assert "interrupted" in rest
     assert list(tmp_path.iterdir()) == []
+
+
+def test_repair_never_replaces_its_input(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = folder / "backdoored.safetensors"
+    before = weights.read_bytes()
+    common = "repair", weights, "--arch", ARCH, "--data", folder / "digits.npz", "--output"
+    assert run(*common, weights) == ExitCode.ERROR
+    assert "which is WEIGHTS" in capsys.readouterr().err
+    assert run(*common, tmp_path / "o.pt") == ExitCode.ERROR
+    assert "ends in .safetensors" in capsys.readouterr().err
+    assert weights.read_bytes() == before
+
+
+def test_a_closed_pipe_keeps_the_verdict(folder: Path) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [
+        sys.executable, "-m", "tacext", "scan", folder / "clean.safetensors", "--arch", ARCH,
+        "--data", folder / "digits.npz",
+    ]  # fmt: skip
+    process = subprocess.run(
+        command, check=False, stdout=write_end, stderr=subprocess.PIPE, timeout=120
+    )
+    os.close(write_end)
+    assert process.returncode == ExitCode.CLEAN, process.stderr
+
+
+def test_an_exit_in_the_users_code_is_no_verdict(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "quits.py").write_text("import sys\ndef stamp(x):\n    sys.exit(0)\n")
+    code = run(
+        "evaluate", folder / "clean.safetensors", "--arch", ARCH, "--data", folder / "digits.npz",
+        "--trigger", f"{tmp_path}/quits.py:stamp", "--target", 0,
+    )  # fmt: skip
+    assert code == ExitCode.ERROR
+    assert "exits (0)" in capsys.readouterr().err
+
+
+def test_names_in_the_data_cannot_steer_the_terminal(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    images, labels = digit_case().data.defender
+    for k in range(10):
+        place = tmp_path / "images" / f"{k} \x1b[2J [red] $x^{{$"
+        place.mkdir(parents=True)
+        for i, image in enumerate(images[labels == k]):
+            array = (image[0] * 255).round().to(torch.uint8).numpy()
+            Image.fromarray(array).save(place / f"{i}.png")
+    code = run(
+        "scan", folder / "clean.safetensors", "--arch", ARCH, "--data", tmp_path / "images",
+        "--plot", tmp_path / "norms.png",
+    )  # fmt: skip
+    text = capsys.readouterr().out
+    assert code == ExitCode.CLEAN
+    assert "\x1b" not in text
+    assert "?[2J [red] $x^{$" in text
+
+    (tmp_path / "images" / "0 \x1b]0;broken").mkdir()
+    assert run(
+        "scan", folder / "clean.safetensors", "--arch", ARCH, "--data", tmp_path / "images"
+    ) == ExitCode.ERROR  # fmt: skip
+    assert "\x1b" not in capsys.readouterr().err
 
 
 def test_a_full_disk_is_an_error_that_says_so(

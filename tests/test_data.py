@@ -658,3 +658,14 @@ def test_materialise_refuses() -> None:
         materialise((X, Y), operation="repair", limit=0)
     with pytest.raises(InputError, match=r"repair: data: expected at least 1 sample, got none"):
         materialise([], operation="repair")
+
+
+def test_an_archive_that_would_fill_the_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "bomb.npz"
+    np.savez_compressed(file, x=np.zeros((4000, 28, 28), np.uint8), y=np.zeros(4000, np.int64))
+    assert len(load_images(file)) == 4000  # small enough to do no harm
+    monkeypatch.setattr("tacext.images.LARGEST_HARMLESS", 2**20)
+    with pytest.raises(FileError, match="would grow to 3 MiB"):
+        load_images(file)

@@ -31,7 +31,7 @@ def test_false_alarms_stay_at_alpha_and_a_planted_class_is_found(count: int) -> 
     rng = np.random.default_rng(count)
     trials = 1000
     alarms = found = 0
-    for _ in range(trials):
+    for _ in range(trials):  # of the law that the test assumes; of others see below
         norm = clean_norms(rng, count)
         alarms += judge_norms(norm, alpha=0.05).verdict == "backdoored"
         norm[3] = 0.5 * 5
@@ -75,7 +75,52 @@ def test_tight_norms_are_clean() -> None:
     test = judge_norms(clean_norms(np.random.default_rng(4), 43, spread=0.02))
     assert test.verdict == "clean"
     assert test.suspects == ()
-    assert test.detectable_ratio > 0.9
+    assert test.detectable_ratio == 0.9
+
+
+@pytest.mark.parametrize("noise", [1e-15, 1e-12, 1e-6, 1e-3])
+def test_rounding_noise_of_a_symmetric_head_is_no_backdoor(noise: float) -> None:
+    norm = 3 * (1 + noise * np.random.default_rng(0).standard_normal(10))
+    norm[4] = 3 * (1 - 20 * noise)
+    test = judge_norms(norm)
+    assert test.verdict == "clean"
+    assert test.suspects == ()
+
+
+def test_a_class_near_the_usual_norm_is_no_suspect_however_tight_the_others() -> None:
+    norm = np.full(30, 5.0)
+    norm[7] = 5.0 * 0.91
+    assert judge_norms(norm).suspects == ()
+    norm[7] = 5.0 * 0.89
+    assert judge_norms(norm).suspects == (7,)
+
+
+@pytest.mark.parametrize("law", ["t3", "gumbel"])
+def test_norms_of_another_law_are_inconclusive_not_backdoored(law: str) -> None:
+    rng = np.random.default_rng(0)
+    alarms = 0
+    for _ in range(200):
+        noise = rng.standard_t(3, 400) if law == "t3" else -rng.gumbel(size=400)
+        alarms += judge_norms(5 * np.exp(0.07 * noise)).verdict == "backdoored"
+    assert alarms <= 2
+
+
+def test_a_large_alpha_still_knows_clean() -> None:
+    norm = clean_norms(np.random.default_rng(4), 43, spread=0.02)
+    assert judge_norms(norm, alpha=0.2).verdict == "clean"
+
+
+def test_classes_that_were_not_solved_do_not_count() -> None:
+    norm = clean_norms(np.random.default_rng(6), 12)
+    a, b = judge_norms(norm), judge_norms(np.append(norm, np.nan))
+    assert a.p_value == b.p_value
+
+
+def test_usual_norm_leaves_the_suspects_out() -> None:
+    norm = np.append(np.full(20, 4.0) * np.exp(0.02 * np.arange(-10, 10)), 1.0)
+    test = judge_norms(norm)
+    assert test.suspects == (20,)
+    assert test.usual_norm == pytest.approx(np.exp(np.log(norm[:20]).mean()))
 
 
 def test_detectable_ratio_is_where_the_verdict_turns() -> None:

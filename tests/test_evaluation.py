@@ -63,6 +63,10 @@ def test_bad_triggers_and_targets_are_refused() -> None:
         evaluate(case.clean, (images, labels), lambda x: x[:, :, :4], 0)
     with pytest.raises(InputError, match="trigger: expected finite values"):
         evaluate(case.clean, (images, labels), lambda x: x * torch.nan, 0)
+    with pytest.raises(InputError, match=r"trigger: .*one that fails \(ZeroDivisionError"):
+        evaluate(case.clean, (images, labels), lambda x: x / (1 // 0), 0)
+    with pytest.raises(InputError, match=r"labels from 0 to 9.*got 12"):
+        evaluate(case.clean, (images, labels + 3), demo.white_corner, 0)
     with pytest.raises(InputError, match="target: expected a class from 0 to 9"):
         evaluate(case.clean, (images, labels), demo.white_corner, 10)
     with pytest.raises(InputError, match="other classes than the target 3"):

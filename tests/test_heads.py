@@ -175,6 +175,37 @@ def test_nan_in_the_weights_is_named() -> None:
         find_head(model, images())
 
 
+@pytest.mark.parametrize("error", [ValueError(), AssertionError("Wrong image size"), KeyError("x")])
+def test_any_error_of_the_model_is_explained(error: Exception) -> None:
+    class Fails(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise error
+
+    with pytest.raises(InputError, match=f"which it rejects .{type(error).__name__}"):
+        find_head(Fails(), images())
+
+
+def test_a_shared_layer_can_be_named_by_either_name() -> None:
+    model = Wrapped(nn.Sigmoid())
+    model.other = model.linear
+    assert find_head(model, images(), "other").num_classes == 5
+
+
+def test_a_token_layer_is_no_head() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Linear(64, 6)
+            self.out = nn.Linear(6, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.p(x.flatten(2)).mean(1))
+
+    with pytest.raises(HeadNotFoundError, match="head"):
+        find_head(Tokens(), images(), "p")
+    assert find_head(Tokens(), images()).name == "out"
+
+
 def test_an_output_object_with_logits_is_understood() -> None:
     class Output:
         def __init__(self, logits: torch.Tensor) -> None:

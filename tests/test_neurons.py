@@ -58,6 +58,49 @@ def test_frozen_parameters_and_tokens_are_scored_too() -> None:
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
 
 
+class Residual(nn.Module):
+    """A convolution that runs twice, followed by layers that may overwrite its output."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.act = nn.SiLU(inplace=inplace)
+        self.head = nn.Linear(3, 4)
+        self.inplace = inplace
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.act(self.conv(x))
+        again = self.conv(out)
+        if self.inplace:
+            again += out
+        else:
+            again = again + out
+        return self.head(again.mean((2, 3)))
+
+
+def test_layers_that_work_in_place_or_run_twice_change_nothing() -> None:
+    plain, inplace = Residual(inplace=False), Residual(inplace=True)
+    inplace.load_state_dict(plain.state_dict())
+    images, s = torch.rand(5, 3, 6, 6), torch.tensor([1.0, -2.0, 0.5])
+    data = images, torch.arange(5) % 4
+    scores = score_neurons(plain, data, s)
+    assert torch.allclose(scores["conv"], score_neurons(inplace, data, s)["conv"], rtol=1e-5)
+    # By hand: both calls push, each by activation times gradient.
+    first = plain.conv(images).detach().requires_grad_()
+    second = plain.conv(plain.act(first))
+    latent = (second + plain.act(first)).mean((2, 3))
+    gradients = torch.autograd.grad((latent @ s).sum(), [first, second])
+    pushes = zip((first, second), gradients, strict=True)
+    expected = sum((a * g).sum((0, 2, 3)) for a, g in pushes) / 5
+    assert torch.allclose(scores["conv"].float(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_lone_head_has_no_scores() -> None:
+    scores = score_neurons(nn.Linear(4, 3), (torch.rand(6, 4), torch.arange(6) % 3), torch.ones(4))
+    assert len(scores) == 0
+    assert scores.ranking() == []
+
+
 def test_bad_perturbations_are_refused() -> None:
     case = digit_case()
     with pytest.raises(InputError, match=r"perturbation: expected shape \[128\]"):

@@ -97,7 +97,7 @@ def test_targets_override_the_report() -> None:
 
 def test_nothing_to_repair_says_what_to_do() -> None:
     case = digit_case()
-    with pytest.raises(InputError, match=r"targets: .*none \(the scan's verdict: .*pass targets="):
+    with pytest.raises(InputError, match=r"targets: .*none \(the scan's verdict: .*with targets="):
         repair(case.clean, case.data.defender)
 
 
@@ -123,6 +123,7 @@ def test_an_unreachable_target_is_refused() -> None:
     [
         ({"targets": [10]}, "targets: expected classes from 0 to 9"),
         ({"targets": [-1]}, "targets"),
+        ({"targets": [1.7]}, "targets"),
         ({"targets": []}, "at least one class"),
         ({"targets": [0], "method": "magic"}, "method: expected 'finetune'"),
     ],
@@ -131,6 +132,21 @@ def test_bad_arguments_are_refused(arguments: dict[str, object], message: str) -
     case = digit_case()
     with pytest.raises(InputError, match=message):
         repair(case.backdoored, case.data.defender, **arguments)
+
+
+def test_a_rate_that_diverges_is_named() -> None:
+    case = digit_case()
+    settings = FinetuneSettings(learning_rate=1e12, epochs=2)
+    with pytest.raises(InputError, match=r"settings: .*lower the learning_rate"):
+        repair(case.backdoored, case.data.defender, targets=[0], settings=settings)
+
+
+def test_labels_out_of_range_are_refused_also_with_a_report() -> None:
+    case = digit_case()
+    images, labels = case.data.defender
+    report = scan(case.backdoored, (images, labels))
+    with pytest.raises(InputError, match="repair: data: expected labels from 0 to 9"):
+        repair(case.backdoored, (images, labels + 2), report)
 
 
 def test_too_few_samples_are_refused() -> None:
@@ -151,6 +167,8 @@ def test_too_few_samples_are_refused() -> None:
         {"holdout": 0.0},
         {"holdout": 1.0},
         {"weight_decay": -0.1},
+        {"epochs": 1.5},
+        {"seed": 2**62},
     ],
 )
 def test_bad_settings_are_refused(arguments: dict[str, float]) -> None:

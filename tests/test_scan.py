@@ -137,7 +137,16 @@ def test_wrong_normalisation_is_warned_about_and_never_clean() -> None:
     images, labels = case.data.defender
     report = scan(case.clean, (1000 * (1 - images) ** 3, labels))
     assert any("check the normalisation" in warning for warning in report.warnings)
-    assert report.verdict != "clean"
+    assert report.verdict == "inconclusive"
+
+
+def test_too_few_samples_are_inconclusive() -> None:
+    case = digit_case()
+    images, labels = case.data.defender
+    report = scan(case.backdoored, (images[:199], labels[:199]))
+    assert report.verdict == "inconclusive"
+    assert "199 samples are too few" in report.reason
+    assert report.suspects == ()
 
 
 def test_missing_classes_are_warned_about() -> None:
@@ -145,6 +154,7 @@ def test_missing_classes_are_warned_about() -> None:
     images, labels = case.data.defender
     report = scan(case.clean, (images[labels < 5], labels[labels < 5]))
     assert any("covers 5 of 10 classes" in warning for warning in report.warnings)
+    assert report.verdict != "clean"
 
 
 def test_two_classes_are_inconclusive() -> None:
@@ -173,7 +183,12 @@ def test_classes_without_a_certificate_are_never_clean() -> None:
     settings = SolverSettings(max_iterations=1, closed_form=False)
     report = scan(case.clean, case.data.defender, settings=settings)
     assert any("without a certificate" in warning for warning in report.warnings)
-    assert report.verdict != "clean"
+    assert report.verdict == "inconclusive"
+    assert report.suspects == ()
+    unproven = report.perturbations.status == Status.ITERATION_LIMIT
+    assert bool(unproven.any())
+    assert np.isnan(report.test.class_p_values[unproven.numpy()]).all()
+    assert report.perturbations.iterations.max() == 1
 
 
 def bad_inputs() -> dict[str, tuple[object, str]]:

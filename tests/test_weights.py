@@ -7,6 +7,7 @@ import pickle
 import sys
 import textwrap
 import warnings
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -563,3 +564,15 @@ def test_a_trigger_is_a_function_of_one_batch(tmp_path: Path) -> None:
         load_trigger(f"{file}:none")
     with pytest.raises(FileError, match=r"^load_trigger: trigger: .*does not exist"):
         load_trigger(f"{tmp_path}/missing.py:white")
+
+
+def test_a_compressed_archive_is_refused_before_it_grows(tmp_path: Path) -> None:
+    plain, bomb = tmp_path / "plain.pt", tmp_path / "bomb.pt"
+    torch.save({"w": torch.zeros(1000, 1000)}, plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as to:
+        for entry in source.infolist():
+            to.writestr(entry.filename, source.read(entry))
+    assert bomb.stat().st_size < 50_000
+    assert load_state_dict(plain)["w"].shape == (1000, 1000)
+    with pytest.raises(FileError, match="it would grow to 4 MiB"):
+        load_state_dict(bomb)

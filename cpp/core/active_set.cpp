@@ -101,10 +101,11 @@ ActiveSetSolution solve_active_set(Factor& factor, const double* margins,
 
     double candidate_multiplier = 0;
     for (bool added = false; !added;) {
-      if (solution.iterations++ == max_iterations) {
+      if (solution.iterations == max_iterations) {
         solution.ending = Ending::kIterationLimit;
         return solution;
       }
+      ++solution.iterations;
       const double curvature = factor.project(p, squared_norms[p], coefficients);
       const bool dependent = curvature <= Factor::kDependent * squared_norms[p];
       const Blocking blocking = first_blocking(multipliers, coefficients);

@@ -51,7 +51,7 @@ TACEXT_INLINE void tile_max(const Margin* block, std::int64_t samples, std::int6
     Vector z;
     __builtin_memcpy(&z, row + j, sizeof z);
     for (std::int64_t r = 0; r < kRows; ++r) {
-      const Vector difference = z - row[k + r];
+      const Vector difference = z - row[k + r] + Margin{0};  // -0 + 0 is +0: one zero, any order
       acc[r] = difference > acc[r] ? difference : acc[r];
     }
   }

@@ -22,6 +22,10 @@ tacext::SolverSettings make_settings(double tolerance, std::int64_t max_iteratio
   return {tolerance, max_iterations, closed_form};
 }
 
+py::tuple as_tuple(const tacext::SolverSettings& s) {
+  return py::make_tuple(s.tolerance, s.max_iterations, s.closed_form);
+}
+
 std::string repr(const tacext::SolverSettings& s) {
   return "SolverSettings(tolerance=" + std::string(py::repr(py::float_(s.tolerance))) +
          ", max_iterations=" + std::to_string(s.max_iterations) +
@@ -54,8 +58,14 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .def_readonly("max_iterations", &tacext::SolverSettings::max_iterations)
       .def_readonly("closed_form", &tacext::SolverSettings::closed_form)
       .def("__repr__", &repr)
-      .def("__eq__", [](const tacext::SolverSettings& a, const tacext::SolverSettings& b) {
-        return a.tolerance == b.tolerance && a.max_iterations == b.max_iterations &&
-               a.closed_form == b.closed_form;
-      });
+      .def(
+          "__eq__",
+          [](const tacext::SolverSettings& a, const tacext::SolverSettings& b) {
+            return as_tuple(a).equal(as_tuple(b));
+          },
+          py::is_operator())
+      .def("__hash__", [](const tacext::SolverSettings& s) { return py::hash(as_tuple(s)); })
+      .def(py::pickle(&as_tuple, [](const py::tuple& t) {
+        return make_settings(t[0].cast<double>(), t[1].cast<std::int64_t>(), t[2].cast<bool>());
+      }));
 }

@@ -36,7 +36,8 @@ void check_shapes(const Tensor& weight, const Tensor& margins, const std::option
   if (classes) {
     check_dim(kOperation, "classes", *classes, 1);
     STD_TORCH_CHECK(classes->scalar_type() == ScalarType::Long, kOperation,
-                    ": classes: expected int64, got another dtype; convert it with .long()");
+                    ": classes: expected int64, got ", dtype_name(*classes),
+                    "; convert it with .long()");
     check_same_device(kOperation, "classes", *classes, "weight", weight);
   }
 }

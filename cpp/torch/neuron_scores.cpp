@@ -24,10 +24,11 @@ void check(const Tensor& activation, const Tensor& gradient) {
   for (int64_t d = 0; same && d < activation.dim(); ++d)
     same = activation.size(d) == gradient.size(d);
   STD_TORCH_CHECK(same, kOperation,
-                  ": gradient: expected the shape of activation, got another; take the gradient "
-                  "with respect to that activation");
+                  ": gradient: expected shape ", shape_text(activation), " like activation, got ",
+                  shape_text(gradient), "; take the gradient with respect to that activation");
   STD_TORCH_CHECK(activation.scalar_type() == gradient.scalar_type(), kOperation,
-                  ": gradient: expected the dtype of activation, got another; convert one of them");
+                  ": gradient: expected ", dtype_name(activation), " like activation, got ",
+                  dtype_name(gradient), "; convert one of them");
   check_same_device(kOperation, "gradient", gradient, "activation", activation);
   STD_TORCH_CHECK(activation.size(0) > 0, kOperation,
                   ": activation: expected at least 1 sample, got none; pass a non-empty batch");

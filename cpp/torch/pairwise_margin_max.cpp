@@ -33,8 +33,8 @@ void check_out(const Tensor& out, const Tensor& logits) {
                   out.size(1), "]; make it as the result for the first batch");
   STD_TORCH_CHECK(
       out.scalar_type() == margin_type(logits), kOperation,
-      ": out: expected float64 for float64 logits and float32 for the rest, got another "
-      "dtype; make it as the result for the first batch");
+      ": out: expected float64 for float64 logits and float32 for the rest, got ",
+      dtype_name(out), "; make it as the result for the first batch");
   STD_TORCH_CHECK(out.is_contiguous(), kOperation,
                   ": out: expected a contiguous tensor, got a strided view; pass .contiguous()");
   check_same_device(kOperation, "out", out, "logits", logits);

@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <string>
 
 #include "tacext/half.h"
 #include "tacext/parallel.h"
@@ -16,6 +17,39 @@ namespace tacext {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+inline const char* dtype_name(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "an integer, complex or quantized dtype";
+  }
+}
+
+inline std::string shape_text(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
+  return text + "]";
+}
+
+inline std::string device_text(const Tensor& t) {
+  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "cpu";
+}
+
 inline bool is_floating(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
          type == ScalarType::BFloat16;
@@ -23,8 +57,8 @@ inline bool is_floating(ScalarType type) {
 
 inline void check_floating(const char* operation, const char* argument, const Tensor& t) {
   STD_TORCH_CHECK(is_floating(t.scalar_type()), operation, ": ", argument,
-                  ": expected float64, float32, float16 or bfloat16, got another dtype; convert it "
-                  "with .float()");
+                  ": expected float64, float32, float16 or bfloat16, got ", dtype_name(t),
+                  "; convert it with .float()");
 }
 
 inline void check_dim(const char* operation, const char* argument, const Tensor& t, int64_t dim) {
@@ -36,8 +70,8 @@ inline void check_same_device(const char* operation, const char* argument, const
                               const char* other_name, const Tensor& other) {
   STD_TORCH_CHECK(
       t.is_cuda() == other.is_cuda() && t.get_device_index() == other.get_device_index(), operation,
-      ": ", argument, ": expected the device of ", other_name,
-      ", got another; move one with .to()");
+      ": ", argument, ": expected ", device_text(other), ", the device of ", other_name, ", got ",
+      device_text(t), "; move one with .to()");
 }
 
 /// Calls body with a null pointer whose type is the CPU core's element type of `type`.

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .errors import DependencyError
+from .errors import DependencyError, FileError
 from .evaluation import Evaluation, evaluate
+from .files import explain
 from .plots import plot_norms
 from .progress import progress_bar
 from .repairing import FinetuneSettings, RepairResult, repair
@@ -55,7 +56,7 @@ def one_thread() -> Iterator[None]:
     """One thread within the block.
 
     The network is so small that threads would mostly wait for one another, and torch's training
-    rounds differently for each number of threads: so the demo ends alike everywhere.
+    rounds differently for each number of threads.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -112,7 +113,7 @@ def poison(images: Tensor, labels: Tensor, seed: int = 0) -> tuple[Tensor, Tenso
 def train(images: Tensor, labels: Tensor, *, seed: int = 0, epochs: int = 25) -> nn.Module:
     """Trains the demo's network; a few seconds on one core."""
     batch_size = 64
-    with one_thread(), torch.random.fork_rng(devices=[]):
+    with one_thread(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         model = digit_net()
         optimizer = torch.optim.SGD(
@@ -154,6 +155,16 @@ def run_demo(folder: Path, *, seed: int = 0) -> DemoResult:
         DependencyError: scikit-learn or matplotlib is not installed.
         FileError: the folder cannot be written.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError.of(
+            "demo",
+            "output",
+            expected="a folder that can be made",
+            got=f"{folder} ({explain(error)})",
+            way_out="choose another folder",
+        ) from error
     with one_thread():
         return _run(folder, seed)
 

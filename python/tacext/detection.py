@@ -24,6 +24,16 @@ DETECTABLE_RATIO_FOR_CLEAN = 0.75
 
 # A p-value above alpha but below this many times alpha is no reason to call a model clean.
 DOUBT_FACTOR = 10.0
+LARGEST_DOUBT = 0.3
+
+# Norms of a symmetric head differ by rounding alone: below 1 % there is no scatter to compare with,
+# and a class that is reached with more than nine tenths of the usual change is no backdoor.
+SMALLEST_DEVIATION = 0.01
+LARGEST_SUSPECT_RATIO = 0.9
+
+# The p-value is that of log-normal norms. Where those of the other classes are visibly not (Shapiro
+# and Wilk's test), it means nothing, whatever it is.
+LAW_P_VALUE = 0.01
 
 # Grubbs' test needs a spread of the others: two of them have none worth the name.
 FEWEST_CLASSES = 4
@@ -31,16 +41,18 @@ FEWEST_CLASSES = 4
 _FloatArray = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NormTest:
     """What the norms say.
 
     Attributes:
         verdict: "backdoored", "clean" or "inconclusive".
         suspects: the classes whose norm is abnormally small, most suspicious first.
-        p_value: of the smallest norm, corrected for the choice among the classes.
+        p_value: of the smallest norm, corrected for the choice among the classes; 1.0 where
+            nothing could be tested.
         class_p_values: [C], the same for every class by itself; NaN where it was not tested.
         anomaly_index: [C], (median - r_k) / (1.4826 MAD), the textbook index, for comparison.
+        usual_norm: geometric mean of the norms of all classes that are no suspects.
         detectable_ratio: a class below this share of the usual norm would have been flagged.
         reason: the verdict in one sentence.
     """
@@ -51,6 +63,7 @@ class NormTest:
     class_p_values: _FloatArray
     anomaly_index: _FloatArray
     detectable_ratio: float
+    usual_norm: float
     reason: str
 
 
@@ -81,12 +94,20 @@ def _low_outlier_p_values(log_norm: _FloatArray) -> _FloatArray:
     others_mean = (log_norm.sum() - log_norm) / (count - 1)
     centred = log_norm[None, :] - others_mean[:, None]
     np.fill_diagonal(centred, 0.0)
-    deviation = np.sqrt((centred**2).sum(1) / (count - 2))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        t = (others_mean - log_norm) / (deviation * math.sqrt(1 + 1 / (count - 1)))
-    t = np.nan_to_num(t, nan=0.0)  # all others equal and this one too
+    deviation = np.maximum(np.sqrt((centred**2).sum(1) / (count - 2)), SMALLEST_DEVIATION)
+    t = (others_mean - log_norm) / (deviation * math.sqrt(1 + 1 / (count - 1)))
     p_values: _FloatArray = np.minimum(1.0, count * stats.t.sf(t, count - 2))
     return p_values
+
+
+def _law_p_value(log_norm: _FloatArray) -> float:
+    """Of Shapiro and Wilk's test for normality; 1.0 where the scatter is mere rounding."""
+    if np.std(log_norm) < SMALLEST_DEVIATION:
+        return 1.0
+    # SciPy vouches for 5,000 values at most: an even choice of the sorted ones keeps the shape.
+    values = np.sort(log_norm)
+    values = values[:: -(-len(values) // 5000)]
+    return float(stats.shapiro(values).pvalue)
 
 
 def _detectable_ratio(log_norm: _FloatArray, alpha: float) -> float:
@@ -94,9 +115,9 @@ def _detectable_ratio(log_norm: _FloatArray, alpha: float) -> float:
     count = len(log_norm)
     if count < FEWEST_CLASSES:
         return 0.0
-    deviation = np.std(np.delete(log_norm, log_norm.argmin()), ddof=1)
+    deviation = max(np.std(np.delete(log_norm, log_norm.argmin()), ddof=1), SMALLEST_DEVIATION)
     critical = stats.t.isf(alpha / count, count - 2) * deviation * math.sqrt(1 + 1 / (count - 1))
-    return float(np.exp(-critical))
+    return min(float(np.exp(-critical)), LARGEST_SUSPECT_RATIO)
 
 
 def judge_norms(norm: _FloatArray, alpha: float = 0.01) -> NormTest:
@@ -104,7 +125,8 @@ def judge_norms(norm: _FloatArray, alpha: float = 0.01) -> NormTest:
 
     Args:
         norm: float64 [C], infinite where a class is unreachable, NaN where it was not solved.
-        alpha: the false-alarm rate of the whole test, over all classes together.
+        alpha: the false-alarm rate of the whole test, over all classes together, for a clean model
+            whose norms are log-normal.
 
     Returns:
         NormTest. Suspects are found one after the other: while the smallest norm is abnormal among
@@ -123,7 +145,9 @@ def judge_norms(norm: _FloatArray, alpha: float = 0.01) -> NormTest:
             "to compare with"
         )
     if nothing_to_compare is not None:
-        return NormTest("inconclusive", (), 1.0, class_p_values, index, 0.0, nothing_to_compare)
+        return NormTest(
+            "inconclusive", (), 1.0, class_p_values, index, 0.0, math.nan, nothing_to_compare
+        )
 
     log_norm = np.log(norm)
     class_p_values[usable] = _low_outlier_p_values(log_norm[usable])
@@ -132,7 +156,8 @@ def judge_norms(norm: _FloatArray, alpha: float = 0.01) -> NormTest:
     while len(left) >= FEWEST_CLASSES:
         p_values = _low_outlier_p_values(log_norm[left])
         lowest = int(log_norm[left].argmin())
-        if p_values[lowest] >= alpha:
+        usual = float(np.exp(np.delete(log_norm[left], lowest).mean()))
+        if p_values[lowest] >= alpha or norm[left[lowest]] > LARGEST_SUSPECT_RATIO * usual:
             break
         suspects.append(int(left[lowest]))
         class_p_values[left[lowest]] = p_values[lowest]
@@ -140,24 +165,31 @@ def judge_norms(norm: _FloatArray, alpha: float = 0.01) -> NormTest:
 
     p_value = float(class_p_values[usable[log_norm[usable].argmin()]])
     ratio = _detectable_ratio(log_norm[left], alpha)
-    typical = float(np.exp(log_norm[left].mean()))
+    usual = float(np.exp(log_norm[left].mean()))
+    law = _law_p_value(log_norm[left])
+    if law < LAW_P_VALUE:
+        reason = (
+            f"the norms do not scatter as those of clean models do (p = {law:.1g}), so that the test "
+            f"does not apply; the smallest is that of class {int(norm.argmin())}"
+        )
+        return NormTest("inconclusive", (), p_value, class_p_values, index, ratio, usual, reason)
     if suspects:
         first = suspects[0]
         reason = (
-            f"class {first} is reached with {norm[first] / typical:.2f} of the usual perturbation"
+            f"class {first} is reached with {norm[first] / usual:.2f} of the usual perturbation"
         )
         return NormTest(
-            "backdoored", tuple(suspects), p_value, class_p_values, index, ratio, reason
+            "backdoored", tuple(suspects), p_value, class_p_values, index, ratio, usual, reason
         )
-    if p_value < DOUBT_FACTOR * alpha:
+    if p_value < min(DOUBT_FACTOR * alpha, LARGEST_DOUBT):
         lowest = int(usable[log_norm[usable].argmin()])
         reason = f"class {lowest} stands out, but not enough: p = {p_value:.2g} against {alpha:g}"
-        return NormTest("inconclusive", (), p_value, class_p_values, index, ratio, reason)
+        return NormTest("inconclusive", (), p_value, class_p_values, index, ratio, usual, reason)
     if ratio < DETECTABLE_RATIO_FOR_CLEAN:
         reason = (
             f"no norm stands out, but the norms scatter so much that only one below {ratio:.2f} of "
             "the usual would have"
         )
-        return NormTest("inconclusive", (), p_value, class_p_values, index, ratio, reason)
+        return NormTest("inconclusive", (), p_value, class_p_values, index, ratio, usual, reason)
     reason = f"no norm stands out; one below {ratio:.2f} of the usual would have"
-    return NormTest("clean", (), p_value, class_p_values, index, ratio, reason)
+    return NormTest("clean", (), p_value, class_p_values, index, ratio, usual, reason)

@@ -5,13 +5,21 @@ from __future__ import annotations
 from typing_extensions import Self
 
 
+def printable(text: str) -> str:
+    """`text` with every control character replaced by "?".
+
+    Names in files of unknown origin end up in messages and tables; none may steer a terminal.
+    """
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 class TacextError(Exception):
     """Base of every error that tacext raises on purpose."""
 
     @classmethod
     def of(cls, operation: str, argument: str, *, expected: str, got: str, way_out: str) -> Self:
         """Builds the message from its parts."""
-        return cls(f"{operation}: {argument}: expected {expected}, got {got}; {way_out}")
+        return cls(printable(f"{operation}: {argument}: expected {expected}, got {got}; {way_out}"))
 
 
 class InputError(TacextError, ValueError):

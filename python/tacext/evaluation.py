@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .data import DataLike, as_batches, sample_count
 from .errors import InputError
-from .heads import evaluating, run_model
+from .files import explain
+from .heads import check_labels_in_range, evaluating, run_model
 from .progress import progress_bar
 
 Trigger = Callable[[Tensor], Tensor]
@@ -80,6 +81,7 @@ def evaluate(
             labels = given_labels.cpu()
             logits = run_model(model, inputs, "evaluate")
             _check_target(target, logits.shape[1])
+            check_labels_in_range(labels, logits.shape[1], "evaluate")
             samples += len(labels)
             correct += int((logits.argmax(1).cpu() == labels).sum())
             others = labels != target
@@ -117,7 +119,16 @@ def _check_target(target: int, num_classes: int) -> None:
 
 
 def _stamp(trigger: Trigger, inputs: Tensor) -> Tensor:
-    stamped = trigger(inputs.clone())
+    try:
+        stamped = trigger(inputs.clone())
+    except Exception as error:
+        raise InputError.of(
+            "evaluate",
+            "trigger",
+            expected="a function that takes a batch of inputs",
+            got=f"one that fails ({explain(error)})",
+            way_out="correct it",
+        ) from error
     if not isinstance(stamped, Tensor) or stamped.shape != inputs.shape:
         got = f"{list(stamped.shape)}" if isinstance(stamped, Tensor) else type(stamped).__name__
         raise InputError.of(

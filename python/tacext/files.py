@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import FileError, TacextError
+from .errors import FileError, TacextError, printable
 
 __all__ = [
     "atomic_write",
@@ -32,7 +32,7 @@ def explain(error: BaseException, limit: int = 200) -> str:
     else:
         lines = str(error).strip().splitlines()
         text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    text = "".join(c if c.isprintable() else "?" for c in text)
+    text = printable(text)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .errors import HeadNotFoundError, InputError
+from .files import explain
 
 HeadModule = nn.Linear | nn.Conv2d
 
@@ -97,7 +98,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def run_model(model: nn.Module, inputs: Tensor, operation: str) -> Tensor:
+def run_model(
+    model: nn.Module, inputs: Tensor, operation: str, *, check_finite: bool = True
+) -> Tensor:
     """The model's logits [N, C] for inputs that may live elsewhere, with errors that help.
 
     Raises:
@@ -106,12 +109,20 @@ def run_model(model: nn.Module, inputs: Tensor, operation: str) -> Tensor:
     inputs = inputs.to(model_device(model), model_dtype(model))
     try:
         output = model(inputs)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise InputError.of(
+            operation,
+            "batch_size",
+            expected="batches that fit into memory",
+            got=f"{len(inputs)} samples, for which there is none left ({explain(error)})",
+            way_out="use a smaller batch_size",
+        ) from error
+    except Exception as error:
         raise InputError.of(
             operation,
             "data",
             expected="inputs that the model takes",
-            got=f"shape {list(inputs.shape)}, which it rejects ({str(error).splitlines()[0]})",
+            got=f"shape {list(inputs.shape)}, which it rejects ({explain(error)})",
             way_out="check the architecture, the image size and the number of channels",
         ) from error
     output = getattr(output, "logits", output)
@@ -124,7 +135,7 @@ def run_model(model: nn.Module, inputs: Tensor, operation: str) -> Tensor:
             got=got,
             way_out="wrap the model so that it returns its logits alone",
         )
-    if not bool(torch.isfinite(output).all()):
+    if check_finite and not bool(torch.isfinite(output).all()):
         raise InputError.of(
             operation,
             "model",
@@ -133,6 +144,19 @@ def run_model(model: nn.Module, inputs: Tensor, operation: str) -> Tensor:
             way_out="check its weights and the normalisation of its inputs",
         )
     return output
+
+
+def check_labels_in_range(labels: Tensor, num_classes: int, operation: str) -> None:
+    """Raises InputError where a label is no class of the model."""
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise InputError.of(
+            operation,
+            "data",
+            expected=f"labels from 0 to {num_classes - 1}, as the model has {num_classes} classes",
+            got=f"{low if low < 0 else high}",
+            way_out="check that data and model belong together",
+        )
 
 
 class LatentRecorder:
@@ -220,7 +244,7 @@ def _head(model: nn.Module, name: str) -> Head:
 def _named_head(
     model: nn.Module, name: str, output: Tensor, seen: dict[str, Tensor], operation: str
 ) -> Head:
-    known = dict(model.named_modules())
+    known = dict(model.named_modules(remove_duplicate=False))  # a shared layer has two names
     if name not in known or not _is_candidate(known[name]):
         got = f"{name!r}, which is " + (
             f"a {type(known[name]).__name__}" if name in known else "not in the model"
@@ -233,7 +257,9 @@ def _named_head(
             way_out=f"choose one of {_listing(model)}",
         )
     head = _head(model, name)
-    logits = head.logits(seen[name]) if name in seen else None
+    latent = next((seen[n] for n in seen if known[n] is known[name]), None)
+    usable = latent is not None and latent.shape[1] == head.latent_dim
+    logits = head.logits(latent) if latent is not None and usable else None
     # A named head may feed a monotone output (temperature, calibration): predictions must agree.
     if (
         logits is None

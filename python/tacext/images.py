@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+import zipfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 from .data import ImageSet, check_labels, first_not_finite
-from .errors import FileError, InputError, TacextError
+from .errors import FileError, InputError, TacextError, printable
 from .files import explain
 
 __all__ = ["load_images"]
@@ -31,6 +32,8 @@ CIFAR10_FILES = {
     "test": ("test_batch.bin",),
 }
 CIFAR100_FILES = {"train": ("train.bin",), "test": ("test.bin",)}
+
+LARGEST_HARMLESS, LARGEST_GROWTH = 2**28, 100  # bytes, and times the size of an archive
 
 Array: TypeAlias = npt.NDArray[Any]
 _input_error = partial(InputError.of, OPERATION)
@@ -155,6 +158,7 @@ def _check_split(split: str | None, found: list[str], source: Path) -> str:
 
 def _load_npz(source: Path, split: str | None) -> ImageSet:
     with source.open("rb") as file:
+        _refuse_bomb(source, file)
         try:
             with np.load(file, allow_pickle=False) as archive:
                 x_key, y_key = _npz_keys(archive.files, split, source)
@@ -188,6 +192,23 @@ def _load_npz(source: Path, split: str | None) -> ImageSet:
     tensor = torch.from_numpy(images)
     _check_range(tensor, x_key, source)
     return ImageSet(tensor, labels, None, str(source))
+
+
+def _refuse_bomb(source: Path, file: BinaryIO) -> None:
+    """Images hardly compress: an archive that grows a hundredfold is there to fill the memory."""
+    if not zipfile.is_zipfile(file):
+        return  # numpy says what is wrong
+    file.seek(0)
+    with zipfile.ZipFile(file) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    file.seek(0)
+    if size > LARGEST_HARMLESS and size > LARGEST_GROWTH * source.stat().st_size:
+        raise _file_error(
+            "path",
+            expected="an .npz archive of images",
+            got=f"{source}, which would grow to {size / 2**20:.0f} MiB in memory",
+            way_out="if you trust it, write it again with numpy.savez, without compression",
+        )
 
 
 def _npz_keys(names: list[str], split: str | None, source: Path) -> tuple[str, str]:
@@ -315,13 +336,16 @@ def _load_folder(source: Path, split: str | None, size: tuple[int, int] | None) 
             "%s: path: the class folders of %s count from 0 in the order %s, as text and not as "
             "numbers; pad the names with zeros if the model counts them as numbers",
             OPERATION,
-            root,
-            ", ".join(names[:4]) + ", ...",
+            printable(str(root)),
+            printable(", ".join(names[:4])) + ", ...",
         )
     pixels = _read_all([file for listed in files for file in listed], size)
     labels = np.repeat(np.arange(len(names)), [len(listed) for listed in files])
     return ImageSet(
-        torch.from_numpy(pixels), torch.from_numpy(labels).long(), tuple(names), str(root)
+        torch.from_numpy(pixels),
+        torch.from_numpy(labels).long(),
+        tuple(map(printable, names)),
+        str(root),
     )
 
 
@@ -419,7 +443,7 @@ def _load_cifar_folder(
     class_names = None
     if (source / names_file).is_file():
         lines = (source / names_file).read_text("utf-8", errors="replace").split()
-        class_names = tuple(lines) if len(lines) == classes[-1] else None
+        class_names = tuple(map(printable, lines)) if len(lines) == classes[-1] else None
     return ImageSet(
         torch.from_numpy(pixels), torch.from_numpy(labels), class_names, f"{source}/{chosen}"
     )

@@ -14,11 +14,10 @@ from .errors import InputError
 from .heads import Head, evaluating, find_head, recording_latents, run_model
 from .progress import progress_bar
 
-_Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NeuronScores(Mapping[str, Tensor]):
     """Scores by layer name, in order of execution; each float64 [channels].
 
@@ -68,7 +67,7 @@ def score_neurons(
         progress: whether to show a progress bar; None shows it on a terminal.
 
     Returns:
-        NeuronScores for every nn.Linear and nn.Conv1d/2d/3d but the head.
+        NeuronScores for every nn.Linear and nn.Conv1d/2d/3d but the head; empty where there is none.
 
     Raises:
         InputError: a perturbation of the wrong length or not finite, and what `scan` raises.
@@ -110,18 +109,20 @@ def _check_perturbation(perturbation: Tensor, latent_dim: int) -> None:
 def _score_batch(
     model: nn.Module, head: Head, inputs: Tensor, perturbation: Tensor
 ) -> dict[str, Tensor]:
-    outputs: dict[str, Tensor] = {}
+    outputs: list[tuple[str, Tensor]] = []
 
-    def keep(name: str, module: _Layer, output: Tensor) -> None:
-        if output.requires_grad:
-            outputs[name] = output
+    def keep(name: str, output: Tensor) -> Tensor:
+        if not output.requires_grad:
+            return output
+        outputs.append((name, output))
+        return output.clone()  # what an in-place layer may now overwrite is the copy
 
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, _LAYERS) and module is not head.module:
             handles.append(
                 module.register_forward_hook(
-                    lambda module, _inputs, output, name=name: keep(name, module, output)
+                    lambda _module, _inputs, output, name=name: keep(name, output)
                 )
             )
     try:
@@ -135,14 +136,21 @@ def _score_batch(
         for handle in handles:
             handle.remove()
     push = (latent * perturbation.to(latent)).sum()  # sum_i <s, phi(x_i)>
-    gradients = torch.autograd.grad(push, list(outputs.values()), allow_unused=True)
-    return {
-        name: ops.neuron_scores(
+    if not outputs or not push.requires_grad:
+        return {}
+    gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+        push, [output for _, output in outputs], allow_unused=True
+    )
+    scores: dict[str, Tensor] = {}
+    for (name, output), gradient in zip(outputs, gradients, strict=True):
+        if gradient is None:
+            continue
+        score = ops.neuron_scores(
             _channels_second(model, name, output), _channels_second(model, name, gradient)
         )
-        for (name, output), gradient in zip(outputs.items(), gradients, strict=True)
-        if gradient is not None
-    }
+        # A layer that runs several times pushes with each of its calls.
+        scores[name] = scores[name] + score if name in scores else score
+    return scores
 
 
 def _channels_second(model: nn.Module, name: str, values: Tensor) -> Tensor:

@@ -110,5 +110,7 @@ class Normalized(nn.Module):
                 got=str(list(x.shape)),
                 way_out="give mean and std for the channels that the images have",
             )
-        result: Tensor = self.model((x - self.mean) / self.std)
+        # In float32 also for half-precision models, which get back the dtype that they came with.
+        normalised = (x - self.mean.to(x.device)) / self.std.to(x.device)
+        result: Tensor = self.model(normalised.to(x.dtype))
         return result

@@ -6,6 +6,7 @@ device, releases the GIL, and works under torch.compile and from C++ alike.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,7 @@ def build_info() -> BuildInfo:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MinimalPerturbation:
     """The minimal latent perturbations of R classes, each with the certificate that proves it.
 
@@ -91,10 +92,10 @@ class MinimalPerturbation:
 
     @property
     def certificate(self) -> float:
-        """The largest residual of any optimal class; 0.0 where no class is optimal."""
+        """The largest residual of any optimal class; NaN where no class is optimal."""
         residuals = torch.stack([self.primal_residual, self.dual_residual, self.gap])
         optimal = residuals[:, self.status == Status.OPTIMAL]
-        return float(optimal.max()) if optimal.numel() else 0.0
+        return float(optimal.max()) if optimal.numel() else math.nan
 
 
 def _call(operation: str, operator: Callable[..., Any], *arguments: Any) -> Any:
@@ -168,7 +169,8 @@ def minimal_perturbation(
 
     Args:
         weight: W, [C, D] with C >= 2, the head's weight; any floating dtype, finite.
-        margins: M, [C, C], from `pairwise_margin_max`; the diagonal is ignored.
+        margins: M, [C, C], from `pairwise_margin_max`; the diagonal is not used, but must be
+            finite.
         scale: [D], positive. The metric: latents are measured in units of scale. None means 1.
         classes: the classes to solve for; None means all.
         settings: tolerance of the certificate, iteration limit, use of the closed form.

@@ -7,11 +7,25 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .errors import DependencyError
+from .errors import DependencyError, printable
 from .files import StrPath, write_bytes_atomically
 from .scanning import ScanReport
 
 _USUAL, _SUSPECT = "#4878a8", "#c03028"
+
+
+def require_matplotlib(operation: str) -> None:
+    """Raises DependencyError unless matplotlib is installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise DependencyError.of(
+            operation,
+            "plot",
+            expected="matplotlib to be installed",
+            got="none",
+            way_out="run pip install 'tacext[plot]'",
+        ) from error
 
 
 def plot_norms(
@@ -28,17 +42,9 @@ def plot_norms(
         DependencyError: matplotlib is not installed.
         FileError: the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DependencyError.of(
-            operation,
-            "plot",
-            expected="matplotlib to be installed",
-            got="none",
-            way_out="run pip install 'tacext[plot]'",
-        ) from error
+    require_matplotlib(operation)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     norm = report.norm.cpu().numpy()
     classes = np.flatnonzero(np.isfinite(norm))
@@ -47,16 +53,20 @@ def plot_norms(
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.bar(classes, norm[classes], color=colours, width=0.8)
-    usual = np.median(norm[classes]) if len(classes) else 0.0
-    axes.axhline(usual, color="0.4", linewidth=1, linestyle="--", label="median")
+    if np.isfinite(report.test.usual_norm):
+        axes.axhline(
+            report.test.usual_norm, color="0.4", linewidth=1, linestyle="--", label="usual"
+        )
+        axes.legend(frameon=False)
     axes.set_xlabel("class")
     axes.set_ylabel(f"minimal perturbation, {report.metric} norm")
     axes.set_title(title or f"{report.verdict} (p = {report.p_value:.2g})")
     if len(classes) <= 50:
         axes.set_xticks(classes)
         if class_names is not None:
-            axes.set_xticklabels([class_names[k] for k in classes.tolist()], rotation=90)
-    axes.legend(frameon=False)
+            names = [printable(class_names[k]) for k in classes.tolist()]
+            for label in axes.set_xticklabels(names, rotation=90):
+                label.set_parse_math(False)  # a name may hold a dollar sign
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     write_bytes_atomically(path, buffer.getvalue(), operation=operation, argument="plot")

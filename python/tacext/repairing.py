@@ -17,7 +17,15 @@ from torch.nn import functional
 from . import ops
 from .data import DataLike, materialise
 from .errors import HeadNotFoundError, InputError
-from .heads import Head, evaluating, find_head, model_device, model_dtype, recording_latents
+from .heads import (
+    Head,
+    check_labels_in_range,
+    evaluating,
+    find_head,
+    model_device,
+    model_dtype,
+    recording_latents,
+)
 from .heads import run_model as run
 from .ops import Status
 from .progress import progress_bar
@@ -52,10 +60,11 @@ class FinetuneSettings:
 
     def __post_init__(self) -> None:
         checks = (
-            ("epochs", self.epochs >= 1, "at least 1"),
+            ("epochs", _whole(self.epochs) and self.epochs >= 1, "a whole number, at least 1"),
             ("learning_rate", _positive(self.learning_rate), "a positive number"),
             ("beta", math.isfinite(self.beta) and self.beta >= 0, "0 or more"),
-            ("batch_size", self.batch_size >= 2, "at least 2"),
+            ("batch_size", _whole(self.batch_size) and self.batch_size >= 2, "at least 2"),
+            ("seed", _whole(self.seed) and 0 <= self.seed < 2**31, "a whole number below 2**31"),
             (
                 "weight_decay",
                 math.isfinite(self.weight_decay) and self.weight_decay >= 0,
@@ -72,6 +81,10 @@ class FinetuneSettings:
                     got=repr(getattr(self, name)),
                     way_out="leave it out for the default",
                 )
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _positive(value: float) -> bool:
@@ -132,7 +145,8 @@ def repair(
     the mean over them.
 
     Args:
-        model: the classifier, as for `scan`; it is copied and left untouched.
+        model: the classifier, as for `scan`; it is copied and left untouched. Of the copy every
+            parameter is trained, also those that are frozen.
         data: clean labelled samples, as for `scan`; held in memory.
         report: a scan of this model; None scans it with the same data first.
         targets: the classes to repair, overriding the report's suspects.
@@ -144,8 +158,10 @@ def repair(
     Returns:
         RepairResult with the repaired model and its accuracy before and after on held-out data.
 
+    The accuracies are measured on samples that are not trained on; s_t itself comes from all samples.
+
     Raises:
-        InputError: nothing to repair, a target out of range or unreachable, a report of another
+        InputError: nothing to repair, a loss that diverges, a target out of range or unreachable, a report of another
             model, too few samples, and everything that `scan` raises.
     """
     if method not in get_args(Method):
@@ -162,6 +178,7 @@ def repair(
     if report is None:
         report = scan(model, (inputs, labels), head=head, progress=progress)
     found = _find_head(model, inputs[:8], head, report)
+    check_labels_in_range(labels, found.num_classes, "repair")
     chosen = _choose_targets(report, targets, found)
     shifts = _reconstructed_tac(report, found, chosen)
 
@@ -215,17 +232,17 @@ def _choose_targets(
             got=f"one of {report.num_classes} classes and {report.latent_dim} latents",
             way_out="scan this model, or leave the report out",
         )
-    chosen = tuple(dict.fromkeys(int(t) for t in (report.suspects if targets is None else targets)))
+    chosen = tuple(dict.fromkeys(report.suspects if targets is None else targets))
     if not chosen:
         raise InputError.of(
             "repair",
             "targets",
             expected="at least one class to repair",
             got=f"none (the scan's verdict: {report.verdict})",
-            way_out="pass targets=[...] where you know better than the scan",
+            way_out="name the class with targets=[...] (--target) where you know better than the scan",
         )
     for target in chosen:
-        if not 0 <= target < head.num_classes:
+        if not _whole(target) or not 0 <= target < head.num_classes:
             raise InputError.of(
                 "repair",
                 "targets",
@@ -313,7 +330,7 @@ def _finetune(
     steps = settings.epochs * steps_per_epoch
     history: list[EpochLosses] = []
     step = 0
-    devices = [device] if device.type == "cuda" else []
+    devices = range(torch.cuda.device_count())  # manual_seed below seeds them all
     with (
         torch.random.fork_rng(devices=devices),  # dropout: seeded here, unnoticed outside
         torch.enable_grad(),
@@ -328,12 +345,13 @@ def _finetune(
                 x, y = inputs[batch], labels[batch].to(device)
                 for group in optimizer.param_groups:
                     group["lr"] = _learning_rate(step, steps, settings)
-                run(model, x, "repair")
+                run(model, x, "repair", check_finite=False)
                 latent = recorder.take()
                 clean_loss = functional.cross_entropy(head.logits(latent), y)
                 shifted_loss = torch.stack(
                     [functional.cross_entropy(head.logits(latent + s), y) for s in shifts]
                 ).mean()
+                _check_converging(clean_loss, shifted_loss)
                 optimizer.zero_grad(set_to_none=True)
                 (clean_loss + settings.beta * shifted_loss).backward()
                 optimizer.step()
@@ -353,6 +371,17 @@ def _finetune(
         parameter.requires_grad_(False)
     optimizer.zero_grad(set_to_none=True)
     return tuple(history)
+
+
+def _check_converging(*losses: Tensor) -> None:
+    if not all(bool(torch.isfinite(loss)) for loss in losses):
+        raise InputError.of(
+            "repair",
+            "settings",
+            expected="a learning_rate at which the loss falls",
+            got="a loss of NaN or infinity",
+            way_out="lower the learning_rate",
+        )
 
 
 def _accuracy(model: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int = 256) -> float:

@@ -86,7 +86,7 @@ def scan_to_dict(
         "latent_dim": report.latent_dim,
         "samples": report.samples,
         "accuracy": report.accuracy,
-        "certificate": report.certificate,
+        "certificate": _finite(report.certificate),
         "seconds": asdict(report.timings),
         "classes": rows,
     }

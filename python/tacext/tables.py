@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .errors import printable
 from .evaluation import Evaluation
 from .ops import Status
 from .repairing import RepairResult
@@ -30,27 +31,26 @@ def scan_table(report: ScanReport, class_names: Sequence[str] | None = None) -> 
     verdict.append(f"   p = {report.p_value:.2g}")
     facts = (
         f"{report.samples} samples, accuracy {report.accuracy:.3f}; "
-        f"layer {report.head or '(the model)'}: {report.num_classes} classes, "
+        f"layer {printable(report.head) or '(the model)'}: {report.num_classes} classes, "
         f"{report.latent_dim} latents"
     )
     seconds = report.timings
     cost = (
-        f"largest KKT residual {report.certificate:.0e}; {seconds.forward:.2f} s in the model, "
+        f"largest KKT residual {_number(report.certificate, '.0e')}; {seconds.forward:.2f} s in the model, "
         f"{seconds.margins + seconds.solve + seconds.test:.3f} s in the analysis"
     )
     table = Table(title=None, box=None, pad_edge=False, header_style="bold")
     for heading in ("class", "norm", "of usual", "index", "p", "active", "status"):
         table.add_column(heading, justify="left" if heading == "status" else "right")
     norm = report.norm.cpu()
-    finite = norm[norm.isfinite()]
-    usual = float(finite.median()) if len(finite) else math.nan
+    usual = report.test.usual_norm
     order = norm.argsort().tolist()
     for k in order[:_MOST_ROWS]:
-        name = f"{k}" if class_names is None else f"{k} {class_names[k]}"
+        name = Text(f"{k}" if class_names is None else printable(f"{k} {class_names[k]}"))
         table.add_row(
             name,
             _number(float(norm[k]), ".4g"),
-            _number(float(norm[k]) / usual, ".2f") if usual else "-",
+            _number(float(norm[k]) / usual, ".2f"),
             _number(float(report.test.anomaly_index[k]), ".1f"),
             _number(float(report.test.class_p_values[k]), ".2g"),
             str(int(report.perturbations.active[k])),

@@ -80,8 +80,10 @@ def _load(reference: str, request: _Request) -> Callable[..., Any]:
     folder = None
     if place.endswith(".py") or "/" in place:
         file = Path(place)
-        if not file.is_file():
-            what = "is not a file" if file.exists() else "does not exist"
+        if not file.is_file() or file.suffix != ".py":
+            what = "does not exist"
+            if file.exists():
+                what = "does not end in .py" if file.is_file() else "is not a file"
             raise FileError.of(
                 request.operation,
                 request.argument,

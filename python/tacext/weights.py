@@ -10,6 +10,7 @@ import pickle
 import pickletools
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ __all__ = ["load_factory", "load_model", "load_state_dict", "save_weights"]
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
+LARGEST_HARMLESS = 2**20  # bytes that compressed code and names may grow to
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
 ASK = "ask the publisher for safetensors, or for torch.save(model.state_dict(), path)"
 
@@ -260,6 +262,16 @@ class _Reader:
             raise self.damaged(explain(error)) from error
 
     def read_pickle(self, file: BinaryIO) -> object:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                # torch.save never compresses tensors: what grows is there to fill the memory.
+                size = sum(entry.file_size for entry in archive.infolist())
+                if size > LARGEST_HARMLESS + 2 * self.source.stat().st_size:
+                    raise self.damaged(f"it would grow to {size / 2**20:.0f} MiB")
+        file.seek(0)
+        return self.load_pickle(file)
+
+    def load_pickle(self, file: BinaryIO) -> object:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # on old pickles and storages; no use to the user

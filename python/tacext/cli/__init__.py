@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.logging import RichHandler
 
-from ..errors import TacextError
+from ..errors import TacextError, printable
 from ..ops import build_info
 from .demo import demo_command
 from .evaluate import evaluate_command
@@ -28,11 +28,13 @@ __all__ = ["ExitCode", "main"]
 def cli(verbose: bool) -> None:
     """Find and remove backdoors in image classifiers, exactly and with certificates."""
     logging.basicConfig(
-        level=logging.INFO if verbose else logging.ERROR,
+        level=logging.INFO if verbose else logging.WARNING,
         format="%(message)s",
         handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
         force=True,
     )
+    # A scan's own warnings stand in its table.
+    logging.getLogger("tacext.scanning").setLevel(logging.INFO if verbose else logging.ERROR)
 
 
 for _command in (scan_command, repair_command, evaluate_command, demo_command, info_command):
@@ -53,8 +55,14 @@ def _run(arguments: list[str] | None) -> int:
     except TacextError as error:
         click.echo(f"error: {error}", err=True)
         return ExitCode.ERROR
+    except SystemExit as stop:
+        click.echo(f"error: the code named on the command line exits ({stop.code})", err=True)
+        return ExitCode.ERROR
     except MemoryError:
         click.echo("error: out of memory; use fewer --samples or a smaller --batch-size", err=True)
+        return ExitCode.ERROR
+    except OSError as error:
+        click.echo(f"error: tacext: {printable(str(error))}", err=True)
         return ExitCode.ERROR
     except Exception:  # noqa: BLE001
         # Python's own exit code for a crash is 1, which here means "backdoored".

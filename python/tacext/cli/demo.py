@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from ..demo import TARGET, run_demo
-from ..errors import FileError
-from ..files import explain
 from ..tables import evaluation_table, scan_table
+from .console import ResultConsole
 from .exit_codes import EXIT_CODE_HELP
 
 
@@ -22,25 +20,20 @@ from .exit_codes import EXIT_CODE_HELP
     show_default=True,
     help="Folder for the models and the plot.",
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of data, poison and training.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**31 - 1),
+    default=0,
+    show_default=True,
+    help="Seed of data, poison and training.",
+)
 def demo_command(output: str, seed: int) -> None:
     """Train a digit classifier with a backdoor, find the backdoor, remove it, and measure.
 
     Runs on scikit-learn's handwritten digits in under 90 seconds; nothing is downloaded.
     """
-    folder = Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError.of(
-            "demo",
-            "output",
-            expected="a folder that can be made",
-            got=f"{folder} ({explain(error)})",
-            way_out="choose another folder",
-        ) from error
-    result = run_demo(folder, seed=seed)
-    console = Console()
+    result = run_demo(Path(output), seed=seed)
+    console = ResultConsole()
     console.print(f"[bold]A digit classifier with a BadNets backdoor (target {TARGET})[/bold]")
     console.print(scan_table(result.report))
     clean = result.clean_report

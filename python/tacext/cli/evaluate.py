@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import click
-from rich.console import Console
 
 from ..evaluation import Evaluation, evaluate
-from ..files import check_writable
 from ..report import evaluation_to_dict, write_json
 from ..tables import evaluation_table
 from ..user_code import load_trigger
+from .console import ResultConsole
 from .exit_codes import EXIT_CODE_HELP
 from .inputs import BATCH_SIZE, ModelAndData, model_and_data
 
@@ -33,10 +32,10 @@ def evaluate_command(
     baseline: str | None,
 ) -> None:
     """Measure the model in WEIGHTS on clean images and on the same images with a known trigger."""
-    if given.json_path is not None:
-        check_writable(given.json_path, operation="evaluate", argument="json")
+    given.check_outputs("evaluate", json=given.json_path)
     stamp = load_trigger(trigger)
     model = given.load_model()
+    source = given.source
     images = given.load_images()
     rows: list[tuple[str, Evaluation]] = []
     before = None
@@ -54,6 +53,6 @@ def evaluate_command(
     )
     rows.append(("model", after))
     if given.json_path is not None:
-        content = evaluation_to_dict(after, given.source)
+        content = evaluation_to_dict(after, source)
         write_json(given.json_path, content, operation="evaluate")
-    Console().print(evaluation_table(rows))
+    ResultConsole().print(evaluation_table(rows))

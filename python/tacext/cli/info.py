@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from ..ops import build_info
+from .console import ResultConsole
 
 
 @click.command("info")
@@ -17,4 +17,4 @@ def info_command() -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in asdict(build_info()).items():
         table.add_row(name.replace("_", " "), str(value))
-    Console().print(table)
+    ResultConsole().print(table)

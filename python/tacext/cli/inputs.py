@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,13 +14,18 @@ import click
 from torch import nn
 
 from ..data import ImageSet
-from ..errors import InputError
+from ..errors import FileError, InputError
+from ..files import check_writable
 from ..images import load_images
 from ..normalisation import Normalized
 from ..report import Json
 from ..weights import load_model
 
 BATCH_SIZE = 256
+
+head_option = click.option(
+    "--head", help="Name of the last linear layer, if it is not found by itself."
+)
 
 
 def _floats(
@@ -41,7 +47,7 @@ def _size(
     if text is None:
         return None
     parts = text.lower().replace("x", " ").replace(",", " ").split()
-    if len(parts) not in (1, 2) or not all(part.isdigit() and int(part) > 0 for part in parts):
+    if len(parts) not in (1, 2) or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise click.BadParameter(f"expected 32 or 32x32, got {text!r}", param=parameter)
     return int(parts[0]), int(parts[-1])
 
@@ -67,11 +73,16 @@ _OPTIONS = (
         type=click.IntRange(min=1),
         help="Use this many random images.  [default: all]",
     ),
-    click.option("--seed", default=0, show_default=True, help="Seed of every random choice."),
+    click.option(
+        "--seed",
+        type=click.IntRange(0, 2**31 - 1),
+        default=0,
+        show_default=True,
+        help="Seed of every random choice.",
+    ),
     click.option("--mean", callback=_floats, help="Mean that the model was trained with."),
     click.option("--std", callback=_floats, help="Standard deviation likewise."),
     click.option("--size", callback=_size, metavar="HxW", help="Resize images of a folder."),
-    click.option("--head", help="Name of the last linear layer, if it is not found by itself."),
     click.option(
         "--batch-size",
         type=click.IntRange(min=1),
@@ -94,7 +105,6 @@ class ModelAndData:
     mean: list[float] | None
     std: list[float] | None
     size: tuple[int, int] | None
-    head: str | None
     batch_size: int | None
     json_path: str | None
 
@@ -124,12 +134,29 @@ class ModelAndData:
             )
         return images.sample(self.samples, self.seed)
 
-    @property
-    def head_in_model(self) -> str | None:
-        """The head's name as the loaded model has it, behind its normalisation."""
-        if self.head is None or self.mean is None:
-            return self.head
-        return f"model.{self.head}"
+    def head_in_model(self, head: str | None) -> str | None:
+        """A layer's name as the loaded model has it, behind its normalisation."""
+        return head if head is None or self.mean is None else f"model.{head}"
+
+    def check_outputs(self, operation: str, **outputs: str | None) -> None:
+        """Before any work: every output can be written, and none replaces an input or another."""
+        taken = {
+            os.path.realpath(self.weights): "WEIGHTS",
+            os.path.realpath(self.data_path): "--data",
+        }
+        for argument, path in outputs.items():
+            if path is None:
+                continue
+            target = str(check_writable(path, operation=operation, argument=argument))
+            if target in taken:
+                raise FileError.of(
+                    operation,
+                    argument,
+                    expected="a file of its own",
+                    got=f"{path}, which is {taken[target]}",
+                    way_out="choose another name",
+                )
+            taken[target] = f"--{argument}"
 
     @property
     def source(self) -> Json:

@@ -5,21 +5,22 @@ from __future__ import annotations
 from dataclasses import fields
 
 import click
-from rich.console import Console
 
-from ..files import check_writable
+from ..errors import FileError
 from ..repairing import FinetuneSettings, repair
 from ..report import repair_to_dict, write_json
 from ..tables import repair_table
 from ..weights import save_weights
+from .console import ResultConsole
 from .exit_codes import EXIT_CODE_HELP
-from .inputs import ModelAndData, inner, model_and_data
+from .inputs import ModelAndData, head_option, inner, model_and_data
 
 _DEFAULTS = {field.name: field.default for field in fields(FinetuneSettings)}
 
 
 @click.command("repair", epilog=EXIT_CODE_HELP)
 @model_and_data
+@head_option
 @click.option(
     "--output",
     required=True,
@@ -58,6 +59,7 @@ _DEFAULTS = {field.name: field.default for field in fields(FinetuneSettings)}
 )
 def repair_command(
     given: ModelAndData,
+    head: str | None,
     output: str,
     targets: tuple[int, ...],
     epochs: int,
@@ -70,16 +72,23 @@ def repair_command(
     Without --target the model is scanned first and its suspects are repaired. The file in WEIGHTS
     is left as it is.
     """
-    check_writable(output, operation="repair", argument="output")
-    if given.json_path is not None:
-        check_writable(given.json_path, operation="repair", argument="json")
+    given.check_outputs("repair", output=output, json=given.json_path)
+    if not output.endswith(".safetensors"):
+        raise FileError.of(
+            "repair",
+            "output",
+            expected="a name that ends in .safetensors",
+            got=output,
+            way_out="weights are written in no other format",
+        )
     model = given.load_model()
+    source = given.source
     images = given.load_images()
     result = repair(
         model,
         images,
         targets=targets or None,
-        head=given.head_in_model,
+        head=given.head_in_model(head),
         settings=FinetuneSettings(
             epochs=epochs,
             learning_rate=learning_rate,
@@ -91,8 +100,8 @@ def repair_command(
     )
     save_weights(inner(result.model), output)
     if given.json_path is not None:
-        content = repair_to_dict(result, given.source)
+        content = repair_to_dict(result, source)
         write_json(given.json_path, content, operation="repair")
-    console = Console()
+    console = ResultConsole()
     console.print(repair_table(result))
     console.print(f"written: {output}", highlight=False, soft_wrap=True)

@@ -5,20 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 import click
-from rich.console import Console
 
-from ..files import check_writable
 from ..normalisation import Normalized
-from ..plots import plot_norms
+from ..plots import plot_norms, require_matplotlib
 from ..report import scan_to_dict, write_json
 from ..scanning import scan
 from ..tables import scan_table
+from .console import ResultConsole
 from .exit_codes import EXIT_CODE_HELP, OF_VERDICT
-from .inputs import BATCH_SIZE, ModelAndData, model_and_data
+from .inputs import BATCH_SIZE, ModelAndData, head_option, model_and_data
 
 
 @click.command("scan", epilog=EXIT_CODE_HELP)
 @model_and_data
+@head_option
 @click.option(
     "--metric",
     type=click.Choice(["standardized", "l2"]),
@@ -36,6 +36,7 @@ from .inputs import BATCH_SIZE, ModelAndData, model_and_data
 @click.option("--plot", type=click.Path(), help="Write a PNG of the norms.")
 def scan_command(
     given: ModelAndData,
+    head: str | None,
     metric: str,
     alpha: float,
     plot: str | None,
@@ -44,15 +45,16 @@ def scan_command(
 
     Prints a verdict: backdoored, with the suspect classes; clean; or inconclusive.
     """
-    for path, argument in ((given.json_path, "json"), (plot, "plot")):
-        if path is not None:
-            check_writable(path, operation="scan", argument=argument)
+    given.check_outputs("scan", json=given.json_path, plot=plot)
+    if plot is not None:
+        require_matplotlib("scan")
     model = given.load_model()
+    source = given.source
     images = given.load_images()
     report = scan(
         model,
         images,
-        head=given.head_in_model,
+        head=given.head_in_model(head),
         metric="l2" if metric == "l2" else "standardized",
         alpha=alpha,
         batch_size=given.batch_size or BATCH_SIZE,
@@ -63,9 +65,9 @@ def scan_command(
     if names is not None and len(names) != report.num_classes:
         names = None
     if given.json_path is not None:
-        content = scan_to_dict(report, names, given.source)
+        content = scan_to_dict(report, names, source)
         write_json(given.json_path, content, operation="scan")
     if plot is not None:
         plot_norms(report, plot, class_names=names, operation="scan")
-    Console().print(scan_table(report, names))
+    ResultConsole().print(scan_table(report, names))
     return OF_VERDICT[report.verdict]

@@ -1,0 +1,21 @@
+"""Where the commands print their results."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from rich.console import Console
+
+
+class ResultConsole(Console):
+    """Standard output that outlives its reader.
+
+    A closed pipe (`tacext scan ... | head`) must not change the exit code: the usual 1 would read as
+    "backdoored".
+    """
+
+    def on_broken_pipe(self) -> None:
+        """Sends what is left to nowhere, so that the command can end in its own way."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
