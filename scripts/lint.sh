@@ -13,4 +13,7 @@ ruff format --check .
 ruff check .
 mypy
 clang-format --dry-run --Werror "${native[@]}"
+if git grep -n '@@[A-Z_]*@@' -- '*.md'; then
+  echo "lint: a placeholder is left in the text" && exit 1
+fi
 echo "lint: all good"

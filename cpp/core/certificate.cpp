@@ -35,7 +35,8 @@ void certify_ray(const HeadGeometry& head, std::int64_t k, const double* margins
   candidate.gap = -value;
   // Length 0 must come from equal rows; differences that merely underflow prove nothing.
   for (std::int64_t j = 0; j < head.classes() && length == 0; ++j)
-    if (candidate.multipliers[j] > 0 && !std::equal(head.row(k), head.row(k) + head.latents(), head.row(j)))
+    if (candidate.multipliers[j] > 0 &&
+        !std::equal(head.row(k), head.row(k) + head.latents(), head.row(j)))
       candidate.dual = std::numeric_limits<double>::infinity();
   if (candidate.dual <= kRayTolerance && value > kRayTolerance * size) return;
   candidate.status = Status::kIterationLimit;

@@ -23,9 +23,9 @@ void check(const Tensor& activation, const Tensor& gradient) {
   bool same = activation.dim() == gradient.dim();
   for (int64_t d = 0; same && d < activation.dim(); ++d)
     same = activation.size(d) == gradient.size(d);
-  STD_TORCH_CHECK(same, kOperation,
-                  ": gradient: expected shape ", shape_text(activation), " like activation, got ",
-                  shape_text(gradient), "; take the gradient with respect to that activation");
+  STD_TORCH_CHECK(same, kOperation, ": gradient: expected shape ", shape_text(activation),
+                  " like activation, got ", shape_text(gradient),
+                  "; take the gradient with respect to that activation");
   STD_TORCH_CHECK(activation.scalar_type() == gradient.scalar_type(), kOperation,
                   ": gradient: expected ", dtype_name(activation), " like activation, got ",
                   dtype_name(gradient), "; convert one of them");

@@ -31,10 +31,9 @@ void check_out(const Tensor& out, const Tensor& logits) {
   STD_TORCH_CHECK(out.size(0) == classes && out.size(1) == classes, kOperation,
                   ": out: expected shape [", classes, ", ", classes, "], got [", out.size(0), ", ",
                   out.size(1), "]; make it as the result for the first batch");
-  STD_TORCH_CHECK(
-      out.scalar_type() == margin_type(logits), kOperation,
-      ": out: expected float64 for float64 logits and float32 for the rest, got ",
-      dtype_name(out), "; make it as the result for the first batch");
+  STD_TORCH_CHECK(out.scalar_type() == margin_type(logits), kOperation,
+                  ": out: expected float64 for float64 logits and float32 for the rest, got ",
+                  dtype_name(out), "; make it as the result for the first batch");
   STD_TORCH_CHECK(out.is_contiguous(), kOperation,
                   ": out: expected a contiguous tensor, got a strided view; pass .contiguous()");
   check_same_device(kOperation, "out", out, "logits", logits);
