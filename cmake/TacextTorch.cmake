@@ -3,9 +3,11 @@
 # find_package(Torch) is avoided: with a CUDA build of torch it stops on a machine without a CUDA
 # toolkit, and where there is one it forces its own architectures on every kernel.
 if(NOT TACEXT_TORCH_DIR)
+  # In pip's isolated build the interpreter sees the build requirements alone; platlib is still the
+  # folder of the environment that is installed into, and may hold the torch to build against.
   execute_process(
     COMMAND "${Python_EXECUTABLE}" -c
-      "import importlib.util as u, os; s = u.find_spec('torch'); print(os.path.dirname(s.origin) if s else '', end='')"
+      "import importlib.util as u, os, sysconfig; s = u.find_spec('torch'); print(os.path.dirname(s.origin) if s else os.path.join(sysconfig.get_path('platlib'), 'torch'), end='')"
     OUTPUT_VARIABLE TACEXT_TORCH_DIR COMMAND_ERROR_IS_FATAL ANY)
 endif()
 if(NOT EXISTS "${TACEXT_TORCH_DIR}/include/torch/headeronly/version.h")

@@ -238,7 +238,7 @@ def bad_files(folder: Path, place: Path) -> dict[str, tuple[list[object], str]]:
             "json: expected a file of its own, got .*which is WEIGHTS",
         ),
         "one file for two": (
-            case(weights, data, "--json", place / "a", "--plot", place / "a"),
+            case(weights, data, "--json", place / "a.png", "--plot", place / "a.png"),
             "plot: expected a file of its own, got .*which is --json",
         ),
     }  # fmt: skip
@@ -345,11 +345,20 @@ def test_an_interrupt_while_writing_leaves_no_half_file(
     assert os.listdir(tmp_path) == ["scan.json"]
 
 
+# A shell that starts pytest in the background makes its children ignore the signal.
+NOT_IGNORING_INTERRUPTS = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from tacext.cli import main
+main()
+"""
+
+
 def test_ctrl_c_in_a_repair_exits_with_130_and_writes_nothing(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "repaired.safetensors"
     process = subprocess.Popen(
         [
-            sys.executable, "-m", "tacext", "-v", "repair", folder / "backdoored.safetensors",
+            sys.executable, "-c", NOT_IGNORING_INTERRUPTS, "-v", "repair", folder / "backdoored.safetensors",
             "--arch", ARCH, "--data", folder / "digits.npz", "--target", "0",
             "--epochs", "100000", "--output", output,
         ],
@@ -357,12 +366,17 @@ def test_ctrl_c_in_a_repair_exits_with_130_and_writes_nothing(folder: Path, tmp_
         text=True,
     )  # fmt: skip
     assert process.stderr is not None
-    for line in process.stderr:  # wait until the training is under way
-        if "epoch 1 " in line:
-            break
-    time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=60)
+    try:
+        for line in process.stderr:  # wait until the training is under way
+            if "epoch 1 " in line:
+                break
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, rest = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
     assert process.returncode == ExitCode.INTERRUPTED
     assert "interrupted" in rest
     assert list(tmp_path.iterdir()) == []
@@ -379,6 +393,22 @@ def test_repair_never_replaces_its_input(
     assert run(*common, tmp_path / "o.pt") == ExitCode.ERROR
     assert "ends in .safetensors" in capsys.readouterr().err
     assert weights.read_bytes() == before
+
+
+def test_a_repair_shows_what_it_rests_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = "--arch", ARCH, "--data", folder / "digits.npz", "--output", tmp_path / "o.safetensors"
+    assert run("repair", folder / "clean.safetensors", *common) == ExitCode.ERROR
+    captured = capsys.readouterr()
+    assert "verdict: clean" in captured.out
+    assert "name the class with targets=[...] (--target)" in captured.err
+    arguments = "--target", 0, "--learning-rate", 0.5, "--epochs", 1, "--json", tmp_path / "r.json"
+    assert run("repair", folder / "clean.safetensors", *common, *arguments) == 0
+    assert "warning: the repair costs" in capsys.readouterr().out.replace("\n", " ")
+    content = json.loads((tmp_path / "r.json").read_text())
+    jsonschema.validate(content, json_schema(content["schema"]))
+    assert len(content["warnings"]) == 1
 
 
 def test_a_closed_pipe_keeps_the_verdict(folder: Path) -> None:

@@ -95,6 +95,14 @@ def test_targets_override_the_report() -> None:
     assert repair(case.backdoored, case.data.defender, report, settings=settings).targets == (0,)
 
 
+def test_one_target_needs_no_list_and_a_number_is_no_report() -> None:
+    case = digit_case()
+    settings = FinetuneSettings(epochs=1)
+    assert repair(case.backdoored, case.data.defender, targets=3, settings=settings).targets == (3,)
+    with pytest.raises(InputError, match="report: expected a ScanReport or None, got int"):
+        repair(case.backdoored, case.data.defender, 3)  # type: ignore[arg-type]
+
+
 def test_nothing_to_repair_says_what_to_do() -> None:
     case = digit_case()
     with pytest.raises(InputError, match=r"targets: .*none \(the scan's verdict: .*with targets="):

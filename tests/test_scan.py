@@ -157,6 +157,17 @@ def test_missing_classes_are_warned_about() -> None:
     assert report.verdict != "clean"
 
 
+def test_a_minority_of_the_classes_is_inconclusive() -> None:
+    case = digit_case()
+    images, labels = case.data.defender
+    some = labels < 4
+    repeated = torch.cat([images[some]] * 2), torch.cat([labels[some]] * 2)
+    report = scan(case.backdoored, repeated)
+    assert report.verdict == "inconclusive"
+    assert any("covers only 4 of 10 classes" in warning for warning in report.warnings)
+    assert report.suspects == ()
+
+
 def test_two_classes_are_inconclusive() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(50, 4, generator=generator)

@@ -29,11 +29,13 @@ from .heads import (
 from .heads import run_model as run
 from .ops import Status
 from .progress import progress_bar
-from .scanning import ScanReport, scan
+from .scanning import ScanReport, scan, sensible_accuracy
 
 logger = logging.getLogger(__name__)
 
 Method = Literal["finetune"]
+
+NOTABLE_LOSS = 0.05  # of accuracy; a repair that costs more says so
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class RepairResult:
         accuracy_before, accuracy_after: on the held-out clean samples.
         training_samples, holdout_samples: how the clean data was split.
         history: the losses of every epoch.
+        warnings: what the caller should know before using the model.
         settings: what was asked for.
         seconds: wall time of the training.
     """
@@ -122,6 +125,7 @@ class RepairResult:
     training_samples: int
     holdout_samples: int
     history: tuple[EpochLosses, ...] = field(repr=False)
+    warnings: tuple[str, ...]
     settings: FinetuneSettings
     seconds: float
 
@@ -130,7 +134,7 @@ def repair(
     model: nn.Module,
     data: DataLike,
     report: ScanReport | None = None,
-    targets: Sequence[int] | None = None,
+    targets: Sequence[int] | int | None = None,
     method: Method = "finetune",
     *,
     settings: FinetuneSettings | None = None,
@@ -149,7 +153,7 @@ def repair(
             parameter is trained, also those that are frozen.
         data: clean labelled samples, as for `scan`; held in memory.
         report: a scan of this model; None scans it with the same data first.
-        targets: the classes to repair, overriding the report's suspects.
+        targets: the class or classes to repair, overriding the report's suspects.
         method: "finetune".
         settings: of the fine-tuning; None for the defaults.
         head: the name of the last linear layer, where the model is too unusual to tell.
@@ -175,6 +179,14 @@ def repair(
     settings = settings or FinetuneSettings()
     inputs, labels = materialise(data, operation="repair")
     training, holdout = _split(len(labels), settings)
+    if report is not None and not isinstance(report, ScanReport):
+        raise InputError.of(
+            "repair",
+            "report",
+            expected="a ScanReport or None",
+            got=type(report).__name__,
+            way_out="pass classes as targets=[...]",
+        )
     if report is None:
         report = scan(model, (inputs, labels), head=head, progress=progress)
     found = _find_head(model, inputs[:8], head, report)
@@ -191,18 +203,22 @@ def repair(
     seconds = time.perf_counter() - started
     repaired.eval()
     held_out = inputs[holdout], labels[holdout]
+    before, after = _accuracy(model, *held_out), _accuracy(repaired, *held_out)
     result = RepairResult(
         model=repaired,
         targets=chosen,
         method=method,
-        accuracy_before=_accuracy(model, *held_out),
-        accuracy_after=_accuracy(repaired, *held_out),
+        accuracy_before=before,
+        accuracy_after=after,
         training_samples=len(training),
         holdout_samples=len(holdout),
         history=history,
+        warnings=_warnings(before, after, found.num_classes),
         settings=settings,
         seconds=seconds,
     )
+    for warning in result.warnings:
+        logger.warning("repair: %s", warning)
     logger.info(
         "repair: targets %s, held-out accuracy %.4f -> %.4f",
         chosen,
@@ -210,6 +226,21 @@ def repair(
         result.accuracy_after,
     )
     return result
+
+
+def _warnings(before: float, after: float, num_classes: int) -> tuple[str, ...]:
+    warnings = []
+    if before < sensible_accuracy(num_classes):
+        warnings.append(
+            f"the model was right on only {before:.1%} of the held-out samples before the repair; "
+            "check the normalisation (mean and std) and the order of the classes"
+        )
+    if after < before - NOTABLE_LOSS:
+        warnings.append(
+            f"the repair costs {before - after:.1%} of accuracy on held-out samples; more clean "
+            "samples, more epochs or a lower learning_rate may cost less"
+        )
+    return tuple(warnings)
 
 
 def _find_head(model: nn.Module, example: Tensor, head: str | None, report: ScanReport) -> Head:
@@ -222,7 +253,7 @@ def _find_head(model: nn.Module, example: Tensor, head: str | None, report: Scan
 
 
 def _choose_targets(
-    report: ScanReport, targets: Sequence[int] | None, head: Head
+    report: ScanReport, targets: Sequence[int] | int | None, head: Head
 ) -> tuple[int, ...]:
     if report.num_classes != head.num_classes or report.latent_dim != head.latent_dim:
         raise InputError.of(
@@ -232,6 +263,8 @@ def _choose_targets(
             got=f"one of {report.num_classes} classes and {report.latent_dim} latents",
             way_out="scan this model, or leave the report out",
         )
+    if isinstance(targets, int):
+        targets = (targets,)
     chosen = tuple(dict.fromkeys(report.suspects if targets is None else targets))
     if not chosen:
         raise InputError.of(

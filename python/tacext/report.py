@@ -25,7 +25,8 @@ Json = dict[str, Any]
 
 
 def json_schema(name: str) -> Json:
-    """The JSON Schema of "scan-1", "repair-1" or "evaluation-1"."""
+    """The JSON Schema of "scan-1", "repair-1" or "evaluation-1"; also "tacext.scan/1" and so on."""
+    name = name.removeprefix("tacext.").replace("/", "-")
     text = resources.files(__package__).joinpath("schemas", f"{name}.json").read_text("utf-8")
     schema: Json = json.loads(text)
     return schema
@@ -101,6 +102,7 @@ def repair_to_dict(result: RepairResult, source: Json | None = None) -> Json:
         "accuracy_after": result.accuracy_after,
         "training_samples": result.training_samples,
         "holdout_samples": result.holdout_samples,
+        "warnings": list(result.warnings),
         "settings": asdict(result.settings),
         "history": [asdict(epoch) for epoch in result.history],
         "seconds": result.seconds,

@@ -319,8 +319,13 @@ def _report(
     unsolved = perturbations.classes[perturbations.status == Status.ITERATION_LIMIT].tolist()
     if unsolved:
         doubts.append(f"classes without a certificate: {', '.join(map(str, unsolved[:20]))}")
+    if 2 * observation.classes_seen < num_classes:
+        doubts.append(
+            f"the data covers only {observation.classes_seen} of {num_classes} classes; "
+            "pass samples of all"
+        )
     warnings = list(doubts)
-    if observation.classes_seen < num_classes:
+    if num_classes / 2 <= observation.classes_seen < num_classes:
         warnings.append(
             f"the data covers {observation.classes_seen} of {num_classes} classes; all norms are "
             "smaller than with samples of every class"

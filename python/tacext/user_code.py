@@ -96,7 +96,8 @@ def _load(reference: str, request: _Request) -> Callable[..., Any]:
     else:
         if not all(part.isidentifier() for part in place.split(".")):
             raise request.refuse("the name of a module", repr(place), example)
-        module = _import(place, None, lambda: importlib.import_module(place), request)
+        here = str(Path.cwd())  # as python -m does, so that a file at hand can be named so, too
+        module = _import(place, here, lambda: importlib.import_module(place), request)
     if not hasattr(module, name):
         own = [
             k for k, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__
@@ -170,7 +171,7 @@ def _import(
         frames = traceback.extract_tb(error.__traceback__)
         lines = [f" at {Path(f.filename).name}:{f.lineno}" for f in frames if f.filename[0] != "<"]
         where = lines[-1] if len(lines) > 1 else ""  # the first is this file's
-        hint = "" if folder else ", or give the path of its file"
+        hint = "" if place.endswith(".py") else ", or give the path of its file"
         raise request.refuse(
             f"{place} to import", f"{explain(error)}{where}", f"correct it{hint}"
         ) from error

@@ -208,6 +208,8 @@ class _Reader:
 
     def read(self) -> object:
         source = self.source
+        if source.is_dir():
+            raise self.refuse("a file", f"{source}, which is a directory", "name the file itself")
         if source.suffix.lower() not in (".safetensors", *PICKLE_SUFFIXES):
             raise self.refuse(
                 f"a file ending in .safetensors, {', '.join(PICKLE_SUFFIXES)}",

@@ -33,8 +33,9 @@ def cli(verbose: bool) -> None:
         handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
         force=True,
     )
-    # A scan's own warnings stand in its table.
-    logging.getLogger("tacext.scanning").setLevel(logging.INFO if verbose else logging.ERROR)
+    # What a scan and a repair warn of stands in their tables.
+    for name in ("tacext.scanning", "tacext.repairing"):
+        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
 
 
 for _command in (scan_command, repair_command, evaluate_command, demo_command, info_command):

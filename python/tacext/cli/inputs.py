@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..files import check_writable
 from ..images import load_images
 from ..normalisation import Normalized
 from ..report import Json
+from ..scanning import ScanReport
 from ..weights import load_model
 
 BATCH_SIZE = 256
@@ -138,6 +139,12 @@ class ModelAndData:
         """A layer's name as the loaded model has it, behind its normalisation."""
         return head if head is None or self.mean is None else f"model.{head}"
 
+    def named(self, report: ScanReport) -> ScanReport:
+        """The report with the layer's name as the user's own model has it."""
+        if self.mean is None:
+            return report
+        return replace(report, head=report.head.removeprefix("model."))
+
     def check_outputs(self, operation: str, **outputs: str | None) -> None:
         """Before any work: every output can be written, and none replaces an input or another."""
         taken = {
@@ -168,8 +175,12 @@ class ModelAndData:
         return {
             "weights": self.weights,
             "weights_sha256": digest.hexdigest(),
+            "arch": self.arch,
+            "mean": self.mean,
+            "std": self.std,
             "data": self.data_path,
             "split": self.split,
+            "samples": self.samples,
             "seed": self.seed,
         }
 

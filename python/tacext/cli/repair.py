@@ -9,7 +9,8 @@ import click
 from ..errors import FileError
 from ..repairing import FinetuneSettings, repair
 from ..report import repair_to_dict, write_json
-from ..tables import repair_table
+from ..scanning import scan
+from ..tables import repair_table, scan_table
 from ..weights import save_weights
 from .console import ResultConsole
 from .exit_codes import EXIT_CODE_HELP
@@ -84,9 +85,14 @@ def repair_command(
     model = given.load_model()
     source = given.source
     images = given.load_images()
+    console = ResultConsole()
+    report = scan(model, images, head=given.head_in_model(head))
+    if not targets:
+        console.print(scan_table(given.named(report), images.class_names))
     result = repair(
         model,
         images,
+        report,
         targets=targets or None,
         head=given.head_in_model(head),
         settings=FinetuneSettings(
@@ -102,6 +108,5 @@ def repair_command(
     if given.json_path is not None:
         content = repair_to_dict(result, source)
         write_json(given.json_path, content, operation="repair")
-    console = ResultConsole()
     console.print(repair_table(result))
     console.print(f"written: {output}", highlight=False, soft_wrap=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import click
 
-from ..normalisation import Normalized
+from ..errors import FileError
 from ..plots import plot_norms, require_matplotlib
 from ..report import scan_to_dict, write_json
 from ..scanning import scan
@@ -47,6 +45,14 @@ def scan_command(
     """
     given.check_outputs("scan", json=given.json_path, plot=plot)
     if plot is not None:
+        if not plot.endswith(".png"):
+            raise FileError.of(
+                "scan",
+                "plot",
+                expected="a name that ends in .png",
+                got=plot,
+                way_out="plots are written in no other format",
+            )
         require_matplotlib("scan")
     model = given.load_model()
     source = given.source
@@ -59,8 +65,7 @@ def scan_command(
         alpha=alpha,
         batch_size=given.batch_size or BATCH_SIZE,
     )
-    if isinstance(model, Normalized):  # the user knows the layer by its name in their own model
-        report = replace(report, head=report.head.removeprefix("model."))
+    report = given.named(report)
     names = images.class_names
     if names is not None and len(names) != report.num_classes:
         names = None
