@@ -7,14 +7,19 @@ missing then fails these tests, where it would otherwise narrow them to the CPU 
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 
-from tacext import ops
+from command_line import ARCH, run
+from digits import digit_case
+from tacext import ops, save_weights
 
 settings.register_profile("tacext", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("tacext")
@@ -43,3 +48,31 @@ def restore_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of the backdoored and the clean digit model, and the defender's images."""
+    folder = tmp_path_factory.mktemp("cli")
+    case = digit_case()
+    save_weights(case.backdoored, folder / "backdoored.safetensors")
+    save_weights(case.clean, folder / "clean.safetensors")
+    torch.save(case.backdoored.state_dict(), folder / "backdoored.pt")
+    images, labels = case.data.defender
+    test_images, test_labels = case.data.test
+    np.savez(
+        folder / "digits.npz",
+        x=images.numpy(),
+        y=labels.numpy(),
+        x_test=test_images.numpy(),
+        y_test=test_labels.numpy(),
+    )
+    return folder
+
+
+@pytest.fixture
+def scan_command(folder: Path) -> functools.partial[int]:
+    return functools.partial(
+        run, "scan", folder / "backdoored.safetensors", "--arch", ARCH, "--data",
+        folder / "digits.npz",
+    )  # fmt: skip

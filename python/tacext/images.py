@@ -6,7 +6,6 @@ import logging
 import os
 import warnings
 import zipfile
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -16,6 +15,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from .cifar import CIFAR10, CIFAR100, load_cifar_file, load_cifar_folder
 from .data import ImageSet, check_labels, first_not_finite
 from .errors import FileError, InputError, TacextError, printable
 from .files import explain
@@ -27,12 +27,6 @@ OPERATION = "load_images"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm")
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM")
 CHANNELS = (1, 3, 4)
-CIFAR10_FILES = {
-    "train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
-    "test": ("test_batch.bin",),
-}
-CIFAR100_FILES = {"train": ("train.bin",), "test": ("test.bin",)}
-
 LARGEST_HARMLESS, LARGEST_GROWTH = 2**28, 100  # bytes, and times the size of an archive
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -87,13 +81,10 @@ def load_images(
 
 def _load(source: Path, split: str | None, size: tuple[int, int] | None) -> ImageSet:
     if source.is_dir():
-        names = set(os.listdir(source))
-        if names & {"data_batch_1.bin", "test_batch.bin"}:
-            result = _load_cifar_folder(source, split, CIFAR10_FILES, "batches.meta.txt", (10,))
-        elif {"train.bin", "test.bin"} <= names:
-            result = _load_cifar_folder(
-                source, split, CIFAR100_FILES, "fine_label_names.txt", (20, 100)
-            )
+        layout = next((known for known in (CIFAR10, CIFAR100) if known.is_in(source)), None)
+        if layout is not None:
+            chosen = _check_split(split, list(layout.files), source)
+            result = load_cifar_folder(source, chosen, layout)
         else:
             return _load_folder(source, split, size)
     elif source.is_file():
@@ -101,7 +92,9 @@ def _load(source: Path, split: str | None, size: tuple[int, int] | None) -> Imag
         if suffix == ".npz":
             result = _load_npz(source, split)
         elif suffix == ".bin":
-            result = _load_cifar_file(source, split)
+            if split is not None:
+                _check_split(split, [], source)
+            result = load_cifar_file(source)
         else:
             raise _file_error(
                 "path",
@@ -417,72 +410,3 @@ def _read_image(file: Path, size: tuple[int, int] | None) -> Array:
             way_out="replace or remove that file",
         ) from error
     return array.reshape(*array.shape[:2], -1)
-
-
-# ---- CIFAR's binary batches ----------------------------------------------------------------------
-
-
-def _load_cifar_folder(
-    source: Path,
-    split: str | None,
-    files: Mapping[str, tuple[str, ...]],
-    names_file: str,
-    classes: tuple[int, ...],
-) -> ImageSet:
-    chosen = _check_split(split, list(files), source)
-    for name in files[chosen]:
-        if not (source / name).is_file():
-            raise _file_error(
-                "path",
-                expected=f"{', '.join(files[chosen])} in {source}",
-                got=f"no {name}",
-                way_out="complete the download, or load one .bin file by its own path",
-            )
-    records = [_read_records(source / name, [classes]) for name in files[chosen]]
-    pixels, labels = (np.concatenate(parts) for parts in zip(*records, strict=True))
-    class_names = None
-    if (source / names_file).is_file():
-        lines = (source / names_file).read_text("utf-8", errors="replace").split()
-        class_names = tuple(map(printable, lines)) if len(lines) == classes[-1] else None
-    return ImageSet(
-        torch.from_numpy(pixels), torch.from_numpy(labels), class_names, f"{source}/{chosen}"
-    )
-
-
-def _load_cifar_file(source: Path, split: str | None) -> ImageSet:
-    if split is not None:
-        _check_split(split, [], source)
-    pixels, labels = _read_records(source, [(10,), (20, 100)])
-    return ImageSet(torch.from_numpy(pixels), torch.from_numpy(labels), None, str(source))
-
-
-def _read_records(source: Path, layouts: list[tuple[int, ...]]) -> tuple[Array, Array]:
-    """Splits a batch file into uint8 [N, 3, 32, 32] and int64 [N].
-
-    A layout lists how many classes each label byte in front of the 3072 pixels can name: (10,) is
-    CIFAR-10, (20, 100) CIFAR-100 with its coarse and fine label. The format has no other mark, so
-    a layout fits when the file's size and every label do.
-    """
-    data = np.fromfile(source, dtype=np.uint8)
-    fitting = []
-    for layout in layouts:
-        width = len(layout)
-        if data.size == 0 or data.size % (width + 3072):
-            continue
-        records = data.reshape(-1, width + 3072)
-        if (records[:, :width] < np.array(layout)).all():
-            pixels = records[:, width:].reshape(-1, 3, 32, 32)
-            fitting.append((np.ascontiguousarray(pixels), records[:, width - 1].astype(np.int64)))
-    if len(fitting) == 1:
-        return fitting[0]
-    sizes = " or ".join(str(len(layout) + 3072) for layout in layouts)
-    ranges = " or ".join("/".join(map(str, layout)) for layout in layouts)
-    raise _file_error(
-        "path",
-        expected=f"records of {sizes} bytes with labels below {ranges}",
-        got=f"{source} of {data.size} bytes, "
-        + ("which fits both" if fitting else "truncated or of another kind"),
-        way_out="put it into a folder under its published name"
-        if fitting
-        else "download it again, in the binary version",
-    )
