@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -41,6 +43,34 @@ def test_false_alarms_stay_at_alpha_and_a_planted_class_is_found(count: int) -> 
     assert alarms <= 50 + 4 * 7
     assert alarms >= 50 - 4 * 7
     assert found >= 0.95 * trials
+
+
+def test_every_class_gets_the_p_value_of_the_textbook_form() -> None:
+    norm = clean_norms(np.random.default_rng(9), 9)
+    log_norm = np.log(norm)
+    for k, p in enumerate(judge_norms(norm).class_p_values):
+        others = np.delete(log_norm, k)
+        t = (others.mean() - log_norm[k]) / (others.std(ddof=1) * np.sqrt(1 + 1 / len(others)))
+        assert p == pytest.approx(min(1.0, 9 * stats.t.sf(t, 7)), rel=1e-9)
+
+
+def test_a_head_of_20_000_classes_takes_no_square_of_memory() -> None:
+    norm = clean_norms(np.random.default_rng(0), 20_000)
+    tracemalloc.start()
+    judge_norms(norm)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100 * norm.nbytes
+
+
+def test_the_smallest_norm_is_named_beside_classes_that_were_not_solved() -> None:
+    norm = 5 * np.exp(0.07 * np.random.default_rng(0).standard_t(3, 400))
+    norm[0] = np.nan
+    norm[7] = 0.1
+    norm[8] = 40.0
+    test = judge_norms(norm)
+    assert test.verdict == "inconclusive"
+    assert "that of class 7" in test.reason
 
 
 def test_several_suspects_come_in_order() -> None:

@@ -91,11 +91,13 @@ def _low_outlier_p_values(log_norm: _FloatArray) -> _FloatArray:
     count = len(log_norm)
     if count < 3:
         return np.ones(count)
-    others_mean = (log_norm.sum() - log_norm) / (count - 1)
-    centred = log_norm[None, :] - others_mean[:, None]
-    np.fill_diagonal(centred, 0.0)
-    deviation = np.maximum(np.sqrt((centred**2).sum(1) / (count - 2)), SMALLEST_DEVIATION)
-    t = (others_mean - log_norm) / (deviation * math.sqrt(1 + 1 / (count - 1)))
+    # Taking x out of n values moves their mean by d / (n - 1) and their sum of squares by
+    # d^2 n / (n - 1), with d = x - mean: all C tests from two sums.
+    d = log_norm - log_norm.mean()
+    others_squares = np.maximum(0.0, (d**2).sum() - d**2 * count / (count - 1))
+    deviation = np.maximum(np.sqrt(others_squares / (count - 2)), SMALLEST_DEVIATION)
+    below_the_others = -d * count / (count - 1)
+    t = below_the_others / (deviation * math.sqrt(1 + 1 / (count - 1)))
     p_values: _FloatArray = np.minimum(1.0, count * stats.t.sf(t, count - 2))
     return p_values
 
@@ -138,7 +140,10 @@ def judge_norms(norm: _FloatArray, alpha: float = 0.01) -> NormTest:
     stuck = np.flatnonzero(norm == 0)
     nothing_to_compare = None
     if len(stuck):
-        nothing_to_compare = f"every sample is already predicted as class {stuck[0]}, so the norms cannot be compared"
+        nothing_to_compare = (
+            f"every sample is already predicted as class {stuck[0]}, so that the norms cannot be "
+            "compared"
+        )
     elif len(usable) < FEWEST_CLASSES:
         nothing_to_compare = (
             f"{len(usable)} classes have a norm; with fewer than {FEWEST_CLASSES} there is nothing "
@@ -150,6 +155,7 @@ def judge_norms(norm: _FloatArray, alpha: float = 0.01) -> NormTest:
         )
 
     log_norm = np.log(norm)
+    smallest = int(usable[log_norm[usable].argmin()])
     class_p_values[usable] = _low_outlier_p_values(log_norm[usable])
     suspects: list[int] = []
     left = usable
@@ -163,14 +169,14 @@ def judge_norms(norm: _FloatArray, alpha: float = 0.01) -> NormTest:
         class_p_values[left[lowest]] = p_values[lowest]
         left = np.delete(left, lowest)
 
-    p_value = float(class_p_values[usable[log_norm[usable].argmin()]])
+    p_value = float(class_p_values[smallest])
     ratio = _detectable_ratio(log_norm[left], alpha)
     usual = float(np.exp(log_norm[left].mean()))
     law = _law_p_value(log_norm[left])
     if law < LAW_P_VALUE:
         reason = (
             f"the norms do not scatter as those of clean models do (p = {law:.1g}), so that the test "
-            f"does not apply; the smallest is that of class {int(norm.argmin())}"
+            f"does not apply; the smallest is that of class {smallest}"
         )
         return NormTest("inconclusive", (), p_value, class_p_values, index, ratio, usual, reason)
     if suspects:
@@ -182,8 +188,7 @@ def judge_norms(norm: _FloatArray, alpha: float = 0.01) -> NormTest:
             "backdoored", tuple(suspects), p_value, class_p_values, index, ratio, usual, reason
         )
     if p_value < min(DOUBT_FACTOR * alpha, LARGEST_DOUBT):
-        lowest = int(usable[log_norm[usable].argmin()])
-        reason = f"class {lowest} stands out, but not enough: p = {p_value:.2g} against {alpha:g}"
+        reason = f"class {smallest} stands out, but not enough: p = {p_value:.2g} against {alpha:g}"
         return NormTest("inconclusive", (), p_value, class_p_values, index, ratio, usual, reason)
     if ratio < DETECTABLE_RATIO_FOR_CLEAN:
         reason = (

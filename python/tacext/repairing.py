@@ -146,7 +146,8 @@ def repair(
     Fine-tunes on clean data with CE(z(x), y) + beta CE(W(phi(x) + s_t) + b, y) (arXiv 2511.08944,
     its removal step): latents shifted by the reconstructed trigger-activated change s_t are taught
     their true class, until the shift no longer leads to t. With several targets every batch takes
-    the mean over them.
+    the mean over them. The accuracies are measured on samples that are not trained on; s_t itself
+    comes from all samples.
 
     Args:
         model: the classifier, as for `scan`; it is copied and left untouched. Of the copy every
@@ -162,11 +163,9 @@ def repair(
     Returns:
         RepairResult with the repaired model and its accuracy before and after on held-out data.
 
-    The accuracies are measured on samples that are not trained on; s_t itself comes from all samples.
-
     Raises:
-        InputError: nothing to repair, a loss that diverges, a target out of range or unreachable, a report of another
-            model, too few samples, and everything that `scan` raises.
+        InputError: nothing to repair, a target out of range or unreachable, a report of another
+            model, too few samples, a loss that diverges, and everything that `scan` raises.
     """
     if method not in get_args(Method):
         raise InputError.of(

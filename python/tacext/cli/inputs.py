@@ -185,6 +185,18 @@ class ModelAndData:
         }
 
 
+def check_suffix(operation: str, argument: str, path: str, suffix: str) -> None:
+    """Before any work: raises FileError where a name promises a format that is not written."""
+    if not path.endswith(suffix):
+        raise FileError.of(
+            operation,
+            argument,
+            expected=f"a name that ends in {suffix}",
+            got=path,
+            way_out="no other format is written",
+        )
+
+
 def inner(model: nn.Module) -> nn.Module:
     """The user's own model inside a loaded one."""
     return model.model if isinstance(model, Normalized) else model

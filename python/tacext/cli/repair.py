@@ -6,7 +6,6 @@ from dataclasses import fields
 
 import click
 
-from ..errors import FileError
 from ..repairing import FinetuneSettings, repair
 from ..report import repair_to_dict, write_json
 from ..scanning import scan
@@ -14,7 +13,7 @@ from ..tables import repair_table, scan_table
 from ..weights import save_weights
 from .console import ResultConsole
 from .exit_codes import EXIT_CODE_HELP
-from .inputs import ModelAndData, head_option, inner, model_and_data
+from .inputs import BATCH_SIZE, ModelAndData, check_suffix, head_option, inner, model_and_data
 
 _DEFAULTS = {field.name: field.default for field in fields(FinetuneSettings)}
 
@@ -74,19 +73,17 @@ def repair_command(
     is left as it is.
     """
     given.check_outputs("repair", output=output, json=given.json_path)
-    if not output.endswith(".safetensors"):
-        raise FileError.of(
-            "repair",
-            "output",
-            expected="a name that ends in .safetensors",
-            got=output,
-            way_out="weights are written in no other format",
-        )
+    check_suffix("repair", "output", output, ".safetensors")
     model = given.load_model()
     source = given.source
     images = given.load_images()
     console = ResultConsole()
-    report = scan(model, images, head=given.head_in_model(head))
+    report = scan(
+        model,
+        images,
+        head=given.head_in_model(head),
+        batch_size=given.batch_size or BATCH_SIZE,
+    )
     if not targets:
         console.print(scan_table(given.named(report), images.class_names))
     result = repair(

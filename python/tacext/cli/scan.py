@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import click
 
-from ..errors import FileError
 from ..plots import plot_norms, require_matplotlib
 from ..report import scan_to_dict, write_json
 from ..scanning import scan
 from ..tables import scan_table
 from .console import ResultConsole
 from .exit_codes import EXIT_CODE_HELP, OF_VERDICT
-from .inputs import BATCH_SIZE, ModelAndData, head_option, model_and_data
+from .inputs import BATCH_SIZE, ModelAndData, check_suffix, head_option, model_and_data
 
 
 @click.command("scan", epilog=EXIT_CODE_HELP)
@@ -45,14 +44,7 @@ def scan_command(
     """
     given.check_outputs("scan", json=given.json_path, plot=plot)
     if plot is not None:
-        if not plot.endswith(".png"):
-            raise FileError.of(
-                "scan",
-                "plot",
-                expected="a name that ends in .png",
-                got=plot,
-                way_out="plots are written in no other format",
-            )
+        check_suffix("scan", "plot", plot, ".png")
         require_matplotlib("scan")
     model = given.load_model()
     source = given.source
