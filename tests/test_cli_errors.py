@@ -271,6 +271,24 @@ def test_a_closed_pipe_keeps_the_verdict(folder: Path) -> None:
     assert process.returncode == ExitCode.CLEAN, process.stderr
 
 
+def test_what_is_printed_after_a_closed_pipe_goes_nowhere() -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    program = """
+import sys
+from tacext.cli.console import ResultConsole
+ResultConsole().print("x" * 100_000)
+print("more")
+sys.exit(3)
+"""
+    command = [sys.executable, "-c", program]
+    process = subprocess.run(
+        command, check=False, stdout=write_end, stderr=subprocess.PIPE, timeout=120
+    )
+    os.close(write_end)
+    assert (process.returncode, process.stderr) == (3, b"")
+
+
 def test_an_exit_in_the_users_code_is_no_verdict(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
