@@ -151,6 +151,15 @@ def test_equals_the_exact_rational_solution(
             assert error <= TOLERANCE * np.linalg.norm(s)
 
 
+def test_constraints_that_nearly_cancel_are_solved_from_the_weights() -> None:
+    # K alone passes the certificate here, too, but leaves one norm 8e-11 off.
+    head = make_head("scaled_columns", 20, 3)
+    result = solve(head)
+    for k in range(head.classes):
+        exact = Problem(head.weight, head.margins, k).solve()
+        assert float(result.norm[k]) == pytest.approx(exact.norm, rel=1e-12)
+
+
 @pytest.mark.parametrize("shape", SOLVER_SHAPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_agrees_with_quadprog_and_daqp(family: str, shape: tuple[int, int], device: str) -> None:

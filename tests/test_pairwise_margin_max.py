@@ -320,3 +320,10 @@ ops.pairwise_margin_max(logits[:8])
     )
     assert measured["diagonal"] == 0
     assert measured["extra"] < 16 * 2**20
+
+
+def test_the_sign_of_a_zero_does_not_depend_on_the_order() -> None:
+    logits = torch.tensor([[-0.0, 0.0], [0.0, 0.0], [0.0, -0.0]])
+    for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
+        margins = ops.pairwise_margin_max(logits[order])
+        assert not torch.signbit(margins).any()
