@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "tacext/pairwise_margin_max.h"
+#include "tacext/find_non_finite.h"
 
 namespace tacext {
 namespace {

@@ -5,7 +5,7 @@
 #include <tuple>
 
 #include "tacext/minimal_perturbation.h"
-#include "tacext/pairwise_margin_max.h"
+#include "tacext/find_non_finite.h"
 #include "tensor_checks.h"
 
 // What the CPU and the CUDA glue of minimal_perturbation share.

@@ -1,3 +1,4 @@
+#include "tacext/find_non_finite.h"
 #include "tacext/pairwise_margin_max.h"
 
 #include <torch/csrc/stable/library.h>

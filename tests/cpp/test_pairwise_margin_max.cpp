@@ -2,6 +2,7 @@
 
 #include <limits>
 
+#include "tacext/find_non_finite.h"
 #include "tacext/pairwise_margin_max.h"
 #include "test_support.h"
 
