@@ -44,10 +44,10 @@ namespace {
 template <class Margin>
 void pick_direct(const MarginTile<Margin>& tile) {
 #if TACEXT_HAS_SIMD_CLONES
-  if (simd_width() == 64) return v4::direct(tile, 0, tile.panel.samples);
-  if (simd_width() == 32) return v3::direct(tile, 0, tile.panel.samples);
+  if (simd_width() == 64) return v4::direct(tile);
+  if (simd_width() == 32) return v3::direct(tile);
 #endif
-  baseline::direct(tile, 0, tile.panel.samples);
+  baseline::direct(tile);
 }
 
 template <class Margin>

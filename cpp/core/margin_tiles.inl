@@ -1,50 +1,11 @@
-// Included by margin_tiles.cpp once for each instruction set, into a namespace that sets kBytes, the
-// vector register, and kJ x kK, the register tile.
+// The kernels of margin_tiles.cpp, for one instruction set: kBytes is its vector register, kJ x kK the
+// register tile that fills its registers.
 
 constexpr std::int64_t kScreenSamples = 512;  // between two looks at the accumulators
 
-template <class T, int kSize = kBytes>
-struct Lanes {
-  typedef T type __attribute__((vector_size(kSize)));
-};
-
-template <class Vector, class T>
-TACEXT_INLINE void load(Vector& to, const T* from) {
-  __builtin_memcpy(&to, from, sizeof to);
-}
+#include "lanes.inl"
 
 using Coarse = Lanes<std::int8_t>::type;
-
-// One bit for each lane of a that is above the bound.
-TACEXT_INLINE std::uint64_t lanes_above(const Coarse& a, std::int8_t bound) {
-#if !defined(__x86_64__)
-  std::uint64_t bits = 0;
-  for (int i = 0; i < kBytes; ++i) bits |= std::uint64_t{a[i] > bound} << i;
-  return bits;
-#elif TACEXT_KERNEL_BYTES == 64
-  return _mm512_cmpgt_epi8_mask((__m512i)a, _mm512_set1_epi8(bound));
-#elif TACEXT_KERNEL_BYTES == 32
-  const __m256i above = _mm256_cmpgt_epi8((__m256i)a, _mm256_set1_epi8(bound));
-  return static_cast<std::uint32_t>(_mm256_movemask_epi8(above));
-#else
-  const __m128i above = _mm_cmpgt_epi8((__m128i)a, _mm_set1_epi8(bound));
-  return static_cast<std::uint32_t>(_mm_movemask_epi8(above));
-#endif
-}
-
-// The largest lane, halving the vector until one is left.
-template <class T, int kSize = kBytes>
-TACEXT_INLINE T largest(const typename Lanes<T, kSize>::type& v) {
-  if constexpr (kSize == sizeof(T)) {
-    return v[0];
-  } else {
-    typename Lanes<T, kSize / 2>::type low, high;
-    __builtin_memcpy(&low, &v, kSize / 2);
-    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + kSize / 2, kSize / 2);
-    low = high > low ? high : low;
-    return largest<T, kSize / 2>(low);
-  }
-}
 
 // The register tile: kJ classes j by kK classes k, samples along the lanes.
 //
@@ -99,31 +60,45 @@ TACEXT_INLINE void raise(Margin& entry, Margin difference) {
   if (difference > entry) entry = difference;
 }
 
+// The register tile at classes j and k, samples [begin, end).
 template <class Margin>
-void direct(const MarginTile<Margin>& tile, std::int64_t begin, std::int64_t end) {
+void direct(const MarginTile<Margin>& tile, std::int64_t j, std::int64_t k, std::int64_t begin,
+            std::int64_t end) {
   constexpr Margin infinity = std::numeric_limits<Margin>::infinity();
   const Panel<Margin>& panel = tile.panel;
   const std::int64_t classes = panel.classes;
   const std::int64_t j_end = std::min(tile.j0 + kTileClasses, classes);
   const std::int64_t k_end = std::min(tile.k0 + kTileClasses, classes);
-  for (std::int64_t j = tile.j0; j < j_end; j += kJ)
-    for (std::int64_t k = tile.k0; k < k_end; k += kK) {
-      if (k + kK <= j) continue;  // in a tile on the diagonal: the mirror image does these
-      Extremes<Margin> extremes;
-      extremes.reset(-infinity, infinity);
-      const Margin* const values = panel.values.data() + begin;
-      extremes.add(values + j * panel.stride, values + k * panel.stride, panel.stride, end - begin);
+  Extremes<Margin> extremes;
+  extremes.reset(-infinity, infinity);
+  const Margin* const values = panel.values.data() + begin;
+  extremes.add(values + j * panel.stride, values + k * panel.stride, panel.stride, end - begin);
 #pragma GCC unroll 4
-      for (int a = 0; a < kJ; ++a)
+  for (int a = 0; a < kJ; ++a)
 #pragma GCC unroll 4
-        for (int b = 0; b < kK; ++b) {
-          if (j + a >= j_end || k + b >= k_end) continue;
-          raise(tile.margins[(k + b) * classes + j + a],
-                largest<Margin>(extremes.hi[a][b]));
-          raise(tile.margins[(j + a) * classes + k + b],
-                largest<Margin>(-extremes.lo[a][b]));
-        }
+    for (int b = 0; b < kK; ++b) {
+      if (j + a >= j_end || k + b >= k_end) continue;
+      raise(tile.margins[(k + b) * classes + j + a], largest<Margin>(extremes.hi[a][b]));
+      raise(tile.margins[(j + a) * classes + k + b], largest<Margin>(-extremes.lo[a][b]));
     }
+}
+
+/// body(a, b) for every register tile, at classes j0 + a and k0 + b. In a tile on the diagonal the
+/// mirror image does those below it.
+template <class Margin, class Body>
+TACEXT_INLINE void for_register_tiles(const MarginTile<Margin>& tile, const Body& body) {
+  const std::int64_t rows = std::min(kTileClasses, tile.panel.classes - tile.j0);
+  const std::int64_t columns = std::min(kTileClasses, tile.panel.classes - tile.k0);
+  for (std::int64_t a = 0; a < rows; a += kJ)
+    for (std::int64_t b = 0; b < columns; b += kK)
+      if (tile.j0 + a < tile.k0 + b + kK) body(a, b);
+}
+
+template <class Margin>
+void direct(const MarginTile<Margin>& tile) {
+  for_register_tiles(tile, [&](std::int64_t a, std::int64_t b) {
+    direct(tile, tile.j0 + a, tile.k0 + b, 0, tile.panel.samples);
+  });
 }
 
 // ---- screening ----------------------------------------------------------------------------------
@@ -152,10 +127,10 @@ struct Bounds {
 // The lanes of one accumulator that need a look: above the bound, and near enough to the largest
 // lane that the other's samples cannot be known to lie below (each is off by 1 and a little).
 TACEXT_INLINE std::uint64_t lanes_to_evaluate(const Coarse& extreme, std::int8_t bound) {
-  const std::uint64_t above = lanes_above(extreme, bound);
+  const std::uint64_t above = lanes_above<std::int8_t>(extreme, bound);
   if (above == 0) return 0;
   const std::int8_t near = static_cast<std::int8_t>(largest<std::int8_t>(extreme) - 3);
-  return near > bound ? lanes_above(extreme, near) : above;
+  return near > bound ? lanes_above<std::int8_t>(extreme, near) : above;
 }
 
 // Whether any entry of the register tile has a lane above its bound; then masks[2e] has those of
@@ -167,8 +142,8 @@ TACEXT_INLINE bool exceeding(const Extremes<std::int8_t>& extremes, const std::i
   for (int j = 0; j < kJ; ++j)
 #pragma GCC unroll 4
     for (int k = 0; k < kK; ++k)
-      all |= lanes_above(extremes.hi[j][k], high[j * kTileClasses + k]) |
-             lanes_above(-extremes.lo[j][k], low[j * kTileClasses + k]);
+      all |= lanes_above<std::int8_t>(extremes.hi[j][k], high[j * kTileClasses + k]) |
+             lanes_above<std::int8_t>(-extremes.lo[j][k], low[j * kTileClasses + k]);
   if (__builtin_expect(all == 0, 1)) return false;
 #pragma GCC unroll 4
   for (int j = 0; j < kJ; ++j)
@@ -260,48 +235,39 @@ TACEXT_INLINE void gather(const MarginTile<Margin>& tile, std::int64_t j, std::i
     }
 }
 
-// One block of the panel: returns how many entries had candidates.
+// The register tile at classes j0 + a and k0 + b, one block of the panel.
 template <class Margin>
-std::int64_t screen(const MarginTile<Margin>& tile, std::int64_t begin, const Bounds& bounds,
-                    Candidates& candidates) {
+void screen(const MarginTile<Margin>& tile, std::int64_t a, std::int64_t b, std::int64_t begin,
+            const Bounds& bounds, Candidates& candidates) {
+  constexpr int kMany = 4 * 2 * kJ * kK;  // four an entry: then all samples are as cheap
   const Panel<Margin>& panel = tile.panel;
-  const std::int64_t rows = std::min(kTileClasses, panel.classes - tile.j0);
-  const std::int64_t columns = std::min(kTileClasses, panel.classes - tile.k0);
+  const std::int64_t j = tile.j0 + a, k = tile.k0 + b;
+  const std::int64_t block = panel.run * kSampleGroup;
   const std::int8_t* const coarse = panel.coarse.data() + begin;
-  std::int64_t gathered = 0;
-  for (std::int64_t a = 0; a < rows; a += kJ)
-    for (std::int64_t b = 0; b < columns; b += kK) {
-      const std::int64_t j = tile.j0 + a, k = tile.k0 + b;
-      if (k + kK <= j) continue;
-      Extremes<std::int8_t> extremes;
-      extremes.reset(-2 * kLevels, 2 * kLevels);
-      extremes.add(coarse + j * panel.stride, coarse + k * panel.stride, panel.stride,
-                   panel.run * kSampleGroup);
-      std::uint64_t masks[2 * kJ * kK];
-      if (__builtin_expect(!exceeding(extremes, &bounds.high[a][b], &bounds.low[a][b], masks), 1))
-        continue;
-      for (int e = 0; e < kJ * kK; ++e) {
-        gathered += (masks[2 * e] != 0) + (masks[2 * e + 1] != 0);
-        gather(tile, j + e / kK, k + e % kK, begin, masks[2 * e], candidates);
-        gather(tile, k + e % kK, j + e / kK, begin, masks[2 * e + 1], candidates);
-      }
-    }
-  return gathered;
+  Extremes<std::int8_t> extremes;
+  extremes.reset(-2 * kLevels, 2 * kLevels);
+  extremes.add(coarse + j * panel.stride, coarse + k * panel.stride, panel.stride, block);
+  std::uint64_t masks[2 * kJ * kK];
+  if (!exceeding(extremes, &bounds.high[a][b], &bounds.low[a][b], masks)) return;
+  int lanes = 0;
+  for (const std::uint64_t mask : masks) lanes += __builtin_popcountll(mask);
+  if (lanes > kMany) return direct(tile, j, k, begin, begin + block);
+  for (int e = 0; e < kJ * kK; ++e) {
+    gather(tile, j + e / kK, k + e % kK, begin, masks[2 * e], candidates);
+    gather(tile, k + e % kK, j + e / kK, begin, masks[2 * e + 1], candidates);
+  }
 }
 
 template <class Margin>
 void screened(const MarginTile<Margin>& tile) {
   const Panel<Margin>& panel = tile.panel;
-  const std::int64_t entries = 2 * std::min(kTileClasses, panel.classes - tile.j0) *
-                               std::min(kTileClasses, panel.classes - tile.k0);
   Bounds bounds;
   Candidates candidates;
-  for (std::int64_t begin = 0; begin < panel.samples;) {
+  for (std::int64_t begin = 0; begin < panel.samples; begin += panel.run * kSampleGroup) {
     set_bounds(tile, bounds);
-    const std::int64_t gathered = screen(tile, begin, bounds, candidates);
+    for_register_tiles(tile, [&](std::int64_t a, std::int64_t b) {
+      screen(tile, a, b, begin, bounds, candidates);
+    });
     evaluate(tile, candidates);
-    begin += panel.run * kSampleGroup;
-    // Samples that nearly all come within a level of the largest cannot be told apart this way.
-    if (gathered > entries * 3 / 4) return direct(tile, begin, panel.samples);
   }
 }

@@ -1,4 +1,3 @@
-#include "tacext/find_non_finite.h"
 #include "tacext/pairwise_margin_max.h"
 
 #include <torch/csrc/stable/library.h>
@@ -6,7 +5,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "tensor_checks.h"
+#include "logits.h"
 
 #ifdef TACEXT_WITH_CUDA
 #include "cuda_launch.h"
@@ -17,61 +16,34 @@ namespace {
 
 constexpr const char* kOperation = "pairwise_margin_max";
 
-ScalarType margin_type(const Tensor& logits) {
-  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-void check_logits(const Tensor& logits) {
-  check_dim(kOperation, "logits", logits, 2);
-  check_floating(kOperation, "logits", logits);
-}
-
 void check_out(const Tensor& out, const Tensor& logits) {
   const int64_t classes = logits.size(1);
   check_dim(kOperation, "out", out, 2);
   STD_TORCH_CHECK(out.size(0) == classes && out.size(1) == classes, kOperation,
                   ": out: expected shape [", classes, ", ", classes, "], got [", out.size(0), ", ",
                   out.size(1), "]; make it as the result for the first batch");
-  STD_TORCH_CHECK(out.scalar_type() == margin_type(logits), kOperation,
-                  ": out: expected float64 for float64 logits and float32 for the rest, got ",
-                  dtype_name(out), "; make it as the result for the first batch");
-  STD_TORCH_CHECK(out.is_contiguous(), kOperation,
-                  ": out: expected a contiguous tensor, got a strided view; pass .contiguous()");
-  check_same_device(kOperation, "out", out, "logits", logits);
+  check_updated(kOperation, "out", out, logits);
 }
 
 Tensor empty_margins(const Tensor& logits) {
-  STD_TORCH_CHECK(logits.size(0) > 0, kOperation,
-                  ": logits: expected at least 1 sample, got none; pass a non-empty batch");
+  check_some_samples(kOperation, logits);
   const int64_t classes = logits.size(1);
   Tensor out = torch::stable::new_empty(logits, {classes, classes}, margin_type(logits));
   return torch::stable::fill_(out, -std::numeric_limits<double>::infinity());
 }
 
-template <class T>
-void accumulate_typed(const Tensor& out, const Tensor& logits) {
-  using Margin = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  const T* data = const_data<T>(logits);
-  const int64_t samples = logits.size(0), classes = logits.size(1);
-  const MatrixIndex bad = find_non_finite(data, samples, classes, torch_parallel);
-  STD_TORCH_CHECK(bad.row < 0, kOperation,
-                  ": logits: expected finite values, got NaN or infinity "
-                  "at [",
-                  bad.row, ", ", bad.column, "]; check the model and its inputs");
-  pairwise_margin_max(data, samples, classes, mutable_data<Margin>(out), torch_parallel);
-}
-
 void accumulate_cpu(Tensor out, const Tensor& logits) {
-  check_logits(logits);
+  check_logits(kOperation, logits);
   check_out(out, logits);
-  const Tensor rows = torch::stable::contiguous(logits);
-  dispatch_floating(rows.scalar_type(), [&](auto type) {
-    accumulate_typed<std::remove_const_t<std::remove_pointer_t<decltype(type)>>>(out, rows);
+  with_finite_logits(kOperation, logits, [&](const auto* data) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
+    pairwise_margin_max(data, logits.size(0), logits.size(1), mutable_data<MarginOf<T>>(out),
+                        torch_parallel);
   });
 }
 
 Tensor pairwise_margin_max_cpu(const Tensor& logits) {
-  check_logits(logits);
+  check_logits(kOperation, logits);
   Tensor out = empty_margins(logits);
   accumulate_cpu(out, logits);
   return out;
@@ -79,7 +51,7 @@ Tensor pairwise_margin_max_cpu(const Tensor& logits) {
 
 #ifdef TACEXT_WITH_CUDA
 void accumulate_cuda(Tensor out, const Tensor& logits) {
-  check_logits(logits);
+  check_logits(kOperation, logits);
   check_out(out, logits);
   const CudaScope scope(logits);
   const Tensor rows = torch::stable::contiguous(logits);
@@ -89,7 +61,7 @@ void accumulate_cuda(Tensor out, const Tensor& logits) {
 }
 
 Tensor pairwise_margin_max_cuda(const Tensor& logits) {
-  check_logits(logits);
+  check_logits(kOperation, logits);
   Tensor out = empty_margins(logits);
   accumulate_cuda(out, logits);
   return out;
