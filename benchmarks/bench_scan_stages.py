@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import timing
-from bench_minimal_perturbation import make_head
+import problems
 from tacext import ops
 from timing import Row
 
@@ -69,7 +69,7 @@ def _image_stages(device: str) -> Stages:
 
 
 def _latent_stages(device: str) -> Stages:
-    weight = make_head(1000, 2048, samples=1)[0].float().to(device)
+    weight = problems.random(1000, 2048, samples=1).weight.float().to(device)
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(10_000, 2048, generator=generator).relu().to(device)
 

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from networks import ResNet
 from tacext.heads import find_head, recording_latents
@@ -110,14 +110,15 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
     flipped = torch.rand(len(images), generator=generator) < 0.5
     images = torch.where(flipped[:, None, None, None], images.flip(3), images)
     x, y = (int(torch.randint(9, (), generator=generator)) for _ in range(2))
-    return F.pad(images, (4, 4, 4, 4))[:, :, y : y + _SIZE, x : x + _SIZE]
+    return functional.pad(images, (4, 4, 4, 4))[:, :, y : y + _SIZE, x : x + _SIZE]
 
 
 def train(data: _Images, classes: int, epochs: int) -> ResNet:
     """A small residual network with 512 latents, from a fixed seed."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    model = ResNet(classes, (32, 64, 128, 512), blocks=1).to(memory_format=_CHANNELS_LAST)
+    model = ResNet(classes, (32, 64, 128, 512), blocks=1)
+    model.to(memory_format=_CHANNELS_LAST)  # type: ignore[call-overload]  # torch's stub lacks it
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True
     )
@@ -130,7 +131,7 @@ def train(data: _Images, classes: int, epochs: int) -> ResNet:
         for index in torch.split(order, _BATCH)[: len(data.labels) // _BATCH]:
             images = _augment(_prepare(data.images[index]), generator)
             with torch.autocast("cpu", torch.bfloat16):  # twice as fast where the CPU has it
-                loss = F.cross_entropy(model(images), data.labels[index])
+                loss = functional.cross_entropy(model(images), data.labels[index])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -139,7 +140,8 @@ def train(data: _Images, classes: int, epochs: int) -> ResNet:
         mean = total * epochs / steps
         passed = time.perf_counter() - begin
         print(f"epoch {epoch + 1}/{epochs}: loss {mean:.3f}, {passed:.0f} s", flush=True)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def trained_head(archive: Path, output: Path, epochs: int) -> None:

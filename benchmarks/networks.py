@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class _Block(nn.Module):
@@ -25,8 +25,8 @@ class _Block(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(out)) + self.shortcut(x))
+        out = functional.relu(self.norm1(self.conv1(x)))
+        return functional.relu(self.norm2(self.conv2(out)) + self.shortcut(x))
 
 
 class ResNet(nn.Module):
@@ -56,6 +56,7 @@ class ResNet(nn.Module):
         return self.stages(self.stem(images)).mean((2, 3))  # type: ignore[no-any-return]
 
     def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, classes]."""
         return self.head(self.latents(images))  # type: ignore[no-any-return]
 
 
@@ -90,4 +91,5 @@ class VisionTransformer(nn.Module):
         return self.norm(self.encoder(tokens))[:, 0]  # type: ignore[no-any-return]
 
     def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, classes]."""
         return self.head(self.latents(images))  # type: ignore[no-any-return]

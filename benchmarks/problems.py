@@ -19,6 +19,7 @@ from tacext import ops
 
 HEADS_VARIABLE = "TACEXT_BENCHMARK_HEADS"  # an environment variable, so that children see it, too
 _SAMPLES = 2000
+_COLLAPSE_NOISE = 0.2  # of a class's weight and mean, where the distance of two weights is 4.2
 _HEAD = "head "
 
 
@@ -73,8 +74,8 @@ def low_rank(classes: int, latents: int, samples: int = _SAMPLES, seed: int = 0)
 def collapsed(classes: int, latents: int, samples: int = _SAMPLES, seed: int = 0) -> Problem:
     """Neural collapse: the weight is a simplex up to noise, samples sit at their class's mean.
 
-    All margins are nearly equal then, so most constraints hold with equality: several hundred of
-    1000. Half of the samples would leave classes without one, so there are at least two for each.
+    All margins are nearly equal then, so most constraints are active: four fifths of 100 classes,
+    half of 1000. Every class has two samples or more, as the margins need one of each.
     """
     r = _Random(seed)
     samples = max(samples, 2 * classes)
@@ -88,10 +89,59 @@ def collapsed(classes: int, latents: int, samples: int = _SAMPLES, seed: int = 0
     return Problem(weight, latent @ weight.t())
 
 
-_COLLAPSE_NOISE = 0.2
+def _rank_deficient(classes: int, latents: int, samples: int = _SAMPLES, seed: int = 0) -> Problem:
+    """As `random`, with fewer latents than it takes to tell all classes apart independently."""
+    if latents >= classes - 1:
+        raise ValueError(f"rank-deficient: expected latents < {classes - 1}, got {latents}")
+    return random(classes, latents, samples, seed)
+
+
 FAMILIES: dict[str, Callable[..., Problem]] = {
     "random": random,
-    "rank-deficient": random,
+    "rank-deficient": _rank_deficient,
     "low-rank": low_rank,
     "collapsed": collapsed,
 }
+
+
+def make(case: str) -> Problem:
+    """The problem of a case's name.
+
+    Raises:
+        ValueError: it is no case.
+    """
+    if case.startswith(_HEAD):
+        return load_head(heads_folder() / f"{case.removeprefix(_HEAD)}.safetensors")
+    classes, _, latents, family = case.split(" ")
+    return FAMILIES[family](int(classes), int(latents))
+
+
+# ---- real heads ----------------------------------------------------------------------------------
+
+
+def heads_folder() -> Path:
+    """The folder that --heads names."""
+    return Path(os.environ[HEADS_VARIABLE])
+
+
+def head_cases() -> list[str]:
+    """One case for each head in the folder; none without a folder."""
+    if HEADS_VARIABLE not in os.environ:
+        return []
+    return [_HEAD + path.stem for path in sorted(heads_folder().glob("*.safetensors"))]
+
+
+def load_head(path: Path) -> Problem:
+    """Reads `weight` [C, D] and `logits` [N, C], or `latents` [N, D] with `bias` [C].
+
+    Raises:
+        ValueError: the file has neither.
+    """
+    tensors = load_file(path)
+    weight = tensors["weight"]
+    if "logits" in tensors:
+        return Problem(weight, tensors["logits"])
+    if "latents" not in tensors:
+        raise ValueError(f"{path}: expected logits or latents, got {', '.join(tensors)}")
+    logits = tensors["latents"] @ weight.t()
+    return Problem(weight, logits + tensors["bias"] if "bias" in tensors else logits)

@@ -3,17 +3,22 @@
 primal: minimise 1/2 |s|^2 subject to A s >= m, with rows w_k - w_j of A.
 dual:   minimise 1/2 l'Gl - m'l over l >= 0, with G = A A'; then |s|^2 = l'Gl.
 
-A solver's arrays are laid out before the clock starts; what is timed is its own work, including its
-set-up and factorisations. quadprog and DAQP are active-set methods on the dual already; they get
-the primal alone, because all of the dual's bounds but a few are active.
+A solver's arrays, G among them, are laid out before the clock starts; what is timed is its own work,
+set-up and factorisations included. `choose` finds the faster form and the loosest tolerance that
+reaches the wanted accuracy.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +28,10 @@ Array = NDArray[np.float64]
 Solve = Callable[[], float]  # returns |s|, or NaN where the solver gives up
 
 _NO_BOUND = 1e30
-_LOOSEST, _TIGHTEST = 1e-8, 1e-13
+_TOLERANCES = (1e-8, 1e-10, 1e-12)
+_WORTH_REPEATING, _TOO_LONG = 0.05, 20.0  # seconds
+_RESERVE = 0.03  # of the accuracy: other classes than the first may come out worse
+_HOPELESS = 1e8  # classes * latents^2 from which interior points take seconds for a primal
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,33 +65,107 @@ class Solver:
     Attributes:
         name: as the table has it.
         module: what must be installed.
+        form: primal or dual.
         prepare: lays out a problem for a tolerance.
-        direct: an active-set method, exact up to rounding, with no tolerance to speak of.
-        scale: how the work grows, as a power of the number of variables and rows: to skip the form
-            that is hopeless.
     """
 
     name: str
     module: str
     form: str
     prepare: Callable[[ClassProblem, float], Solve]
-    direct: bool = False
 
     @property
     def label(self) -> str:
         """Name and form."""
         return f"{self.name}, {self.form}"
 
-    @property
-    def installed(self) -> bool:
-        """Whether its package is there."""
-        return importlib.util.find_spec(self.module) is not None
+    def is_worth_trying(self, classes: int, latents: int) -> bool:
+        """False for primals that have more variables than rows and would take minutes."""
+        interior = self.name not in ("DAQP", "quadprog")
+        many = latents >= classes and classes * latents**2 > _HOPELESS
+        return not (interior and self.form == "primal" and many)
+
+    def norm(self, problem: ClassProblem, tolerance: float) -> tuple[float, float]:
+        """|s|, NaN where the solver gives up, and the seconds that it took."""
+        solve = self.prepare(problem, tolerance)
+        with muted():
+            begin = time.perf_counter()
+            norm = attempt(solve)
+            return norm, time.perf_counter() - begin
+
+
+@contextlib.contextmanager
+def muted() -> Iterator[None]:
+    """Keeps what native code prints, as OSQP does of its polishing, off the terminal."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+        ctypes.CDLL(None).fflush(None)
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def attempt(solve: Solve) -> float:
+    """What `solve` returns, or NaN where it fails."""
+    try:
+        return solve()
+    except (ValueError, ArithmeticError, RuntimeError):
+        return math.nan
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A solver's better form, with the tolerance that it needs and the time of one class."""
+
+    solver: Solver
+    tolerance: float
+    seconds: float
+    error: float
+    compared: str  # how the other form did
+
+
+def _tighten(solver: Solver, problem: ClassProblem, norm: float, accuracy: float) -> Choice:
+    """The loosest tolerance whose norm is as accurate as wanted, else the one that is nearest."""
+    tried: list[Choice] = []
+    for tolerance in _TOLERANCES:
+        found, seconds = solver.norm(problem, tolerance)
+        if seconds < _WORTH_REPEATING:  # the first call warms up
+            found, seconds = solver.norm(problem, tolerance)
+        error = abs(found / norm - 1)
+        tried.append(
+            Choice(solver, tolerance, seconds, math.inf if math.isnan(error) else error, "")
+        )
+        if error <= accuracy or seconds > _TOO_LONG:
+            break
+    return min(tried, key=lambda choice: choice.error)
+
+
+def choose(name: str, problem: ClassProblem, norm: float, accuracy: float) -> Choice:
+    """The faster of a solver's forms among those that reach `accuracy` on one class's problem."""
+    rows, latents = problem.rows.shape
+    forms = [s for s in SOLVERS if s.name == name and s.is_worth_trying(rows + 1, latents)]
+    choices = sorted(
+        (_tighten(solver, problem, norm, _RESERVE * accuracy) for solver in forms),
+        key=lambda choice: (choice.error > accuracy, choice.seconds),
+    )
+    best, *others = choices
+    compared = "".join(
+        f"{other.solver.form} {other.seconds / best.seconds:.2g}x"
+        if other.error <= accuracy
+        else f"{other.solver.form} fails"
+        for other in others
+    )
+    return replace(best, compared=compared)
 
 
 # ---- quadprog, DAQP ------------------------------------------------------------------------------
 
 
-def _quadprog(p: ClassProblem, _tolerance: float) -> Solve:
+def _quadprog_primal(p: ClassProblem, _tolerance: float) -> Solve:
     import quadprog
 
     latents = p.rows.shape[1]
@@ -94,20 +176,39 @@ def _quadprog(p: ClassProblem, _tolerance: float) -> Solve:
     )
 
 
-def _daqp(p: ClassProblem, tolerance: float) -> Solve:
+def _quadprog_dual(p: ClassProblem, _tolerance: float) -> Solve:
+    import quadprog
+
+    count = len(p.margins)
+    identity, zeros = np.eye(count), np.zeros(count)
+    return lambda: p.norm_of(quadprog.solve_qp(p.gram, p.margins, identity, zeros)[0])
+
+
+def _run_daqp(tolerance: float, *data: Any) -> Array:
     import daqp
 
+    x: Array
+    x, _, flag, _ = daqp.solve(*data, primal_tol=tolerance, iter_limit=100_000)
+    return x if flag == 1 else np.full(len(x), np.nan)
+
+
+def _daqp_primal(p: ClassProblem, tolerance: float) -> Solve:
     count, latents = p.rows.shape
-    identity, zeros = np.eye(latents), np.zeros(latents)
     rows, above = np.ascontiguousarray(p.rows), np.full(count, _NO_BOUND)
+    # No Hessian stands for the identity, which it then need not factor.
+    data = None, np.zeros(latents), rows, above, p.margins
+    return lambda: float(np.linalg.norm(_run_daqp(tolerance, *data)))
 
-    def solve() -> float:
-        s, _, flag, _ = daqp.solve(
-            identity, zeros, rows, above, p.margins, primal_tol=tolerance, iter_limit=100_000
-        )
-        return float(np.linalg.norm(s)) if flag == 1 else math.nan
 
-    return solve
+def _daqp_dual(p: ClassProblem, tolerance: float) -> Solve:
+    count = len(p.margins)
+    gram, no_rows, above = (
+        np.ascontiguousarray(p.gram),
+        np.zeros((0, count)),
+        np.full(count, _NO_BOUND),
+    )
+    data = gram, -p.margins, no_rows, above, np.zeros(count)
+    return lambda: p.norm_of(_run_daqp(tolerance, *data))
 
 
 # ---- ProxQP --------------------------------------------------------------------------------------
@@ -223,7 +324,9 @@ def _run_clarabel(tolerance: float, hessian: Any, linear: Array, rows: Any, righ
     settings.max_threads = 1
     settings.tol_feas = settings.tol_gap_abs = settings.tol_gap_rel = tolerance
     cone = [clarabel.NonnegativeConeT(len(right))]
-    return np.asarray(clarabel.DefaultSolver(hessian, linear, rows, right, cone, settings).solve().x)
+    return np.asarray(
+        clarabel.DefaultSolver(hessian, linear, rows, right, cone, settings).solve().x
+    )
 
 
 def _clarabel_primal(p: ClassProblem, tolerance: float) -> Solve:
@@ -243,8 +346,10 @@ def _clarabel_dual(p: ClassProblem, tolerance: float) -> Solve:
 
 
 SOLVERS = (
-    Solver("DAQP", "daqp", "primal", _daqp, direct=True),
-    Solver("quadprog", "quadprog", "primal", _quadprog, direct=True),
+    Solver("DAQP", "daqp", "primal", _daqp_primal),
+    Solver("DAQP", "daqp", "dual", _daqp_dual),
+    Solver("quadprog", "quadprog", "primal", _quadprog_primal),
+    Solver("quadprog", "quadprog", "dual", _quadprog_dual),
     Solver("ProxQP", "proxsuite", "primal", _proxqp_primal),
     Solver("ProxQP", "proxsuite", "dual", _proxqp_dual),
     Solver("PIQP", "piqp", "primal", _piqp_primal),
@@ -254,3 +359,10 @@ SOLVERS = (
     Solver("Clarabel", "clarabel", "primal", _clarabel_primal),
     Solver("Clarabel", "clarabel", "dual", _clarabel_dual),
 )
+NAMES = tuple(dict.fromkeys(solver.name for solver in SOLVERS))
+
+
+def is_installed(name: str) -> bool:
+    """Whether a solver's package is there."""
+    modules = {solver.module for solver in SOLVERS if solver.name == name}
+    return all(importlib.util.find_spec(module) is not None for module in modules)
