@@ -7,8 +7,11 @@ the ceiling is that of the float32 loop in registers on as many cores as the for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ import timing
 from tacext import ops
 from timing import Form, Row
 
+Array = NDArray[Any]
 _CEILING = {"cpu": "10^9 pairs or bytes on one core", "cuda": "10^9 pairs or bytes on the GPU"}
 # classes x samples, dtype
 CASES = (
@@ -41,58 +45,75 @@ _SWEPT_PAIRS = {"cpu": 2e7, "cuda": 2e9}
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Differences of some samples and some classes k against all classes j."""
+    """Differences of some samples and some classes k against all classes j.
+
+    With few classes vectors fill better with the samples innermost: `transposed`.
+    """
 
     samples: int
     classes: int
+    transposed: bool
 
     def __str__(self) -> str:
-        return f"{self.samples} samples x {self.classes} classes a chunk"
+        layout = ", transposed" if self.transposed else ""
+        return f"chunks of {self.samples} samples, {self.classes} classes{layout}"
+
+    def pieces(self, count: int, classes: int) -> Iterator[tuple[slice, slice]]:
+        """The chunks' samples and classes."""
+        for i in range(0, count, self.samples):
+            for k in range(0, classes, self.classes):
+                yield (
+                    slice(i, min(i + self.samples, count)),
+                    slice(k, min(k + self.classes, classes)),
+                )
 
     def torch(self, z: Tensor) -> Tensor:
         """M, with one buffer for the differences."""
         count, classes = z.shape
         out = torch.full((classes, classes), -torch.inf, dtype=z.dtype, device=z.device)
         buffer = z.new_empty(self.samples * self.classes * classes)
-        for i in range(0, count, self.samples):
-            part = z[i : i + self.samples]
-            for k in range(0, classes, self.classes):
-                own = part[:, k : k + self.classes, None]
-                shape = len(part), own.shape[1], classes
-                differences = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
-                torch.sub(part[:, None, :], own, out=differences)
-                rows = out[k : k + self.classes]
-                torch.maximum(rows, differences.amax(0), out=rows)
+        if self.transposed:
+            z = z.t().contiguous()
+        for i, k in self.pieces(count, classes):
+            if self.transposed:
+                left, right, reduced = z[None, :, i], z[k, None, i], -1
+            else:
+                left, right, reduced = z[i, None, :], z[i, k, None], 0
+            shape = torch.broadcast_shapes(left.shape, right.shape)
+            differences = buffer[: math.prod(shape)].view(shape)
+            torch.sub(left, right, out=differences)
+            torch.maximum(out[k], differences.amax(reduced), out=out[k])
         return out
 
-    def numpy(self, z: NDArray[np.floating]) -> Tensor:
+    def numpy(self, z: Array) -> Tensor:
         """The same in numpy."""
         count, classes = z.shape
         out = np.full((classes, classes), -np.inf, z.dtype)
         buffer = np.empty(self.samples * self.classes * classes, z.dtype)
-        for i in range(0, count, self.samples):
-            part = z[i : i + self.samples]
-            for k in range(0, classes, self.classes):
-                own = part[:, k : k + self.classes, None]
-                shape = len(part), own.shape[1], classes
-                differences = buffer[: shape[0] * shape[1] * shape[2]].reshape(shape)
-                np.subtract(part[:, None, :], own, out=differences)
-                rows = out[k : k + self.classes]
-                np.maximum(rows, differences.max(0), out=rows)
+        if self.transposed:
+            z = np.ascontiguousarray(z.T)
+        for i, k in self.pieces(count, classes):
+            if self.transposed:
+                left, right, reduced = z[None, :, i], z[k, None, i], -1
+            else:
+                left, right, reduced = z[i, None, :], z[i, k, None], 0
+            shape = np.broadcast_shapes(left.shape, right.shape)
+            differences = buffer[: math.prod(shape)].reshape(shape)
+            np.subtract(left, right, out=differences)
+            np.maximum(out[k], differences.max(reduced), out=out[k])
         return torch.from_numpy(out)
 
 
 def _chunks(classes: int, samples: int, device: str) -> list[_Chunk]:
     low, high = _CHUNK[device]
     found = {
-        _Chunk(min(s, samples), min(k, classes)) for s in _SAMPLES_A_CHUNK for k in _CLASSES_A_CHUNK
+        _Chunk(min(s, samples), min(k, classes), transposed)
+        for s in _SAMPLES_A_CHUNK
+        for k in _CLASSES_A_CHUNK
+        for transposed in (False, True)
     }
     fitting = [c for c in found if low <= c.samples * c.classes * classes <= high]
-    return sorted(fitting, key=str) or [_Chunk(samples, classes)]
-
-
-def _best(chunks: list[_Chunk], time_of: Callable[[_Chunk], float]) -> _Chunk:
-    return min(chunks, key=lambda chunk: min(time_of(chunk) for _ in range(2)))
+    return sorted(fitting, key=str) or [_Chunk(samples, classes, transposed=False)]
 
 
 def make_logits(case: str, device: str) -> Tensor:
@@ -117,11 +138,11 @@ def _other_forms(logits: Tensor, device: str) -> tuple[list[Form], list[Form]]:
     wide = logits if logits.dtype == torch.float64 else logits.float()
     samples, classes = wide.shape
     chunks = _chunks(classes, samples, device)
-    in_torch = [Form(f"torch, {c}", lambda c=c: c.torch(wide)) for c in chunks]
+    in_torch = [Form(f"torch, {c}", partial(c.torch, wide)) for c in chunks]
     if device != "cpu":
         return in_torch, []
     array = wide.numpy()
-    return in_torch, [Form(f"numpy, {c}", lambda c=c: c.numpy(array)) for c in chunks]
+    return in_torch, [Form(f"numpy, {c}", partial(c.numpy, array)) for c in chunks]
 
 
 def _own_forms(logits: Tensor, device: str) -> list[Form]:

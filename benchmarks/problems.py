@@ -24,11 +24,21 @@ _HEAD = "head "
 
 
 @dataclass(frozen=True, eq=False)
+class Samples:
+    """Latents [N, D] with their labels [N], and the head's bias [C]."""
+
+    latents: Tensor
+    labels: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Problem:
     """A head's weight [C, D] and logits [N, C] of some samples."""
 
     weight: Tensor
     logits: Tensor
+    samples: Samples | None = None
 
     def margins(self) -> Tensor:
         """M [C, C], right-hand sides of all C problems."""
@@ -53,7 +63,8 @@ def _noisy_samples(r: _Random, weight: Tensor, samples: int) -> Problem:
     classes, latents = weight.shape
     labels = r.labels(classes, samples)
     latent = (8 * weight[labels] + 0.3 * r.normal(samples, latents)).relu()
-    return Problem(weight, latent @ weight.t() + 0.1 * r.normal(classes))
+    bias = 0.1 * r.normal(classes)
+    return Problem(weight, latent @ weight.t() + bias, Samples(latent, labels, bias))
 
 
 def random(classes: int, latents: int, samples: int = _SAMPLES, seed: int = 0) -> Problem:
