@@ -44,21 +44,26 @@ class Ceiling:
         return self.rates.get("float32_sub_max")
 
 
-def _build_and_run(command: list[str], source: str) -> dict[str, float]:
+def _build_and_run(command: list[str], source: str, *arguments: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         program = str(Path(folder) / "ceiling")
         subprocess.run([*command, str(_HERE / source), "-o", program], check=True)
-        done = subprocess.run([program], check=True, capture_output=True, text=True)
+        done = subprocess.run([program, *arguments], check=True, capture_output=True, text=True)
     rates: dict[str, float] = json.loads(done.stdout)
     return {name: rate for name, rate in rates.items() if name in _NAMES}
 
 
-def _of_one_core() -> Ceiling:
+def of_one_core(seconds: float = 0.5) -> Ceiling:
+    """Loops of one core, each timed for some seconds."""
     names = (os.environ.get("CXX", ""), "c++", "g++", "clang++")
     compiler = next((path for name in names if name and (path := shutil.which(name))), None)
     if compiler is None:
         return Ceiling({}, "no C++ compiler found")
-    return Ceiling(_build_and_run([compiler, "-O3", "-march=native", "-std=c++17"], "ceiling.cpp"))
+    return Ceiling(
+        _build_and_run(
+            [compiler, "-O3", "-march=native", "-std=c++17"], "ceiling.cpp", str(seconds)
+        )
+    )
 
 
 def _of_the_gpu() -> Ceiling:
@@ -75,7 +80,7 @@ def _of_the_gpu() -> Ceiling:
 @functools.cache
 def measure(device: str) -> Ceiling:
     """Builds and runs the loops, once a process."""
-    return _of_the_gpu() if device == "cuda" else _of_one_core()
+    return _of_the_gpu() if device == "cuda" else of_one_core()
 
 
 def rows(benchmark: str, case: str, device: str) -> list[Row]:

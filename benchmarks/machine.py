@@ -41,11 +41,15 @@ class Machine:
     @property
     def slug(self) -> str:
         """What its results file is called."""
-        words = [self.processor, self.architecture, self.simd, f"{self.threads} threads"]
         if self.device != "cpu":
-            words = [self.device]
-        text = re.sub(r"\(r\)|\(tm\)|\bcpu\b|@.*|\d+-core processor", "", " ".join(words).lower())
-        return re.sub(r"[^a-z0-9]+", "-", text).strip("-")
+            return _slug(self.device)
+        name = re.sub(r"@.*", "", self.processor)  # the clock
+        return _slug(f"{name} {self.architecture} {self.simd} {self.threads} threads")
+
+
+def _slug(text: str) -> str:
+    short = re.sub(r"\(r\)|\(tm\)|\bcpu\b|\d+-core processor", "", text.lower())
+    return re.sub(r"[^a-z0-9]+", "-", short).strip("-")
 
 
 def read_cpuinfo(text: str) -> dict[str, str]:

@@ -10,6 +10,8 @@ import argparse
 import importlib
 import json
 import os
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -39,7 +41,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--large", action="store_true", help="the large cases instead, minutes each"
     )
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases, of any size, with TEXT")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="cases with TEXT, large ones, too"
+    )
     parser.add_argument("--heads", type=Path, metavar="DIR", help="real heads, see make_heads.py")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="timed for each form")
@@ -55,12 +59,13 @@ def parse_arguments() -> argparse.Namespace:
 def cases_of(benchmark: Benchmark, arguments: argparse.Namespace) -> list[str]:
     """The cases that the command line asks for."""
     large: Sequence[str] = getattr(benchmark, "LARGE_CASES", ())
-    if arguments.only:
-        known = dict.fromkeys((*benchmark.CASES, *benchmark.QUICK_CASES, *large))
-        return [case for case in known if arguments.only in case]
-    if arguments.large:
-        return list(large)
-    return list(benchmark.QUICK_CASES if arguments.quick else benchmark.CASES)
+    if arguments.quick:
+        chosen = benchmark.QUICK_CASES
+    elif arguments.large:
+        chosen = large
+    else:
+        chosen = (*benchmark.CASES, *large) if arguments.only else benchmark.CASES
+    return [case for case in dict.fromkeys(chosen) if arguments.only in case]
 
 
 def format_seconds(seconds: float | None) -> str:
@@ -130,8 +135,10 @@ def main() -> None:
         benchmark = cast(Benchmark, importlib.import_module(f"bench_{name}"))
         measured: list[Row] = []
         for case in cases_of(benchmark, arguments):
+            begin = time.perf_counter()
             with console.status(f"{name}: {case}"):
                 measured += benchmark.run(case, arguments.device, budget)
+            print(f"{name}: {case} ({time.perf_counter() - begin:.0f} s)", file=sys.stderr)
         if measured:
             show(console, name, measured, machine)
         rows += measured

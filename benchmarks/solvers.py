@@ -153,10 +153,10 @@ def choose(name: str, problem: ClassProblem, norm: float, accuracy: float) -> Ch
         key=lambda choice: (choice.error > accuracy, choice.seconds),
     )
     best, *others = choices
-    compared = "".join(
+    compared = ", ".join(
         f"{other.solver.form} {other.seconds / best.seconds:.2g}x"
         if other.error <= accuracy
-        else f"{other.solver.form} fails"
+        else f"{other.solver.form} misses it"
         for other in others
     )
     return replace(best, compared=compared)
