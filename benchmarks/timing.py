@@ -36,6 +36,7 @@ class Form:
             table is to show the error and nothing more.
         prepare: called once before the clock starts.
         sample: what peak memory is measured on, where `call` would repeat it; None for `call`.
+        memory: whether to measure its peak, which takes a process of its own.
         note: for the table.
     """
 
@@ -46,6 +47,7 @@ class Form:
     rtol: float = 1e-6
     prepare: Callable[[], object] | None = None
     sample: Callable[[], object] | None = None
+    memory: bool = True
     note: str = ""
 
 
@@ -118,14 +120,7 @@ def relative_error(answer: Tensor, wanted: Tensor) -> float:
     return float((answer.double().to(wanted.device) - wanted).abs().max() / wanted.abs().max())
 
 
-def compare(
-    module: str,
-    case: str,
-    forms: Sequence[Form],
-    device: str,
-    budget: float,
-    memory: bool = True,
-) -> list[Row]:
+def compare(module: str, case: str, forms: Sequence[Form], device: str, budget: float) -> list[Row]:
     """Measures the forms of one case against the first of them.
 
     Raises:
@@ -150,7 +145,7 @@ def compare(
                 seconds=median,
                 best=min(taken) / form.share,
                 ratio=median / first if first else None,
-                extra_bytes=extra_memory(module, case, form.name, device) if memory else None,
+                extra_bytes=extra_memory(module, case, form.name, device) if form.memory else None,
                 repeats=len(taken),
                 note=form.note,
                 error=error if math.isfinite(error) else None,
