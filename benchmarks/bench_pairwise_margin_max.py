@@ -39,8 +39,10 @@ LARGE_CASES = ("1000 x 50000 float32", "1000 x 50000 bfloat16")
 _SAMPLES_A_CHUNK = (1, 4, 16, 64, 256, 1024, 10_000)
 _CLASSES_A_CHUNK = (1, 8, 64, 1000)
 # Elements of a chunk's differences: below, calls cost more than work; above, nothing is in a cache.
-_CHUNK = {"cpu": (2**12, 2**21), "cuda": (2**20, 2**27)}
+_CHUNK = {"cpu": (2**15, 2**21), "cuda": (2**20, 2**27)}
+_FEWEST_TRANSPOSED = 256  # samples, for vectors to fill
 _SWEPT_PAIRS = {"cpu": 2e7, "cuda": 2e9}
+_SWEEPS = 3
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def _chunks(classes: int, samples: int, device: str) -> list[_Chunk]:
         for s in _SAMPLES_A_CHUNK
         for k in _CLASSES_A_CHUNK
         for transposed in (False, True)
+        if not transposed or s >= _FEWEST_TRANSPOSED
     }
     fitting = [c for c in found if low <= c.samples * c.classes * classes <= high]
     return sorted(fitting, key=str) or [_Chunk(samples, classes, transposed=False)]
@@ -163,7 +166,7 @@ def _fastest(case: str, device: str) -> list[Form]:
     """Of torch and of numpy the chunk that is fastest on the case's first samples."""
     logits = make_logits(case, device)
     samples, classes = logits.shape
-    few = max(1, min(samples, int(_SWEPT_PAIRS[device] / classes**2)))
+    few = min(samples, max(_FEWEST_TRANSPOSED, int(_SWEPT_PAIRS[device] / classes**2)))
     swept = _other_forms(logits[:few], device)
     whole = _other_forms(logits, device)
     found = []
@@ -171,7 +174,9 @@ def _fastest(case: str, device: str) -> list[Form]:
         names = {form.name for form in all_forms}
         known = [form for form in some if form.name in names]
         if known:
-            times = [min(timing.seconds_of(f.call, device)[0] for _ in range(2)) for f in known]
+            times = [
+                min(timing.seconds_of(f.call, device)[0] for _ in range(_SWEEPS)) for f in known
+            ]
             best = known[times.index(min(times))].name
             found.append(next(form for form in all_forms if form.name == best))
     return found
