@@ -36,10 +36,10 @@ CASES = (
 )
 QUICK_CASES = ("ceiling", "10 x 2000 float32", "100 x 2000 float32")
 LARGE_CASES = ("1000 x 50000 float32", "1000 x 50000 bfloat16")
-_SAMPLES_A_CHUNK = (1, 4, 16, 64, 256, 1024, 10_000)
+_SAMPLES_A_CHUNK = (1, 2, 4, 16, 64, 256, 1024, 10_000)
 _CLASSES_A_CHUNK = (1, 8, 64, 1000)
 # Elements of a chunk's differences: below, calls cost more than work; above, nothing is in a cache.
-_CHUNK = {"cpu": (2**15, 2**21), "cuda": (2**20, 2**27)}
+_CHUNK = {"cpu": (2**15, 2**22), "cuda": (2**20, 2**27)}
 _FEWEST_TRANSPOSED = 256  # samples, for vectors to fill
 _SWEPT_PAIRS = {"cpu": 2e7, "cuda": 2e9}
 _SWEEPS = 3
