@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -32,7 +32,12 @@ class Form:
         call: computes and returns the answer.
         share: the part of the case's work that `call` does; times are divided by it.
         answer_of: picks, from the first form's answer, what `call` is to return; None compares all.
-        rtol: how far the answers may differ, relative to the largest value.
+        rtol: how far the answers may differ, relative to the largest value; infinite where the
+            table is to show the error and nothing more.
+        prepare: called once before the clock starts.
+        sample: what peak memory is measured on, where `call` would repeat it; None for `call`.
+        memory: whether to measure its peak, which takes a process of its own.
+        note: for the table.
     """
 
     name: str
@@ -40,6 +45,10 @@ class Form:
     share: float = 1.0
     answer_of: Callable[[Tensor], Tensor] | None = None
     rtol: float = 1e-6
+    prepare: Callable[[], object] | None = None
+    sample: Callable[[], object] | None = None
+    memory: bool = True
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,12 +58,18 @@ class Row:
     benchmark: str
     case: str
     form: str
-    seconds: float  # the median
-    best: float
-    ratio: float  # to the first form; of a stage: its share of the whole
+    seconds: float | None  # the median; None of a form that was skipped
+    best: float | None
+    ratio: float | None  # to the first form; of a stage: its share of the whole
     extra_bytes: int | None
     repeats: int
     note: str = ""
+    error: float | None = None  # beside the first form's answer, relative to its largest value
+
+    @classmethod
+    def skipped(cls, benchmark: str, case: str, form: str, why: str) -> Row:
+        """A form that could not run, and why."""
+        return cls(benchmark, case, form, None, None, None, None, 0, f"skipped: {why}")
 
 
 class Benchmark(Protocol):
@@ -62,50 +77,10 @@ class Benchmark(Protocol):
 
     CASES: Sequence[str]
     QUICK_CASES: Sequence[str]
+    # It may also have LARGE_CASES, which run only when asked for.
 
     def run(self, case: str, device: str, budget: float) -> list[Row]:
         """Measures one case."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where and with what the numbers were measured."""
-
-    processor: str
-    device: str
-    threads: int
-    simd: str
-    torch: str
-    tacext: str
-    python: str
-
-    def as_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return asdict(self)
-
-
-def processor_name() -> str:
-    """The name that the processor gives itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def describe_machine(device: str) -> Machine:
-    """This machine, with the versions of what is measured."""
-    info = ops.build_info()
-    return Machine(
-        processor=processor_name(),
-        device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        threads=torch.get_num_threads(),
-        simd=info.simd,
-        torch=info.torch,
-        tacext=info.version,
-        python=platform.python_version(),
-    )
 
 
 def seconds_of(call: Callable[[], T], device: str) -> tuple[float, T]:
@@ -139,24 +114,29 @@ def interleave(
     return times, [answer for _, answer in first]
 
 
+def relative_error(answer: Tensor, wanted: Tensor) -> float:
+    """The largest difference, relative to the largest value wanted."""
+    wanted = wanted.double()
+    return float((answer.double().to(wanted.device) - wanted).abs().max() / wanted.abs().max())
+
+
 def compare(module: str, case: str, forms: Sequence[Form], device: str, budget: float) -> list[Row]:
     """Measures the forms of one case against the first of them.
 
     Raises:
         AssertionError: the forms do not compute the same.
     """
+    for form in forms:
+        if form.prepare is not None:
+            form.prepare()
     times, answers = interleave([form.call for form in forms], device, budget)
-    for form, answer in zip(forms, answers, strict=True):
-        wanted = (
-            answers[0] if form.answer_of is None or form is forms[0] else form.answer_of(answers[0])
-        )
-        error = (answer.double() - wanted.double()).abs().max()
-        size = wanted.double().abs().max()
-        assert error <= form.rtol * size, f"{case}: {form.name} differs by {error} of {size}"
-
     rows: list[Row] = []
-    for i, (form, taken) in enumerate(zip(forms, times, strict=True)):
+    for form, answer, taken in zip(forms, answers, times, strict=True):
+        wanted = answers[0] if form.answer_of is None else form.answer_of(answers[0])
+        error = 0.0 if form is forms[0] else relative_error(answer, wanted)
+        assert form.rtol == math.inf or error <= form.rtol, f"{case}: {form.name} is off by {error}"
         median = statistics.median(taken) / form.share
+        first = rows[0].seconds if rows else median
         rows.append(
             Row(
                 benchmark=module.removeprefix("bench_"),
@@ -164,12 +144,11 @@ def compare(module: str, case: str, forms: Sequence[Form], device: str, budget: 
                 form=form.name,
                 seconds=median,
                 best=min(taken) / form.share,
-                ratio=median / rows[0].seconds if rows else 1.0,
-                extra_bytes=extra_memory(module, case, i, device),
+                ratio=median / first if first else None,
+                extra_bytes=extra_memory(module, case, form.name, device) if form.memory else None,
                 repeats=len(taken),
-                note=""
-                if form.share == 1
-                else f"extrapolated from {form.share:.2g} of the classes",
+                note=form.note,
+                error=error if math.isfinite(error) else None,
             )
         )
     return rows
@@ -212,12 +191,12 @@ def _warm_up() -> None:
 _CHILD = "import sys, timing; timing.report_peak(*sys.argv[1:])"
 
 
-def extra_memory(module: str, case: str, form: int, device: str) -> int | None:
+def extra_memory(module: str, case: str, form: str, device: str) -> int | None:
     """`peak_of` a form of a case in a process of its own; None where /proc cannot tell."""
     if not sys.platform.startswith("linux"):
         return None
     done = subprocess.run(
-        [sys.executable, "-c", _CHILD, module, case, str(form), device],
+        [sys.executable, "-c", _CHILD, module, case, form, device],
         # What the setup frees goes back to the system; kept, it would hide as much of the peak.
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
         cwd=Path(__file__).parent,
@@ -228,8 +207,11 @@ def extra_memory(module: str, case: str, form: int, device: str) -> int | None:
     return int(json.loads(done.stdout))
 
 
-def report_peak(module: str, case: str, form: str, device: str) -> None:
+def report_peak(module: str, case: str, name: str, device: str) -> None:
     """Runs in the child: prints the peak of one form."""
     forms: list[Form] = __import__(module).forms(case, device)
+    form = next(form for form in forms if form.name == name)
+    if form.prepare is not None:
+        form.prepare()
     _warm_up()
-    print(json.dumps(peak_of(forms[int(form)].call, device)))
+    print(json.dumps(peak_of(form.sample or form.call, device)))
