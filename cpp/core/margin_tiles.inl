@@ -137,22 +137,27 @@ TACEXT_INLINE std::uint64_t lanes_to_evaluate(const Coarse& extreme, std::int8_t
 // M[k, j] and masks[2e + 1] those of M[j, k], e = j * kK + k.
 TACEXT_INLINE bool exceeding(const Extremes<std::int8_t>& extremes, const std::int8_t* high,
                              const std::int8_t* low, std::uint64_t* masks) {
-  std::uint64_t all = 0;
+  std::uint64_t all[kJ] = {};
 #pragma GCC unroll 4
   for (int j = 0; j < kJ; ++j)
 #pragma GCC unroll 4
     for (int k = 0; k < kK; ++k)
-      all |= lanes_above<std::int8_t>(extremes.hi[j][k], high[j * kTileClasses + k]) |
-             lanes_above<std::int8_t>(-extremes.lo[j][k], low[j * kTileClasses + k]);
-  if (__builtin_expect(all == 0, 1)) return false;
+      all[j] |= lanes_above<std::int8_t>(extremes.hi[j][k], high[j * kTileClasses + k]) |
+                lanes_above<std::int8_t>(-extremes.lo[j][k], low[j * kTileClasses + k]);
+  std::uint64_t any = 0;
+  for (std::uint64_t row : all) any |= row;
+  if (__builtin_expect(any == 0, 1)) return false;
+  __builtin_memset(masks, 0, 2 * kJ * kK * sizeof *masks);
 #pragma GCC unroll 4
-  for (int j = 0; j < kJ; ++j)
+  for (int j = 0; j < kJ; ++j) {
+    if (all[j] == 0) continue;
 #pragma GCC unroll 4
     for (int k = 0; k < kK; ++k) {
       const int e = j * kK + k;
       masks[2 * e] = lanes_to_evaluate(extremes.hi[j][k], high[j * kTileClasses + k]);
       masks[2 * e + 1] = lanes_to_evaluate(-extremes.lo[j][k], low[j * kTileClasses + k]);
     }
+  }
   return true;
 }
 
