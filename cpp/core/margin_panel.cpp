@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <mutex>
 #include <numeric>
 #include <type_traits>
 #include <utility>
@@ -66,6 +67,61 @@ TACEXT_SIMD_CLONES Spread<float> spread(const float* r, const float* o, std::int
 }
 TACEXT_SIMD_CLONES Spread<double> spread(const double* r, const double* o, std::int64_t n) {
   return spread_of(r, o, n);
+}
+
+template <class Margin>
+Margin middle(Margin low, Margin high) {
+  return low / 2 + high / 2;
+}
+
+// ---- the samples in which a class is largest ----------------------------------------------------
+
+/// The kTop largest values of every class seen so far, and the samples they come from.
+template <class Margin>
+struct TopSamples {
+  explicit TopSamples(std::int64_t count)
+      : classes(count),
+        least(static_cast<std::size_t>(count), -std::numeric_limits<Margin>::infinity()),
+        value(static_cast<std::size_t>(count * kTop), -std::numeric_limits<Margin>::infinity()),
+        sample(static_cast<std::size_t>(count * kTop), 0) {}
+
+  void add(std::int64_t j, Margin v, std::int64_t i) {
+    Margin* const values = value.data() + j * kTop;
+    const std::int64_t place = std::min_element(values, values + kTop) - values;
+    if (!(v > values[place])) return;
+    values[place] = v;
+    sample[j * kTop + place] = i;
+    least[j] = *std::min_element(values, values + kTop);
+  }
+
+  void merge(const TopSamples& other) {
+    for (std::int64_t e = 0; e < classes * kTop; ++e) add(e / kTop, other.value[e], other.sample[e]);
+  }
+
+  std::int64_t classes;
+  std::vector<Margin> least;  // the smallest of a class's values: what a new one must beat
+  std::vector<Margin> value;
+  std::vector<std::int64_t> sample;
+};
+
+// Which of up to 64 classes beat their least: row[j] - shift > least[j].
+template <class Margin>
+TACEXT_INLINE std::uint64_t beating(const Margin* row, Margin shift, const Margin* least,
+                                    std::int64_t count) {
+  bool any = false;
+  for (std::int64_t j = 0; j < count; ++j) any |= row[j] - shift > least[j];
+  std::uint64_t bits = 0;
+  if (any)
+    for (std::int64_t j = 0; j < count; ++j)
+      bits |= static_cast<std::uint64_t>(row[j] - shift > least[j]) << j;
+  return bits;
+}
+TACEXT_SIMD_CLONES std::uint64_t beats(const float* r, float s, const float* l, std::int64_t n) {
+  return beating(r, s, l, n);
+}
+TACEXT_SIMD_CLONES std::uint64_t beats(const double* r, double s, const double* l,
+                                       std::int64_t n) {
+  return beating(r, s, l, n);
 }
 
 // ---- kSampleGroup samples, class by class -------------------------------------------------------
@@ -203,11 +259,6 @@ void fill_coarse(const std::vector<Margin>& shift, Panel<Margin>& panel,
   });
 }
 
-template <class Margin>
-Margin middle(Margin low, Margin high) {
-  return low / 2 + high / 2;
-}
-
 // For each class the middle of what some of the samples show; any number would do, near is better.
 template <class T, class Margin>
 std::vector<Margin> class_offsets(const T* logits, std::int64_t samples, std::int64_t classes) {
@@ -233,9 +284,12 @@ SampleOrder<Margin> order_samples(const T* logits, std::int64_t samples, std::in
   SampleOrder<Margin> order;
   order.offset = class_offsets<T, Margin>(logits, samples, classes);
   std::vector<Spread<Margin>> spreads(static_cast<std::size_t>(samples));
+  TopSamples<Margin> top(classes);
+  std::mutex mutex;
   parallel_for(samples, std::max<std::int64_t>(1, 65536 / classes),
                [&](std::int64_t begin, std::int64_t end) {
                  std::vector<Margin> converted(static_cast<std::size_t>(classes));
+                 TopSamples<Margin> own(classes);
                  for (std::int64_t i = begin; i < end; ++i) {
                    const Margin* row = converted.data();
                    if constexpr (std::is_same_v<T, Margin>)
@@ -243,8 +297,19 @@ SampleOrder<Margin> order_samples(const T* logits, std::int64_t samples, std::in
                    else
                      load_row(logits + i * classes, classes, converted.data());
                    spreads[i] = spread(row, order.offset.data(), classes);
+                   const Margin shift = middle(spreads[i].low, spreads[i].high);
+                   for (std::int64_t j = 0; j < classes; j += 64)
+                     for (std::uint64_t bits = beats(row + j, shift, own.least.data() + j,
+                                                     std::min<std::int64_t>(64, classes - j));
+                          bits != 0; bits &= bits - 1) {
+                       const std::int64_t c = j + __builtin_ctzll(bits);
+                       own.add(c, row[c] - shift, i);
+                     }
                  }
+                 const std::lock_guard<std::mutex> lock(mutex);
+                 top.merge(own);
                });
+  order.top = std::move(top.sample);
 
   order.sample.resize(static_cast<std::size_t>(samples));
   std::iota(order.sample.begin(), order.sample.end(), 0);
@@ -254,12 +319,14 @@ SampleOrder<Margin> order_samples(const T* logits, std::int64_t samples, std::in
   for (const Margin offset : order.offset) size = std::max(size, std::fabs(offset));
   if (size > std::numeric_limits<Margin>::max() / 8) return order;  // differences may overflow
 
-  const auto half_range = [&](std::int64_t i) { return (spreads[i].high - spreads[i].low) / 2; };
-  std::sort(order.sample.begin(), order.sample.end(), [&](std::int64_t a, std::int64_t b) {
-    return std::make_pair(half_range(a), a) > std::make_pair(half_range(b), b);
-  });
-  for (const std::int64_t i : order.sample) {
-    order.half_range.push_back(half_range(i));
+  std::vector<std::pair<Margin, std::int64_t>> by_range;
+  for (std::int64_t i = 0; i < samples; ++i)
+    by_range.emplace_back((spreads[i].low - spreads[i].high) / 2, i);
+  std::sort(by_range.begin(), by_range.end());
+  for (std::int64_t place = 0; place < samples; ++place) {
+    const auto [negative, i] = by_range[place];
+    order.sample[place] = i;
+    order.half_range.push_back(-negative);
     order.shift.push_back(middle(spreads[i].low, spreads[i].high));
   }
   const std::int64_t leading = round_up(samples / kLeadingShare + 1, kSampleGroup);
@@ -267,6 +334,33 @@ SampleOrder<Margin> order_samples(const T* logits, std::int64_t samples, std::in
       order.half_range[leading] > 1000 * std::numeric_limits<Margin>::min())
     order.screened = leading;
   return order;
+}
+
+template <class T, class Margin>
+void margins_of_top(const T* logits, const SampleOrder<Margin>& order,
+                    const MarginTile<Margin>& tile) {
+  const std::int64_t classes = tile.panel.classes;
+  // The top samples of the classes at `own0` against the classes at `other0`.
+  const auto raise = [&](std::int64_t own0, std::int64_t other0) {
+    const std::int64_t others = std::min(kTileClasses, classes - other0);
+    for (std::int64_t j = own0; j < std::min(own0 + kTileClasses, classes); ++j) {
+      Margin best[kTileClasses], row[kTileClasses];
+      std::fill_n(best, kTileClasses, -std::numeric_limits<Margin>::infinity());
+      for (std::int64_t t = 0; t < kTop; ++t) {
+        const T* const logit = logits + order.top[j * kTop + t] * classes;
+        const Margin own = to_float(logit[j]);
+        load_row(logit + other0, others, row);
+        for (std::int64_t k = 0; k < others; ++k)
+          best[k] = std::max(best[k], own - row[k] + Margin{0});
+      }
+      for (std::int64_t k = 0; k < others; ++k) {
+        Margin& entry = tile.margins[(other0 + k) * classes + j];
+        entry = best[k] > entry ? best[k] : entry;
+      }
+    }
+  };
+  raise(tile.j0, tile.k0);
+  if (tile.j0 != tile.k0) raise(tile.k0, tile.j0);
 }
 
 template <class T, class Margin>
@@ -302,6 +396,7 @@ void fill_panel(const T* logits, std::int64_t samples, std::int64_t classes, Pan
 #define TACEXT_PANELS(T, Margin)                                                               \
   template SampleOrder<Margin> order_samples(const T*, std::int64_t, std::int64_t,             \
                                              const ParallelFor&);                              \
+  template void margins_of_top(const T*, const SampleOrder<Margin>&, const MarginTile<Margin>&); \
   template void fill_panel(const T*, std::int64_t, const SampleOrder<Margin>&, std::int64_t,   \
                            std::int64_t, bool, Panel<Margin>&, const ParallelFor&);            \
   template void fill_panel(const T*, std::int64_t, std::int64_t, Panel<Margin>&,               \

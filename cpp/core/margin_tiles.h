@@ -15,7 +15,8 @@ constexpr int kLevels = 63;
 /// Most samples that one lane of a vector of 8-bit integers stands for.
 constexpr std::int64_t kRun = 16;
 
-/// Vectors that start at a cache line, so that a run of 16 floats is one.
+/// Vectors that start at a cache line, so that a run of 16 floats is one, and are not cleared when
+/// they grow: all of a panel is written once.
 template <class T>
 struct CacheLineAllocator {
   using value_type = T;
@@ -24,6 +25,10 @@ struct CacheLineAllocator {
   CacheLineAllocator(const CacheLineAllocator<U>&) {}
   T* allocate(std::size_t count) {
     return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64}));
+  }
+  template <class U>
+  void construct(U* place) {
+    ::new (static_cast<void*>(place)) U;
   }
   void deallocate(T* memory, std::size_t) { ::operator delete(memory, std::align_val_t{64}); }
   template <class U>

@@ -128,7 +128,7 @@ struct Bounds {
 // lane that the other's samples cannot be known to lie below (each is off by 1 and a little).
 TACEXT_INLINE std::uint64_t lanes_to_evaluate(const Coarse& extreme, std::int8_t bound) {
   const std::uint64_t above = lanes_above<std::int8_t>(extreme, bound);
-  if (above == 0) return 0;
+  if ((above & (above - 1)) == 0) return above;  // none, or one
   const std::int8_t near = static_cast<std::int8_t>(largest<std::int8_t>(extreme) - 3);
   return near > bound ? lanes_above<std::int8_t>(extreme, near) : above;
 }

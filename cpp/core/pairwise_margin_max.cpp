@@ -11,11 +11,12 @@
 namespace tacext {
 namespace {
 
-constexpr std::int64_t kCachedBytes = 256 << 10;  // stays in a core's L2 cache
+constexpr std::int64_t kCachedBytes = 768 << 10;  // about a core's own cache
 constexpr std::int64_t kSharedBytes = 12 << 20;   // stays in the cache that the cores share
 constexpr std::int64_t kMostBytes = 40 << 20;
-constexpr std::int64_t kScreenFromClasses = 64;     // fewer are done before a coarse copy is
-constexpr std::int64_t kScreenFromSamples = 512;
+constexpr std::int64_t kTilesFromClasses = 128;   // fewer leave too few tiles to share
+constexpr std::int64_t kScreenFromClasses = 256;  // fewer are done before a coarse copy is
+constexpr std::int64_t kScreenFromSamples = 1024;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -40,7 +41,7 @@ void for_tiles(const Panel<Margin>& panel, Margin* margins, const ParallelFor& p
   });
 }
 
-/// Few classes: one tile or two. Threads share the samples, each with a small M of its own.
+/// Few classes, and few tiles. Threads share the samples, each with a small M of its own.
 template <class T, class Margin>
 void by_samples(const T* logits, std::int64_t samples, std::int64_t classes, Margin* margins,
                 const ParallelFor& parallel_for) {
@@ -70,10 +71,15 @@ void by_tiles(const T* logits, std::int64_t samples, std::int64_t classes, Margi
               const ParallelFor& parallel_for) {
   const std::int64_t rows = ceil_div(classes, kTileClasses) * kTileClasses;
   Panel<Margin> panel;
-  const auto direct = [&](const MarginTile<Margin>& tile) { margins_direct(tile); };
-  if (samples < kScreenFromSamples) {
-    fill_panel(logits, samples, classes, panel, parallel_for);
-    return for_tiles(panel, margins, parallel_for, direct);
+  const auto direct = [](const MarginTile<Margin>& tile) { margins_direct(tile); };
+  if (classes < kScreenFromClasses || samples < kScreenFromSamples) {
+    const std::int64_t step =
+        panel_samples(samples, kSharedBytes, rows * static_cast<std::int64_t>(sizeof(Margin)));
+    for (std::int64_t i = 0; i < samples; i += step) {
+      fill_panel(logits + i * classes, std::min(step, samples - i), classes, panel, parallel_for);
+      for_tiles(panel, margins, parallel_for, direct);
+    }
+    return;
   }
   const SampleOrder<Margin> order = order_samples<T, Margin>(logits, samples, classes, parallel_for);
   const auto by_panels = [&](std::int64_t begin, std::int64_t end, bool coarse, const auto& body) {
@@ -85,6 +91,11 @@ void by_tiles(const T* logits, std::int64_t samples, std::int64_t classes, Margi
       for_tiles(panel, margins, parallel_for, body);
     }
   };
+  if (order.screened < samples) {
+    panel.classes = classes;
+    for_tiles(panel, margins, parallel_for,
+              [&](const MarginTile<Margin>& tile) { margins_of_top(logits, order, tile); });
+  }
   by_panels(0, order.screened, false, direct);
   by_panels(order.screened, samples, true,
             [&](const MarginTile<Margin>& tile) { margins_screened(tile); });
@@ -96,7 +107,7 @@ template <class T, class Margin>
 void pairwise_margin_max(const T* logits, std::int64_t samples, std::int64_t classes,
                          Margin* margins, const ParallelFor& parallel_for) {
   if (samples == 0 || classes == 0) return;
-  if (classes < kScreenFromClasses)
+  if (classes < kTilesFromClasses)
     by_samples(logits, samples, classes, margins, parallel_for);
   else
     by_tiles(logits, samples, classes, margins, parallel_for);
