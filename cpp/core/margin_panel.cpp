@@ -16,8 +16,8 @@ namespace {
 constexpr std::int64_t kOffsetSamples = 64;  // rows that the classes' offsets are taken from
 constexpr std::int64_t kLeadingShare = 50;   // the widest sample in so many goes unscreened
 // A level, a 63rd of the range, must be far above the rounding of the largest logits: coarse
-// differences and bounds carry 6 roundings of at most epsilon times the largest logit, together less
-// than the twentieth of a level that margin_tiles.cpp allows.
+// differences and bounds carry 6 roundings of at most epsilon times the largest logit, together
+// less than the twentieth of a level that margin_tiles.cpp allows.
 template <class Margin>
 constexpr Margin kLeastRange = 10000 * std::numeric_limits<Margin>::epsilon();
 
@@ -95,7 +95,8 @@ struct TopSamples {
   }
 
   void merge(const TopSamples& other) {
-    for (std::int64_t e = 0; e < classes * kTop; ++e) add(e / kTop, other.value[e], other.sample[e]);
+    for (std::int64_t e = 0; e < classes * kTop; ++e)
+      add(e / kTop, other.value[e], other.sample[e]);
   }
 
   std::int64_t classes;
@@ -119,8 +120,7 @@ TACEXT_INLINE std::uint64_t beating(const Margin* row, Margin shift, const Margi
 TACEXT_SIMD_CLONES std::uint64_t beats(const float* r, float s, const float* l, std::int64_t n) {
   return beating(r, s, l, n);
 }
-TACEXT_SIMD_CLONES std::uint64_t beats(const double* r, double s, const double* l,
-                                       std::int64_t n) {
+TACEXT_SIMD_CLONES std::uint64_t beats(const double* r, double s, const double* l, std::int64_t n) {
   return beating(r, s, l, n);
 }
 
@@ -152,8 +152,7 @@ TACEXT_INLINE void transpose(const float* piece, std::int64_t classes, float* va
 TACEXT_INLINE void transpose(const double* piece, std::int64_t classes, double* values,
                              std::int64_t stride) {
   for (std::int64_t j = 0; j < classes; ++j)
-    for (std::int64_t i = 0; i < kSampleGroup; ++i)
-      values[j * stride + i] = piece[i * kPiece + j];
+    for (std::int64_t i = 0; i < kSampleGroup; ++i) values[j * stride + i] = piece[i * kPiece + j];
 }
 
 template <class T, class Margin>
@@ -389,17 +388,17 @@ template <class T, class Margin>
 void fill_panel(const T* logits, std::int64_t samples, std::int64_t classes, Panel<Margin>& panel,
                 const ParallelFor& parallel_for) {
   reserve(round_up(samples, kSampleGroup), classes, panel);
-  fill_values(logits, [&](std::int64_t i) { return std::min(i, samples - 1); }, panel,
-              parallel_for);
+  fill_values(
+      logits, [&](std::int64_t i) { return std::min(i, samples - 1); }, panel, parallel_for);
 }
 
-#define TACEXT_PANELS(T, Margin)                                                               \
-  template SampleOrder<Margin> order_samples(const T*, std::int64_t, std::int64_t,             \
-                                             const ParallelFor&);                              \
+#define TACEXT_PANELS(T, Margin)                                                                 \
+  template SampleOrder<Margin> order_samples(const T*, std::int64_t, std::int64_t,               \
+                                             const ParallelFor&);                                \
   template void margins_of_top(const T*, const SampleOrder<Margin>&, const MarginTile<Margin>&); \
-  template void fill_panel(const T*, std::int64_t, const SampleOrder<Margin>&, std::int64_t,   \
-                           std::int64_t, bool, Panel<Margin>&, const ParallelFor&);            \
-  template void fill_panel(const T*, std::int64_t, std::int64_t, Panel<Margin>&,               \
+  template void fill_panel(const T*, std::int64_t, const SampleOrder<Margin>&, std::int64_t,     \
+                           std::int64_t, bool, Panel<Margin>&, const ParallelFor&);              \
+  template void fill_panel(const T*, std::int64_t, std::int64_t, Panel<Margin>&,                 \
                            const ParallelFor&);
 TACEXT_PANELS(float, float)
 TACEXT_PANELS(Half, float)

@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-#if TACEXT_HAS_SIMD_CLONES
+#if TACEXT_SIMD_TARGETS
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4")
 namespace tacext::v4 {
@@ -45,7 +45,7 @@ constexpr std::int64_t kLanesAtMost = 16;  // floats that one vector may append 
 
 template <class Margin>
 std::int64_t count_at_least(const Margin* values, std::int64_t count, Margin bound) {
-#if TACEXT_HAS_SIMD_CLONES
+#if TACEXT_SIMD_TARGETS
   if (simd_width() == 64) return v4::count_at_least(values, count, bound);
   if (simd_width() == 32) return v3::count_at_least(values, count, bound);
 #endif
@@ -54,7 +54,7 @@ std::int64_t count_at_least(const Margin* values, std::int64_t count, Margin bou
 
 template <class Margin>
 void extremes(const Margin* values, std::int64_t count, Margin& lowest, Margin& highest) {
-#if TACEXT_HAS_SIMD_CLONES
+#if TACEXT_SIMD_TARGETS
   if (simd_width() == 64) return v4::extremes(values, count, lowest, highest);
   if (simd_width() == 32) return v3::extremes(values, count, lowest, highest);
 #endif
@@ -136,7 +136,7 @@ void LargestKept<Margin>::drop() {
 
 template <class Margin>
 void LargestKept<Margin>::add_differences(const Margin* a, const Margin* b, std::int64_t size) {
-#if TACEXT_HAS_SIMD_CLONES
+#if TACEXT_SIMD_TARGETS
   if (simd_width() == 64) return v4::add_differences(*this, a, b, size);
   if (simd_width() == 32) return v3::add_differences(*this, a, b, size);
 #endif

@@ -7,8 +7,8 @@ namespace tacext {
 
 /// The `keep` largest of a stream of differences, in memory of that order.
 ///
-/// Values above the bound, the keep-th largest so far, are appended; when the space is full, all but
-/// the keep largest are dropped and the bound rises to the smallest of them.
+/// Values above the bound, the keep-th largest so far, are appended; when the space is full, all
+/// but the keep largest are dropped and the bound rises to the smallest of them.
 template <class Margin>
 class LargestKept {
  public:

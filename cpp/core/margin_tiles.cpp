@@ -11,7 +11,7 @@
 // The kernels are the same text for every instruction set, with the register tile that fills its
 // registers: 32 of 64 bytes, 16 of 32, 16 of 16. target_clones cannot do that, and would let GCC
 // take vectors wider than the default instruction set's apart before it makes the clones.
-#if TACEXT_HAS_SIMD_CLONES
+#if TACEXT_SIMD_TARGETS
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4")
 namespace tacext::v4 {
@@ -43,7 +43,7 @@ namespace {
 
 template <class Margin>
 void pick_direct(const MarginTile<Margin>& tile) {
-#if TACEXT_HAS_SIMD_CLONES
+#if TACEXT_SIMD_TARGETS
   if (simd_width() == 64) return v4::direct(tile);
   if (simd_width() == 32) return v3::direct(tile);
 #endif
@@ -52,7 +52,7 @@ void pick_direct(const MarginTile<Margin>& tile) {
 
 template <class Margin>
 void pick_screened(const MarginTile<Margin>& tile) {
-#if TACEXT_HAS_SIMD_CLONES
+#if TACEXT_SIMD_TARGETS
   if (simd_width() == 64) return v4::screened(tile);
   if (simd_width() == 32) return v3::screened(tile);
 #endif
@@ -61,12 +61,8 @@ void pick_screened(const MarginTile<Margin>& tile) {
 
 }  // namespace
 
-void margins_direct(const MarginTile<float>& tile) {
-  pick_direct(tile);
-}
-void margins_direct(const MarginTile<double>& tile) {
-  pick_direct(tile);
-}
+void margins_direct(const MarginTile<float>& tile) { pick_direct(tile); }
+void margins_direct(const MarginTile<double>& tile) { pick_direct(tile); }
 void margins_screened(const MarginTile<float>& tile) { pick_screened(tile); }
 void margins_screened(const MarginTile<double>& tile) { pick_screened(tile); }
 

@@ -50,7 +50,7 @@ template <class Margin>
 struct Panel {
   std::int64_t classes = 0;
   std::int64_t samples = 0;
-  std::int64_t stride = 0;     // of a class's row, in values
+  std::int64_t stride = 0;       // of a class's row, in values
   AlignedVector<Margin> values;  // [rows, stride]
 
   /// For margins_screened each sample has a coarse copy as well:
@@ -61,7 +61,7 @@ struct Panel {
   /// values. kRun values may be read from the start of any run.
   std::int64_t run = 0;
   AlignedVector<std::int8_t> coarse;  // [rows, stride]
-  std::vector<Margin> offset;       // [rows]
+  std::vector<Margin> offset;         // [rows]
   Margin levels_a_unit = 0;
 };
 

@@ -1,5 +1,5 @@
-// The kernels of margin_tiles.cpp, for one instruction set: kBytes is its vector register, kJ x kK the
-// register tile that fills its registers.
+// The kernels of margin_tiles.cpp, for one instruction set: kBytes is its vector register, kJ x kK
+// the register tile that fills its registers.
 
 constexpr std::int64_t kScreenSamples = 512;  // between two looks at the accumulators
 
@@ -173,8 +173,7 @@ TACEXT_INLINE void set_bounds(const MarginTile<Margin>& tile, Bounds& bounds) {
   for (std::int64_t a = 0; a < rows; ++a) {
     const Margin* const mirror = tile.margins + (tile.j0 + a) * classes + tile.k0;
     for (std::int64_t b = 0; b < columns; ++b)
-      bounds.low[a][b] =
-          coarse_bound(mirror[b], offset_k[b] - offset_j[a], panel.levels_a_unit);
+      bounds.low[a][b] = coarse_bound(mirror[b], offset_k[b] - offset_j[a], panel.levels_a_unit);
   }
   std::int8_t transposed[kTileClasses][kTileClasses];
   for (std::int64_t b = 0; b < columns; ++b) {

@@ -46,7 +46,8 @@ template <class T, class Margin>
 void by_samples(const T* logits, std::int64_t samples, std::int64_t classes, Margin* margins,
                 const ParallelFor& parallel_for) {
   const std::int64_t rows = ceil_div(classes, kTileClasses) * kTileClasses;
-  const std::int64_t step = panel_samples(samples, kCachedBytes, rows * static_cast<std::int64_t>(sizeof(Margin)));
+  const std::int64_t step =
+      panel_samples(samples, kCachedBytes, rows * static_cast<std::int64_t>(sizeof(Margin)));
   const std::int64_t grain = ceil_div(1 << 20, step * (classes * classes + 16 * classes));
   std::mutex mutex;
   parallel_for(ceil_div(samples, step), grain, [&](std::int64_t begin, std::int64_t end) {
@@ -81,11 +82,12 @@ void by_tiles(const T* logits, std::int64_t samples, std::int64_t classes, Margi
     }
     return;
   }
-  const SampleOrder<Margin> order = order_samples<T, Margin>(logits, samples, classes, parallel_for);
+  const SampleOrder<Margin> order =
+      order_samples<T, Margin>(logits, samples, classes, parallel_for);
   const auto by_panels = [&](std::int64_t begin, std::int64_t end, bool coarse, const auto& body) {
     if (begin == end) return;
-    const std::int64_t step =
-        panel_samples(end - begin, kSharedBytes, rows * static_cast<std::int64_t>(sizeof(Margin) + 1));
+    const std::int64_t step = panel_samples(end - begin, kSharedBytes,
+                                            rows * static_cast<std::int64_t>(sizeof(Margin) + 1));
     for (std::int64_t i = begin; i < end; i += step) {
       fill_panel(logits, classes, order, i, std::min(i + step, end), coarse, panel, parallel_for);
       for_tiles(panel, margins, parallel_for, body);

@@ -57,10 +57,10 @@ void pairwise_margin_largest(const T* logits, std::int64_t samples, std::int64_t
                        });
 }
 
-#define TACEXT_QUANTILES(T, Margin)                                                            \
-  template void pairwise_margin_quantile(const T*, std::int64_t, std::int64_t, std::int64_t,   \
-                                         Margin*, const ParallelFor&);                         \
-  template void pairwise_margin_largest(const T*, std::int64_t, std::int64_t, std::int64_t,    \
+#define TACEXT_QUANTILES(T, Margin)                                                          \
+  template void pairwise_margin_quantile(const T*, std::int64_t, std::int64_t, std::int64_t, \
+                                         Margin*, const ParallelFor&);                       \
+  template void pairwise_margin_largest(const T*, std::int64_t, std::int64_t, std::int64_t,  \
                                         Margin*, const ParallelFor&);
 TACEXT_QUANTILES(float, float)
 TACEXT_QUANTILES(Half, float)

@@ -4,8 +4,8 @@
 #include <optional>
 #include <tuple>
 
-#include "tacext/minimal_perturbation.h"
 #include "tacext/find_non_finite.h"
+#include "tacext/minimal_perturbation.h"
 #include "tensor_checks.h"
 
 // What the CPU and the CUDA glue of minimal_perturbation share.

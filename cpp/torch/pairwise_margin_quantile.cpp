@@ -29,13 +29,13 @@ Tensor quantile_cpu(const Tensor& logits, int64_t keep) {
 
 void largest_cpu(Tensor largest, const Tensor& logits) {
   check_logits(kLargest, logits);
-  check_dim(kLargest, "largest", largest, 3);
+  check_dim(kLargest, "out", largest, 3);
   const int64_t samples = logits.size(0), classes = logits.size(1);
   STD_TORCH_CHECK(largest.size(0) == classes && largest.size(1) == classes && largest.size(2) >= 1,
-                  kLargest, ": largest: expected shape [", classes, ", ", classes,
+                  kLargest, ": out: expected shape [", classes, ", ", classes,
                   ", at least 1], got [", largest.size(0), ", ", largest.size(1), ", ",
-                  largest.size(2), "]; start from one full of -inf");
-  check_updated(kLargest, "largest", largest, logits);
+                  largest.size(2), "]; start from a new one full of -inf");
+  check_updated(kLargest, "out", largest, logits);
   with_finite_logits(kLargest, logits, [&](const auto* data) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
     pairwise_margin_largest(data, samples, classes, largest.size(2),

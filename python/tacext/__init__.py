@@ -11,6 +11,7 @@ from .data import ImageSet
 from .errors import FileError, HeadNotFoundError, InputError, TacextError
 from .evaluation import Evaluation, evaluate
 from .images import load_images
+from .margins import MarginMax, MarginQuantile
 from .neurons import NeuronScores, score_neurons
 from .normalisation import Normalized
 from .ops import MinimalPerturbation, SolverSettings, Status
@@ -27,6 +28,8 @@ __all__ = [
     "HeadNotFoundError",
     "ImageSet",
     "InputError",
+    "MarginMax",
+    "MarginQuantile",
     "MinimalPerturbation",
     "NeuronScores",
     "Normalized",

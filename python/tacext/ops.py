@@ -26,7 +26,9 @@ __all__ = [
     "build_info",
     "minimal_perturbation",
     "neuron_scores",
+    "pairwise_margin_largest",
     "pairwise_margin_max",
+    "pairwise_margin_quantile",
 ]
 
 DEFAULT_SETTINGS = SolverSettings()
@@ -153,6 +155,75 @@ def pairwise_margin_max(logits: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
+def check_quantile(quantile: float, operation: str) -> None:
+    """Raises InputError unless 0 < quantile <= 1."""
+    if not 0 < quantile <= 1:
+        raise InputError.of(
+            operation,
+            "quantile",
+            expected="above 0 and at most 1",
+            got=f"{quantile}",
+            way_out="1 is the maximum, 0.99 leaves out one sample in a hundred",
+        )
+
+
+def differences_above(samples: int, quantile: float) -> int:
+    """How many of a pair's differences lie at or above its quantile, itself included."""
+    at_or_below = max(1, math.ceil(round(quantile * samples, 6)))  # 0.07 * 100 is just above 7
+    return samples - at_or_below + 1
+
+
+def pairwise_margin_quantile(logits: Tensor, quantile: float) -> Tensor:
+    """A quantile in place of the maximum: M[k, j] of logits[i, j] - logits[i, k] over i.
+
+    The smallest difference with at least that share of the samples at or below it; exact, and one
+    of the differences, not between two. With it the perturbation need not carry the few samples
+    that are hardest to move. `MarginQuantile` streams it.
+
+    Args:
+        logits: [N, C], N >= 1, float64, float32, float16 or bfloat16, finite (on a GPU unchecked).
+        quantile: above 0 and at most 1, which is `pairwise_margin_max`.
+
+    Returns:
+        [C, C], float64 for float64 logits and float32 for the rest. Time O(N C^2); memory beside
+        the result: a copy of the logits.
+
+    Raises:
+        InputError: wrong shape or dtype, no samples, NaN or infinity, a quantile out of range.
+    """
+    operation = "pairwise_margin_quantile"
+    _check_tensor(operation, "logits", logits)
+    check_quantile(quantile, operation)
+    samples = logits.shape[0] if logits.dim() else 0
+    keep = differences_above(max(1, samples), quantile)
+    result: Tensor = _call(
+        operation, torch.ops.tacext.pairwise_margin_quantile.default, logits.detach(), keep
+    )
+    return result
+
+
+def pairwise_margin_largest(logits: Tensor, out: Tensor) -> Tensor:
+    """The largest differences of every pair: what a quantile needs of a stream of batches.
+
+    Args:
+        logits: [N, C], as for `pairwise_margin_max`.
+        out: [C, C, m], contiguous, float64 for float64 logits and float32 for the rest: the m
+            largest logits[i, j] - logits[i, k] so far at [k, j], in no order; updated in place.
+            Start from one full of -inf. Shards merge by keeping the m largest of both.
+
+    Returns:
+        `out`.
+
+    Raises:
+        InputError: wrong shape, dtype or device, NaN or infinity.
+    """
+    operation = "pairwise_margin_largest"
+    _check_tensor(operation, "logits", logits)
+    _check_tensor(operation, "out", out)
+    _call(operation, torch.ops.tacext.pairwise_margin_largest_.default, out, logits.detach())
+    return out
+
+
 def minimal_perturbation(
     weight: Tensor,
     margins: Tensor,
@@ -237,17 +308,69 @@ def neuron_scores(activation: Tensor, gradient: Tensor) -> Tensor:
     return scores
 
 
+# ---- CUDA, made of torch's own operators ---------------------------------------------------------
+
+
+def _differences(logits: Tensor, k: int) -> Tensor:
+    """logits[:, j] - logits[:, k] for all j, [C, N], with +0 for -0."""
+    values = logits if logits.dtype == torch.float64 else logits.float()
+    return (values - values[:, k : k + 1]).t() + 0.0
+
+
+def _cuda_pairwise_margin_quantile(logits: Tensor, keep: int) -> Tensor:
+    _check_composite("pairwise_margin_quantile", logits)
+    rank = logits.shape[0] - keep + 1
+    classes = range(logits.shape[1])
+    return torch.stack([_differences(logits, k).kthvalue(rank, dim=1).values for k in classes])
+
+
+def _cuda_pairwise_margin_largest_(largest: Tensor, logits: Tensor) -> None:
+    _check_composite("pairwise_margin_largest", logits)
+    for k in range(logits.shape[1]):
+        both = torch.cat([largest[k], _differences(logits, k)], dim=1)
+        largest[k] = both.topk(largest.shape[2], dim=1, sorted=False).values
+
+
+torch.library.impl("tacext::pairwise_margin_quantile", "CUDA", _cuda_pairwise_margin_quantile)
+torch.library.impl("tacext::pairwise_margin_largest_", "CUDA", _cuda_pairwise_margin_largest_)
+
+
+def _check_composite(operation: str, logits: Tensor) -> None:
+    if logits.dim() != 2 or logits.shape[0] == 0 or not logits.is_floating_point():
+        raise InputError.of(
+            operation,
+            "logits",
+            expected="floating-point [N, C] with at least 1 sample",
+            got=f"{logits.dtype} {list(logits.shape)}",
+            way_out="pass the logits of a batch",
+        )
+
+
 # ---- fake kernels: shapes and dtypes for torch.compile and torch.export --------------------------
 
 
-@torch.library.register_fake("tacext::pairwise_margin_max")
-def _fake_pairwise_margin_max(logits: Tensor) -> Tensor:
+def _empty_margins(logits: Tensor) -> Tensor:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return logits.new_empty((logits.shape[1], logits.shape[1]), dtype=dtype)
 
 
+@torch.library.register_fake("tacext::pairwise_margin_max")
+def _fake_pairwise_margin_max(logits: Tensor) -> Tensor:
+    return _empty_margins(logits)
+
+
 @torch.library.register_fake("tacext::pairwise_margin_max_")
 def _fake_pairwise_margin_max_(out: Tensor, logits: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("tacext::pairwise_margin_quantile")
+def _fake_pairwise_margin_quantile(logits: Tensor, keep: int) -> Tensor:
+    return _empty_margins(logits)
+
+
+@torch.library.register_fake("tacext::pairwise_margin_largest_")
+def _fake_pairwise_margin_largest_(largest: Tensor, logits: Tensor) -> None:
     return None
 
 

@@ -82,6 +82,7 @@ def scan_to_dict(
         "alpha": report.alpha,
         "detectable_ratio": report.test.detectable_ratio,
         "metric": report.metric,
+        "quantile": report.quantile,
         "head": report.head,
         "num_classes": report.num_classes,
         "latent_dim": report.latent_dim,

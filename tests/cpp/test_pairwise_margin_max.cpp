@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <limits>
 
 #include "tacext/find_non_finite.h"
@@ -38,11 +39,36 @@ TYPED_TEST(PairwiseMarginMax, EqualsTheDefinition) {
     for (std::int64_t samples : {1, 2, 7, 8, 9, 300}) {
       const auto logits =
           test::as_elements<TypeParam>(test::normal_values(samples * classes, classes, 10));
-      std::vector<Margin> got(classes * classes, -kInfinity), wanted = got;
-      pairwise_margin_max(logits.data(), samples, classes, got.data(), serial_for);
+      std::vector<Margin> wanted(classes * classes, -kInfinity);
       reference(logits, samples, classes, wanted);
-      ASSERT_EQ(got, wanted) << classes << " classes, " << samples << " samples";
+      test::with_each_simd_width([&] {
+        std::vector<Margin> got(classes * classes, -kInfinity);
+        pairwise_margin_max(logits.data(), samples, classes, got.data(), serial_for);
+        ASSERT_EQ(got, wanted) << classes << " classes, " << samples << " samples";
+      });
     }
+}
+
+// Enough classes and samples to be screened in 8-bit integers.
+TYPED_TEST(PairwiseMarginMax, ScreenedEqualsTheDefinition) {
+  using Margin = MarginOf<TypeParam>;
+  const std::int64_t classes = 289, samples = 1301;
+  for (const bool ties : {false, true}) {
+    auto values = test::normal_values(samples * classes, 5, 3);
+    for (std::int64_t i = 0; i < samples; ++i) values[i * classes + i % classes] += 20;
+    if (ties)
+      for (double& value : values) value = std::round(value);
+    const auto logits = test::as_elements<TypeParam>(values);
+    std::vector<Margin> wanted(classes * classes, -kInfinity);
+    reference(logits, samples, classes, wanted);
+    test::with_each_simd_width([&] {
+      std::vector<Margin> got(classes * classes, -kInfinity), threaded = got;
+      pairwise_margin_max(logits.data(), samples, classes, got.data(), serial_for);
+      pairwise_margin_max(logits.data(), samples, classes, threaded.data(), test::odd_threads);
+      ASSERT_EQ(got, wanted) << ties;
+      ASSERT_EQ(threaded, wanted) << ties;
+    });
+  }
 }
 
 TYPED_TEST(PairwiseMarginMax, BatchesAccumulate) {

@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "simd.h"
 #include "tacext/half.h"
 #include "tacext/minimal_perturbation.h"
 #include "tacext/parallel.h"
@@ -203,6 +204,17 @@ inline std::vector<NamedHead> various_heads() {
   scaled.margins = random_margins(scaled.weight, 14, 18, 40, 12);
   heads.push_back({"badly scaled", scaled});
   return heads;
+}
+
+/// Runs body with the vector registers of every instruction set that is compiled for, as far as
+/// this machine has them.
+template <class Body>
+void with_each_simd_width(const Body& body) {
+  for (const int width : {16, 32, 64}) {
+    SCOPED_TRACE("vectors of " + std::to_string(width) + " bytes");
+    simd_width_limit = width;
+    body();
+  }
 }
 
 }  // namespace tacext::test

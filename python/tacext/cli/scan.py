@@ -24,6 +24,13 @@ from .inputs import BATCH_SIZE, ModelAndData, check_suffix, head_option, model_a
     help="How perturbations are measured.",
 )
 @click.option(
+    "--quantile",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Share of the images that must be carried past each pair of classes.",
+)
+@click.option(
     "--alpha",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=0.01,
@@ -35,6 +42,7 @@ def scan_command(
     given: ModelAndData,
     head: str | None,
     metric: str,
+    quantile: float,
     alpha: float,
     plot: str | None,
 ) -> int:
@@ -54,6 +62,7 @@ def scan_command(
         images,
         head=given.head_in_model(head),
         metric="l2" if metric == "l2" else "standardized",
+        quantile=quantile,
         alpha=alpha,
         batch_size=given.batch_size or BATCH_SIZE,
     )

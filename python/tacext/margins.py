@@ -1,0 +1,199 @@
+"""Pairwise margins of a stream of batches: the largest, or a quantile, mergeable over shards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .errors import InputError
+
+# Logits gathered before they are folded into M: large batches are what the operator is fast at.
+_BUFFERED_VALUES = 4 * 2**20
+
+
+class MarginMax:
+    """M[k, j] = max_i (logits[i, j] - logits[i, k]) of all batches so far.
+
+    Memory: M, and up to 16 MiB (float32) of logits that wait for their turn.
+    """
+
+    def __init__(self) -> None:
+        self._margins: Tensor | None = None
+        self._waiting: list[Tensor] = []
+        self._values = 0
+
+    def update(self, logits: Tensor) -> None:
+        """Adds a batch [N, C].
+
+        Raises:
+            InputError: not finite, or not of the classes, dtype and device of the first batch.
+                Named at the update that folds the batch in, at the latest by `result`.
+        """
+        self._waiting.append(logits.detach())
+        self._values += logits.numel()
+        if self._values >= _BUFFERED_VALUES:
+            self._fold()
+
+    def merge(self, other: MarginMax) -> None:
+        """Adds all that another shard has seen."""
+        theirs = other.result()
+        self._fold()
+        self._margins = theirs if self._margins is None else torch.maximum(self._margins, theirs)
+
+    def result(self) -> Tensor:
+        """M, [C, C]; what `ops.pairwise_margin_max` gives for all batches at once.
+
+        Raises:
+            InputError: there was no batch.
+        """
+        self._fold()
+        if self._margins is None:
+            raise _no_samples("MarginMax.result")
+        return self._margins.clone()
+
+    def _fold(self) -> None:
+        if not self._waiting:
+            return
+        logits = _joined(self._waiting, "MarginMax.update")
+        self._waiting, self._values = [], 0
+        self._margins = ops.pairwise_margin_max(logits, out=self._margins)
+
+
+class MarginQuantile:
+    """M[k, j] = the quantile over all samples i so far of logits[i, j] - logits[i, k].
+
+    The quantile is a difference that occurs, the smallest with at least that share of the samples
+    at or below it; 1 is the maximum. Exact, in whichever is smaller: the logits themselves, N x C,
+    or, for few classes, the largest differences of every pair, as many as the quantile can need.
+
+    Args:
+        quantile: above 0 and at most 1.
+        max_samples: no more samples than these will come; None keeps the logits.
+
+    Raises:
+        InputError: a quantile or max_samples out of range.
+    """
+
+    def __init__(self, quantile: float = 0.99, max_samples: int | None = None) -> None:
+        ops.check_quantile(quantile, "MarginQuantile")
+        if max_samples is not None and max_samples < 1:
+            raise InputError.of(
+                "MarginQuantile",
+                "max_samples",
+                expected="at least 1, or None",
+                got=f"{max_samples}",
+                way_out="pass the number of clean samples, or leave it out",
+            )
+        self.quantile = quantile
+        self.max_samples = max_samples
+        self.samples = 0
+        self._logits: list[Tensor] = []
+        self._largest: Tensor | None = None
+
+    def update(self, logits: Tensor) -> None:
+        """Adds a batch [N, C].
+
+        Raises:
+            InputError: not finite, or not of the classes, dtype and device of the first batch;
+                more samples than max_samples.
+        """
+        batch = logits.detach()
+        if batch.dim() == 2:
+            self._check_room(len(batch), "MarginQuantile.update")
+        if self._largest is None and not self._logits:
+            self._choose(batch)
+        if self._largest is None:
+            self._logits.append(batch)
+        else:
+            ops.pairwise_margin_largest(batch, out=self._largest)
+        self.samples += len(batch)
+
+    def merge(self, other: MarginQuantile) -> None:
+        """Adds all that another shard has seen; both need the same quantile and max_samples.
+
+        Raises:
+            InputError: settings that differ; more samples together than max_samples.
+        """
+        operation = "MarginQuantile.merge"
+        if (other.quantile, other.max_samples) != (self.quantile, self.max_samples):
+            raise InputError.of(
+                operation,
+                "other",
+                expected=f"quantile {self.quantile} and max_samples {self.max_samples}",
+                got=f"{other.quantile} and {other.max_samples}",
+                way_out="make all shards with the same settings",
+            )
+        self._check_room(other.samples, operation)
+        if other._largest is not None:
+            if self._largest is None:
+                self._largest = other._largest.clone()
+            else:
+                both = torch.cat([self._largest, other._largest], dim=2)
+                self._largest = both.topk(self._largest.shape[2], dim=2, sorted=False).values
+        self._logits += other._logits
+        self.samples += other.samples
+
+    def result(self) -> Tensor:
+        """M, [C, C]; what `ops.pairwise_margin_quantile` gives for all batches at once.
+
+        Raises:
+            InputError: there was no sample.
+        """
+        operation = "MarginQuantile.result"
+        if self.samples == 0:
+            raise _no_samples(operation)
+        if self._largest is None:
+            return ops.pairwise_margin_quantile(_joined(self._logits, operation), self.quantile)
+        keep = ops.differences_above(self.samples, self.quantile)
+        return self._largest.topk(keep, dim=2).values[:, :, -1].clone()
+
+    def _choose(self, batch: Tensor) -> None:
+        if self.max_samples is None or batch.dim() != 2:
+            return
+        classes = batch.shape[1]
+        keep = ops.differences_above(self.max_samples, self.quantile)
+        if classes * keep < self.max_samples:
+            dtype = torch.float64 if batch.dtype == torch.float64 else torch.float32
+            self._largest = batch.new_full((classes, classes, keep), -torch.inf, dtype=dtype)
+
+    def _check_room(self, more: int, operation: str) -> None:
+        if self.max_samples is not None and self.samples + more > self.max_samples:
+            raise InputError.of(
+                operation,
+                "logits",
+                expected=f"at most {self.max_samples} samples in all, as max_samples says",
+                got=f"{self.samples + more}",
+                way_out="make the MarginQuantile with a larger max_samples, or None",
+            )
+
+
+def _joined(batches: list[Tensor], operation: str) -> Tensor:
+    if len(batches) == 1:
+        return batches[0]
+    first = batches[0]
+    for batch in batches:
+        alike = (batch.dtype, batch.device, batch.shape[1:]) == (
+            first.dtype,
+            first.device,
+            first.shape[1:],
+        )
+        if not alike:
+            raise InputError.of(
+                operation,
+                "logits",
+                expected=f"{first.dtype} [N, {first.shape[-1]}] on {first.device}, as at first",
+                got=f"{batch.dtype} {list(batch.shape)} on {batch.device}",
+                way_out="pass the logits of one model, all of one dtype, on one device",
+            )
+    return torch.cat(batches)
+
+
+def _no_samples(operation: str) -> InputError:
+    return InputError.of(
+        operation,
+        "logits",
+        expected="at least 1 sample",
+        got="none",
+        way_out="pass a batch to update first",
+    )
