@@ -44,8 +44,7 @@ TYPED_TEST(PairwiseMarginQuantile, EqualsTheSortedDifferences) {
         std::vector<Margin> wanted(classes * classes);
         for (std::int64_t k = 0; k < classes; ++k)
           for (std::int64_t j = 0; j < classes; ++j)
-            wanted[k * classes + j] =
-                sorted_differences(logits, samples, classes, k, j)[keep - 1];
+            wanted[k * classes + j] = sorted_differences(logits, samples, classes, k, j)[keep - 1];
         test::with_each_simd_width([&] {
           std::vector<Margin> got(classes * classes), threaded = got;
           pairwise_margin_quantile(logits.data(), samples, classes, keep, got.data(), serial_for);
