@@ -1,96 +1,97 @@
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <vector>
-
-#include "cholesky.h"
-#include "head_geometry.h"
 
 // The dual active-set method for one class k: minimise 1/2 |s|^2 subject to a_j . s >= m_j with
 // a_j = w_k - w_j (Goldfarb and Idnani, Mathematical Programming 27, 1983, with identity Hessian).
+//
+// Two geometries carry it: PricedActiveSet from the Gram matrix, fast, and OrthogonalActiveSet from
+// W itself, for what the certificate of the first one does not accept.
 namespace tacext {
 
 enum class Ending { kSolved, kUnreachable, kIterationLimit };
 
-/// s = sum_i multipliers[i] * a_active[i]; for kUnreachable the multipliers are a Farkas ray.
-struct ActiveSetSolution {
-  Ending ending = Ending::kIterationLimit;
+/// s = sum_i multipliers[i] * a_active[i], optimal for the active constraints alone, multipliers
+/// >= 0. For Ending::kUnreachable the multipliers are a Farkas ray.
+struct ActiveSet {
   std::vector<std::int64_t> active;
   std::vector<double> multipliers;
   std::int64_t iterations = 0;
 };
 
-/// The geometry of the active constraints from K alone: G = A A^T factored as L L^T.
-class GramFactor {
- public:
-  /// |a_p - projection|^2 below this share of |a_p|^2 counts as linearly dependent. Generous, as K
-  /// squares the condition number: what it decides is checked against W afterwards.
-  static constexpr double kDependent = 1e-12;
+namespace active_set {
 
-  GramFactor(const HeadGeometry& head, std::int64_t target);
+constexpr std::int64_t kNone = -1;
 
-  /// Splits a_p = sum_i coefficients[i] a_active[i] + z and returns |z|^2.
-  double project(std::int64_t p, double squared_norm, std::vector<double>& coefficients);
-  /// a_j . z for every j, with the z of the last project().
-  const double* slack_rates();
-  /// s += step * z
-  void advance(double /*step*/) {}
-  /// Nothing: the slacks that the steps left are as good as K gets.
-  void renew_slack(const double* /*margins*/, std::vector<double>& /*slack*/,
-                   std::vector<double>& /*rounding*/) {}
-  void add_projected();
-  void remove(std::int64_t index);
-  /// x = (A A^T)^-1 x over the active constraints.
-  void solve(std::vector<double>& x) const;
-
- private:
-  const HeadGeometry& head_;
-  std::int64_t target_, candidate_ = -1;
-  double residual_ = 0;
-  std::vector<std::int64_t> active_;
-  std::vector<double> projection_, coefficients_, rates_;
-  PackedCholesky factor_;
+struct Blocking {
+  double step = std::numeric_limits<double>::infinity();
+  std::int64_t index = kNone;
 };
 
-/// The same from W itself: an orthonormal basis of the active constraints, A = L Q. Slower by a
-/// factor of D, accurate where K is not: the fallback for what the certificate rejects.
-class OrthogonalFactor {
- public:
-  static constexpr double kDependent = 1e-28;
+/// How far the multipliers can move along -coefficients before one of them reaches zero.
+Blocking first_blocking(const std::vector<double>& multipliers,
+                        const std::vector<double>& coefficients);
 
-  OrthogonalFactor(const HeadGeometry& head, std::int64_t target);
+/// How far slack_j = m_j - a_j . s must be above zero for a constraint to count as violated, as a
+/// share of what the rounding of slack_j is relative to.
+constexpr double kViolated = 1e-13;
 
-  double project(std::int64_t p, double squared_norm, std::vector<double>& coefficients);
-  const double* slack_rates();
-  void advance(double step);
-  /// Puts s back on the active constraints, and slack_j = m_j - a_j . s afresh. rounding_j becomes
-  /// |m_j| + sum_d |a_jd s_d|: where a huge s meets small entries of a_j, |a_j| |s| says too
-  /// little.
-  void renew_slack(const double* margins, std::vector<double>& slack,
-                   std::vector<double>& rounding);
-  void add_projected();
-  void remove(std::int64_t index);
-  void solve(std::vector<double>& x) const;
-  /// s += the shortest step along which the active products A s grow by `residual`: Q^T L^-1 r. It
-  /// never sums l_j a_j, which cancels where the active constraints are nearly dependent.
-  void add_step(std::vector<double> residual, std::vector<double>& s) const;
+}  // namespace active_set
 
- private:
-  const HeadGeometry& head_;
-  std::int64_t target_;
-  std::int64_t candidate_ = -1;
-  double residual_ = 0;
-  std::vector<std::int64_t> active_;
-  std::vector<double> projection_, orthogonal_, rates_, s_;
-  std::vector<std::vector<double>> basis_;
-  PackedCholesky factor_;
-};
+/// Makes the violated constraint p active, and every constraint inactive whose multiplier would
+/// turn negative on the way. kSolved: p is active. The geometry provides
+///
+///   project(p, r)    splits a_p = sum_i r[i] a_active[i] + z, returns |z|^2
+///   slack(p), squared_length(p)
+///   advance(step)    s += step * z, with the z of the last project
+///   add_projected(), remove(index)
+///   constraint(p)    the class j of its constraint p
+template <class Geometry>
+Ending make_active(Geometry& geometry, std::int64_t p, std::int64_t max_iterations,
+                   ActiveSet& set) {
+  std::vector<double>& multipliers = set.multipliers;
+  std::vector<double> coefficients;
+  double candidate_multiplier = 0;
+  for (;;) {
+    if (set.iterations == max_iterations) return Ending::kIterationLimit;
+    ++set.iterations;
+    const double curvature = geometry.project(p, coefficients);
+    const bool dependent = curvature <= Geometry::kDependent * geometry.squared_length(p);
+    const active_set::Blocking blocking = active_set::first_blocking(multipliers, coefficients);
+    if (dependent && blocking.index == active_set::kNone) {
+      // a_p = sum r_i a_i with all r_i <= 0: weighing the violated a_p with 1 and the active ones
+      // with -r_i adds up to 0 >= something positive.
+      for (std::size_t i = 0; i < multipliers.size(); ++i)
+        multipliers[i] = std::max(0.0, -coefficients[i]);
+      set.active.push_back(geometry.constraint(p));
+      multipliers.push_back(1.0);
+      return Ending::kUnreachable;
+    }
 
-/// Runs the method from the empty set; leaves `factor` holding the final active constraints.
-/// margins and squared_norms are row k, [classes].
-template <class Factor>
-ActiveSetSolution solve_active_set(Factor& factor, const double* margins,
-                                   const std::vector<double>& squared_norms, std::int64_t target,
-                                   std::int64_t max_iterations);
+    // Along z the candidate becomes active after a full step; a multiplier may hit zero before.
+    const double full_step =
+        dependent ? std::numeric_limits<double>::infinity() : geometry.slack(p) / curvature;
+    const double step = std::min(full_step, blocking.step);
+    for (std::size_t i = 0; i < multipliers.size(); ++i)
+      multipliers[i] = std::max(0.0, multipliers[i] - step * coefficients[i]);
+    candidate_multiplier += step;
+    if (!dependent && step > 0) geometry.advance(step);
+
+    if (full_step <= blocking.step) {
+      geometry.add_projected();
+      set.active.push_back(geometry.constraint(p));
+      multipliers.push_back(candidate_multiplier);
+      return Ending::kSolved;
+    }
+    // Dual feasibility would end here: the blocking constraint leaves the set.
+    geometry.remove(blocking.index);
+    set.active.erase(set.active.begin() + blocking.index);
+    multipliers.erase(multipliers.begin() + blocking.index);
+  }
+}
 
 }  // namespace tacext

@@ -20,15 +20,14 @@ double share_of(double residual, double size) {
 }
 
 void certify_ray(const HeadGeometry& head, std::int64_t k, const double* margins,
-                 Candidate& candidate) {
-  const std::vector<double> squared_norms = head.squared_norms(k);
+                 const std::vector<double>& squared_lengths, Candidate& candidate) {
   double value = 0, size = 0, length = 0;
   for (std::int64_t j = 0; j < head.classes(); ++j) {
     const double l = candidate.multipliers[j];
     if (l == 0) continue;
     value += margins[j] * l;
     size += std::fabs(margins[j]) * l;
-    length += std::sqrt(squared_norms[j]) * l;
+    length += std::sqrt(squared_lengths[j]) * l;
   }
   candidate.primal = 0;
   candidate.dual = length > 0 ? norm(candidate.perturbation) / length : 0;
@@ -50,38 +49,42 @@ double norm(const std::vector<double>& values) {
 }
 
 std::vector<double> combine_constraints(const HeadGeometry& head, std::int64_t k,
+                                        const std::vector<std::int64_t>& constraints,
                                         const std::vector<double>& multipliers) {
-  std::vector<double> s(static_cast<std::size_t>(head.latents()), 0.0);
-  for (std::int64_t j = 0; j < head.classes(); ++j) {
-    if (multipliers[j] == 0) continue;
-    for (std::int64_t d = 0; d < head.latents(); ++d)
-      s[d] += multipliers[j] * (head.row(k)[d] - head.row(j)[d]);
-  }
+  std::vector<const double*> rows;
+  for (std::int64_t j : constraints) rows.push_back(head.row(j));
+  std::vector<double> s(static_cast<std::size_t>(head.latents()));
+  weighted_differences(head.row(k), rows, multipliers.data(), head.latents(), s.data());
   return s;
 }
 
 void certify(const HeadGeometry& head, std::int64_t k, const double* margins,
-             const double* products, const double* sizes, double tolerance, Candidate& candidate) {
-  if (candidate.status == Status::kUnreachable) return certify_ray(head, k, margins, candidate);
-  const std::vector<double> squared_norms = head.squared_norms(k);
+             const std::vector<double>& squared_lengths, const double* products,
+             const double* sizes, double tolerance, Candidate& candidate) {
+  if (candidate.status == Status::kUnreachable)
+    return certify_ray(head, k, margins, squared_lengths, candidate);
   const double length = norm(candidate.perturbation);
-  double value = 0;                                   // m.l
-  double terms = length;                              // |s| + sum_j l_j |a_j|
-  std::vector<double> rest = candidate.perturbation;  // s - sum_j l_j a_j, last constraint first
+  double value = 0;       // m.l
+  double terms = length;  // |s| + sum_j l_j |a_j|
+  std::vector<std::int64_t> constraints;
+  std::vector<double> multipliers;
   candidate.primal = 0;
   for (std::int64_t j = head.classes() - 1; j >= 0; --j) {
     if (j == k) continue;
-    const double l = candidate.multipliers[j], constraint_length = std::sqrt(squared_norms[j]);
-    value += margins[j] * l;
-    terms += l * constraint_length;
-    if (l > 0)
-      for (std::int64_t d = 0; d < head.latents(); ++d)
-        rest[d] -= l * (head.row(k)[d] - head.row(j)[d]);
+    if (const double l = candidate.multipliers[j]; l > 0) {
+      value += margins[j] * l;
+      terms += l * std::sqrt(squared_lengths[j]);
+      constraints.push_back(j);
+      multipliers.push_back(l);
+    }
     const double violation = margins[j] - products[j];
     if (!(violation <= 0))
       candidate.primal =
           std::max(candidate.primal, share_of(violation, std::fabs(margins[j]) + sizes[j]));
   }
+  // s - sum_j l_j a_j, last constraint first: not the sum that s came from.
+  std::vector<double> rest = combine_constraints(head, k, constraints, multipliers);
+  for (std::size_t d = 0; d < rest.size(); ++d) rest[d] = candidate.perturbation[d] - rest[d];
   candidate.dual = share_of(norm(rest), terms);
   candidate.collinearity = length > 0 ? terms / length : 1;
   const double energy = length * length, size = std::max(energy, std::fabs(value));
@@ -90,27 +93,16 @@ void certify(const HeadGeometry& head, std::int64_t k, const double* margins,
   candidate.status = proven ? Status::kOptimal : Status::kIterationLimit;
 }
 
-void certify(const HeadGeometry& head, const std::vector<std::int64_t>& classes,
-             const double* margins, double tolerance, std::vector<Candidate>& candidates) {
-  const std::int64_t count = static_cast<std::int64_t>(candidates.size());
-  std::vector<double> rows(static_cast<std::size_t>(count * head.latents()));
-  for (std::int64_t i = 0; i < count; ++i)
-    std::copy(candidates[i].perturbation.begin(), candidates[i].perturbation.end(),
-              rows.begin() + i * head.latents());
-  std::vector<double> products(static_cast<std::size_t>(count * head.classes()));
-  head.packed().multiply(rows.data(), count, head.classes(), products.data(), head.classes());
-  for (std::int64_t i = 0; i < count; ++i) {
-    double* const row = products.data() + i * head.classes();
-    const double own = row[classes[i]];
-    const double length = norm(candidates[i].perturbation);
-    std::vector<double> sizes = head.squared_norms(classes[i]);
-    for (std::int64_t j = 0; j < head.classes(); ++j) {
-      row[j] = own - row[j];
-      sizes[j] = std::sqrt(sizes[j]) * length;
-    }
-    certify(head, classes[i], margins + classes[i] * head.classes(), row, sizes.data(), tolerance,
-            candidates[i]);
+void certify(const HeadGeometry& head, std::int64_t k, const double* margins,
+             const std::vector<double>& squared_lengths, const double* row_products,
+             double tolerance, Candidate& candidate) {
+  const double length = norm(candidate.perturbation);
+  std::vector<double> products, sizes;
+  for (std::int64_t j = 0; j < head.classes(); ++j) {
+    products.push_back(row_products[k] - row_products[j]);
+    sizes.push_back(std::sqrt(squared_lengths[j]) * length);
   }
+  certify(head, k, margins, squared_lengths, products.data(), sizes.data(), tolerance, candidate);
 }
 
 }  // namespace tacext

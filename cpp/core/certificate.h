@@ -23,18 +23,21 @@ struct Candidate {
 
 double norm(const std::vector<double>& values);
 
-/// sum_j l_j a_j, a_j = w_k - w_j
+/// sum_i l_i a_i over the listed constraints of class k, a_i = w_k - w_i
 std::vector<double> combine_constraints(const HeadGeometry& head, std::int64_t k,
+                                        const std::vector<std::int64_t>& constraints,
                                         const std::vector<double>& multipliers);
 
 /// Fills the residuals of class k, as PerturbationResult defines them, and lets them decide the
-/// status. margins is row k of M; products[j] = a_j . s, sizes[j] is what a violation of constraint
-/// j is measured against beside |M[k, j]|.
+/// status. margins is row k of M, squared_lengths[j] is |a_j|^2, products[j] = a_j . s, and
+/// sizes[j] is what a violation of constraint j is measured against beside |M[k, j]|.
 void certify(const HeadGeometry& head, std::int64_t k, const double* margins,
-             const double* products, const double* sizes, double tolerance, Candidate& candidate);
+             const std::vector<double>& squared_lengths, const double* products,
+             const double* sizes, double tolerance, Candidate& candidate);
 
-/// Certifies candidates of several classes with one matrix product; margins is the whole of M.
-void certify(const HeadGeometry& head, const std::vector<std::int64_t>& classes,
-             const double* margins, double tolerance, std::vector<Candidate>& candidates);
+/// The same with row_products[j] = w_j . s, and violations measured against |a_j| |s|.
+void certify(const HeadGeometry& head, std::int64_t k, const double* margins,
+             const std::vector<double>& squared_lengths, const double* row_products,
+             double tolerance, Candidate& candidate);
 
 }  // namespace tacext

@@ -10,6 +10,8 @@ namespace tacext {
 class PackedCholesky {
  public:
   std::int64_t size() const { return size_; }
+  /// Entries 0 .. i of row i.
+  const double* row(std::int64_t i) const { return rows_.data() + i * (i + 1) / 2; }
 
   /// x = L^-1 x
   void solve_lower(double* x) const;
@@ -37,8 +39,7 @@ class PackedCholesky {
   struct Rotation {
     double cosine, sine;
   };
-  double* row(std::int64_t i) { return rows_.data() + i * (i + 1) / 2; }
-  const double* row(std::int64_t i) const { return rows_.data() + i * (i + 1) / 2; }
+  double* mutable_row(std::int64_t i) { return rows_.data() + i * (i + 1) / 2; }
   Rotation turn_superdiagonal(std::int64_t i);
   void pack_after_removal(std::int64_t index);
 

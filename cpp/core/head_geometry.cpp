@@ -28,6 +28,13 @@ std::vector<double> scaled_rows(const PerturbationProblem& p) {
   return rows;
 }
 
+bool wants_gram(const PerturbationProblem& p) {
+  constexpr std::int64_t kAlways = 128;    // classes up to which it costs next to nothing
+  constexpr std::int64_t kLargest = 4096;  // 128 MiB
+  constexpr std::int64_t kShare = 8;       // of the classes asked from which it is worth its price
+  return p.classes <= kAlways || (p.classes <= kLargest && p.count * kShare >= p.classes);
+}
+
 }  // namespace
 
 HeadGeometry::HeadGeometry(const PerturbationProblem& problem, const ParallelFor& parallel_for)
@@ -35,7 +42,11 @@ HeadGeometry::HeadGeometry(const PerturbationProblem& problem, const ParallelFor
       latents_(problem.latents),
       weight_(scaled_rows(problem)),
       packed_(weight_.data(), classes_, latents_),
-      gram_(gram_matrix(packed_, weight_.data(), classes_, latents_, parallel_for)) {}
+      row_squares_(static_cast<std::size_t>(classes_)) {
+  if (wants_gram(problem))
+    gram_ = gram_matrix(packed_, weight_.data(), classes_, latents_, parallel_for);
+  for (std::int64_t j = 0; j < classes_; ++j) row_squares_[j] = product(j, j);
+}
 
 double HeadGeometry::constraint_dot_size(std::int64_t k, std::int64_t j, const double* s) const {
   double sum = 0;
@@ -43,23 +54,22 @@ double HeadGeometry::constraint_dot_size(std::int64_t k, std::int64_t j, const d
   return sum;
 }
 
-std::vector<double> HeadGeometry::squared_norms(std::int64_t k) const {
+std::vector<double> HeadGeometry::squared_lengths(std::int64_t k, const double* gram_row) const {
   constexpr double kCancelled = 1e-6;
-  std::vector<double> norms(static_cast<std::size_t>(classes_));
-  const double* const target = gram_row(k);
+  std::vector<double> squares(static_cast<std::size_t>(classes_));
+  const double target = row_squares_[k];
   for (std::int64_t j = 0; j < classes_; ++j) {
-    const double own = gram_row(j)[j];
-    double norm = target[k] - 2 * target[j] + own;
-    if (norm < kCancelled * (target[k] + own)) {
-      norm = 0;
+    double square = target - 2 * gram_row[j] + row_squares_[j];
+    if (square < kCancelled * (target + row_squares_[j])) {
+      square = 0;
       for (std::int64_t d = 0; d < latents_; ++d) {
         const double difference = row(k)[d] - row(j)[d];
-        norm += difference * difference;
+        square += difference * difference;
       }
     }
-    norms[j] = norm;
+    squares[j] = square;
   }
-  return norms;
+  return squares;
 }
 
 }  // namespace tacext

@@ -8,44 +8,86 @@
 namespace tacext {
 namespace {
 
-constexpr std::int64_t kPanel = 8;  // rows of the packed matrix side by side: one 512-bit vector
-constexpr std::int64_t kRows = 4;   // rows of the left matrix a tile takes
-typedef double Vector __attribute__((vector_size(8 * kPanel)));
+constexpr std::int64_t kPanel = 16;  // rows of the packed matrix side by side
+constexpr int kSums = 8;             // of a dot product, side by side: one 512-bit vector
 
-TACEXT_INLINE double fold(const double (&s)[kPanel]) {
+TACEXT_INLINE double fold(const double (&s)[kSums]) {
   return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
-}
-
-// out[r, 0..7] = left row r . panel rows, for kRows rows: four accumulators, one load and four
-// broadcasts a step.
-TACEXT_SIMD_CLONES void multiply_tile(const double* const (&left)[kRows], const double* panel,
-                                      std::int64_t columns, double (&out)[kRows][kPanel]) {
-  Vector acc[kRows] = {};
-  for (std::int64_t d = 0; d < columns; ++d) {
-    Vector b;
-    std::memcpy(&b, panel + d * kPanel, sizeof b);
-    for (std::int64_t r = 0; r < kRows; ++r) acc[r] += b * left[r][d];
-  }
-  std::memcpy(out, acc, sizeof out);
 }
 
 }  // namespace
 
+// The same text for every instruction set, with the register tile that fills its registers.
+#if TACEXT_SIMD_TARGETS
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4")
+namespace v4 {
+#define TACEXT_KERNEL_BYTES 64
+constexpr int kBytes = TACEXT_KERNEL_BYTES, kTileRows = 8, kTileVectors = 2;
+#include "products.inl"
+#undef TACEXT_KERNEL_BYTES
+}  // namespace v4
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+namespace v3 {
+#define TACEXT_KERNEL_BYTES 32
+constexpr int kBytes = TACEXT_KERNEL_BYTES, kTileRows = 4, kTileVectors = 2;
+#include "products.inl"
+#undef TACEXT_KERNEL_BYTES
+}  // namespace v3
+#pragma GCC pop_options
+#endif
+namespace baseline {
+#define TACEXT_KERNEL_BYTES 16
+constexpr int kBytes = TACEXT_KERNEL_BYTES, kTileRows = 2, kTileVectors = 4;
+#include "products.inl"
+#undef TACEXT_KERNEL_BYTES
+}  // namespace baseline
+
+namespace {
+
+void multiply_panel(const double* const* left, std::int64_t height, const double* panel,
+                    std::int64_t columns, double* out, std::int64_t out_stride,
+                    std::int64_t width) {
+#if TACEXT_SIMD_TARGETS
+  if (simd_width() == 64)
+    return v4::multiply_panel(left, height, panel, columns, out, out_stride, width);
+  if (simd_width() == 32)
+    return v3::multiply_panel(left, height, panel, columns, out, out_stride, width);
+#endif
+  baseline::multiply_panel(left, height, panel, columns, out, out_stride, width);
+}
+
+}  // namespace
+
+void subtract_products(const double* const (&left)[kProductRows], std::int64_t left_step,
+                       const double* right, std::int64_t right_stride, std::int64_t count,
+                       double* block, std::int64_t block_stride) {
+#if TACEXT_SIMD_TARGETS
+  if (simd_width() == 64)
+    return v4::subtract_products(left, left_step, right, right_stride, count, block, block_stride);
+  if (simd_width() == 32)
+    return v3::subtract_products(left, left_step, right, right_stride, count, block, block_stride);
+#endif
+  baseline::subtract_products(left, left_step, right, right_stride, count, block, block_stride);
+}
+
 TACEXT_SIMD_CLONES double dot(const double* a, const double* b, std::int64_t count) {
-  double sums[kPanel] = {};
+  double sums[kSums] = {};
   std::int64_t i = 0;
-  for (; i + kPanel <= count; i += kPanel)
-    for (int lane = 0; lane < kPanel; ++lane) sums[lane] += a[i + lane] * b[i + lane];
+  for (; i + kSums <= count; i += kSums)
+    for (int lane = 0; lane < kSums; ++lane) sums[lane] += a[i + lane] * b[i + lane];
   for (int lane = 0; i < count; ++i, ++lane) sums[lane] += a[i] * b[i];
   return fold(sums);
 }
 
 TACEXT_SIMD_CLONES double dot_difference(const double* a, const double* b, const double* s,
                                          std::int64_t count) {
-  double sums[kPanel] = {};
+  double sums[kSums] = {};
   std::int64_t i = 0;
-  for (; i + kPanel <= count; i += kPanel)
-    for (int lane = 0; lane < kPanel; ++lane)
+  for (; i + kSums <= count; i += kSums)
+    for (int lane = 0; lane < kSums; ++lane)
       sums[lane] += (a[i + lane] - b[i + lane]) * s[i + lane];
   for (int lane = 0; i < count; ++i, ++lane) sums[lane] += (a[i] - b[i]) * s[i];
   return fold(sums);
@@ -53,6 +95,52 @@ TACEXT_SIMD_CLONES double dot_difference(const double* a, const double* b, const
 
 TACEXT_SIMD_CLONES void add_scaled(double factor, const double* x, std::int64_t count, double* y) {
   for (std::int64_t i = 0; i < count; ++i) y[i] += factor * x[i];
+}
+
+// Four rows a pass: as many streams as the prefetcher follows, and a quarter of the result's
+// traffic.
+TACEXT_SIMD_CLONES void weighted_sum(const std::vector<const double*>& rows, const double* weights,
+                                     std::int64_t count, double* out) {
+  std::fill_n(out, count, 0.0);
+  std::size_t i = 0;
+  for (; i + 4 <= rows.size(); i += 4) {
+    const double *const r0 = rows[i], *const r1 = rows[i + 1], *const r2 = rows[i + 2],
+                        *const r3 = rows[i + 3];
+    const double w0 = weights[i], w1 = weights[i + 1], w2 = weights[i + 2], w3 = weights[i + 3];
+#pragma omp simd
+    for (std::int64_t j = 0; j < count; ++j)
+      out[j] = (((out[j] + w0 * r0[j]) + w1 * r1[j]) + w2 * r2[j]) + w3 * r3[j];
+  }
+  for (; i < rows.size(); ++i) {
+    const double* const row = rows[i];
+    const double weight = weights[i];
+#pragma omp simd
+    for (std::int64_t j = 0; j < count; ++j) out[j] += weight * row[j];
+  }
+}
+
+TACEXT_SIMD_CLONES void weighted_differences(const double* base,
+                                             const std::vector<const double*>& rows,
+                                             const double* weights, std::int64_t count,
+                                             double* out) {
+  std::fill_n(out, count, 0.0);
+  std::size_t i = 0;
+  for (; i + 4 <= rows.size(); i += 4) {
+    const double *const r0 = rows[i], *const r1 = rows[i + 1], *const r2 = rows[i + 2],
+                        *const r3 = rows[i + 3];
+    const double w0 = weights[i], w1 = weights[i + 1], w2 = weights[i + 2], w3 = weights[i + 3];
+#pragma omp simd
+    for (std::int64_t j = 0; j < count; ++j)
+      out[j] =
+          (((out[j] + w0 * (base[j] - r0[j])) + w1 * (base[j] - r1[j])) + w2 * (base[j] - r2[j])) +
+          w3 * (base[j] - r3[j]);
+  }
+  for (; i < rows.size(); ++i) {
+    const double* const row = rows[i];
+    const double weight = weights[i];
+#pragma omp simd
+    for (std::int64_t j = 0; j < count; ++j) out[j] += weight * (base[j] - row[j]);
+  }
 }
 
 PackedRows::PackedRows(const double* matrix, std::int64_t rows, std::int64_t columns)
@@ -67,20 +155,11 @@ PackedRows::PackedRows(const double* matrix, std::int64_t rows, std::int64_t col
 
 void PackedRows::multiply(const double* left, std::int64_t count, std::int64_t end, double* out,
                           std::int64_t out_stride) const {
-  for (std::int64_t j = 0; j < end; j += kPanel) {
-    const double* panel = panels_.data() + j * columns_;
-    const std::int64_t width = std::min(kPanel, end - j);
-    for (std::int64_t i = 0; i < count; i += kRows) {
-      const std::int64_t height = std::min(kRows, count - i);
-      const double* rows[kRows];
-      for (std::int64_t r = 0; r < kRows; ++r)
-        rows[r] = left + (i + std::min(r, height - 1)) * columns_;
-      double tile[kRows][kPanel];
-      multiply_tile(rows, panel, columns_, tile);
-      for (std::int64_t r = 0; r < height; ++r)
-        std::copy_n(tile[r], width, out + (i + r) * out_stride + j);
-    }
-  }
+  std::vector<const double*> rows;
+  for (std::int64_t i = 0; i < count; ++i) rows.push_back(left + i * columns_);
+  for (std::int64_t j = 0; j < end; j += kPanel)
+    multiply_panel(rows.data(), count, panels_.data() + j * columns_, columns_, out + j, out_stride,
+                   std::min(kPanel, end - j));
 }
 
 std::vector<double> gram_matrix(const PackedRows& packed, const double* weight,

@@ -16,6 +16,26 @@ void add_scaled(double factor, const double* x, std::int64_t count, double* y);
 /// sum_d (a_d - b_d) * s_d: differences first, so that a component common to a and b costs nothing.
 double dot_difference(const double* a, const double* b, const double* s, std::int64_t count);
 
+/// out[j] = sum_i weights[i] * rows[i][j], j in [0, count)
+void weighted_sum(const std::vector<const double*>& rows, const double* weights, std::int64_t count,
+                  double* out);
+
+/// out[j] = sum_i weights[i] * (base[j] - rows[i][j]), j in [0, count)
+void weighted_differences(const double* base, const std::vector<const double*>& rows,
+                          const double* weights, std::int64_t count, double* out);
+
+/// Columns that subtract_products works on.
+constexpr std::int64_t kProductColumns = 32;
+/// Rows that subtract_products works on.
+constexpr std::int64_t kProductRows = 4;
+
+/// block[r][c] -= sum_i left[r][i * left_step] * right[i * right_stride + c], i in [0, count), for
+/// kProductRows rows of stride block_stride and kProductColumns columns: what a blocked Cholesky
+/// factorisation spends its time on.
+void subtract_products(const double* const (&left)[kProductRows], std::int64_t left_step,
+                       const double* right, std::int64_t right_stride, std::int64_t count,
+                       double* block, std::int64_t block_stride);
+
 /// A row-major [rows, columns] matrix, repacked so that products with its transpose stream.
 class PackedRows {
  public:

@@ -6,9 +6,6 @@
 #include <type_traits>
 
 #include "simd.h"
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
 
 #if TACEXT_SIMD_TARGETS
 #pragma GCC push_options

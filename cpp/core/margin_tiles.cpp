@@ -4,9 +4,6 @@
 #include <limits>
 
 #include "simd.h"
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
 
 // The kernels are the same text for every instruction set, with the register tile that fills its
 // registers: 32 of 64 bytes, 16 of 32, 16 of 16. target_clones cannot do that, and would let GCC

@@ -6,15 +6,17 @@
 #include <memory>
 #include <vector>
 
-#include "active_set.h"
 #include "certificate.h"
 #include "closed_form.h"
 #include "head_geometry.h"
+#include "orthogonal_active_set.h"
+#include "priced_active_set.h"
 
 namespace tacext {
 namespace {
 
-constexpr std::int64_t kBatch = 16;             // classes certified by one matrix product
+constexpr std::int64_t kBatch = 16;  // classes that share their matrix products
+constexpr std::int64_t kLeastBatch = 8;
 constexpr std::int64_t kClosedFormAlways = 64;  // up to here its factor costs nothing
 constexpr std::int64_t kClosedFormLargest = 2048;
 constexpr std::int64_t kClosedFormProbes = 4;
@@ -37,29 +39,37 @@ std::vector<double> spread(const std::vector<std::int64_t>& active,
   return all;
 }
 
+/// One class of a batch on its way to an answer.
+struct Pending {
+  std::int64_t target;
+  std::vector<double> margins;              // row k of M
+  std::unique_ptr<PricedActiveSet> method;  // null where the closed form served
+  Candidate candidate;
+  bool settled = false;
+};
+
 class Solver {
  public:
   Solver(const PerturbationProblem& problem, const SolverSettings& settings,
          const ParallelFor& parallel_for)
       : problem_(problem), settings_(settings), head_(problem, parallel_for) {
     if (settings_.max_iterations <= 0) settings_.max_iterations = 50 * problem.classes + 100;
-    if (settings_.closed_form) closed_form_ = probe_closed_form();
+    if (settings_.closed_form && head_.has_gram()) closed_form_ = probe_closed_form();
   }
 
   /// Solves, certifies and writes rows [begin, end) of the result, at most kBatch of them.
   void solve_rows(std::int64_t begin, std::int64_t end, const PerturbationResult& result) const {
-    std::vector<std::int64_t> classes;
-    std::vector<Candidate> candidates;
+    std::vector<Pending> batch;
     for (std::int64_t i = begin; i < end; ++i) {
-      classes.push_back(problem_.targets ? problem_.targets[i] : i);
-      candidates.push_back(solve_fast(classes.back()));
+      const std::int64_t k = problem_.targets ? problem_.targets[i] : i;
+      batch.push_back({k, margins(k), nullptr, {}});
     }
-    certify(head_, classes, problem_.margins, settings_.tolerance, candidates);
+    solve_fast(batch);
     for (std::int64_t i = begin; i < end; ++i) {
-      Candidate& candidate = candidates[i - begin];
+      Candidate& candidate = batch[i - begin].candidate;
       if (candidate.status == Status::kIterationLimit ||
           candidate.collinearity > kTrustedCollinearity) {
-        Candidate careful = solve_carefully(classes[i - begin]);
+        Candidate careful = solve_carefully(batch[i - begin]);
         // Its residuals are the stricter ones, so what it proves or doubts is the last word; where
         // neither is proven, the one closer to it is kept.
         if (careful.status != Status::kIterationLimit ||
@@ -72,112 +82,183 @@ class Solver {
   }
 
  private:
-  const double* margins(std::int64_t k) const { return problem_.margins + k * problem_.classes; }
+  std::vector<double> margins(std::int64_t k) const {
+    const std::int64_t classes = problem_.classes;
+    if (const float* const single = problem_.margins_single; single != nullptr)
+      return {single + k * classes, single + (k + 1) * classes};
+    return {problem_.margins + k * classes, problem_.margins + (k + 1) * classes};
+  }
 
-  /// The closed form pays where most constraints are active. On a large head that is asked of the
-  /// first few classes of the head, not of the list: a class's bits must not depend on the list.
+  /// The closed form pays where most constraints are active. Whether they are is asked of the first
+  /// few classes of the head, not of the list: a class's bits must not depend on the list.
   std::unique_ptr<ClosedForm> probe_closed_form() const {
+    if (problem_.classes <= kClosedFormAlways) return ClosedForm::make(head_);
     if (problem_.classes > kClosedFormLargest) return nullptr;
-    std::unique_ptr<ClosedForm> form = ClosedForm::make(head_);
-    if (form == nullptr || problem_.classes <= kClosedFormAlways) return form;
     for (std::int64_t k = 0; k < kClosedFormProbes; ++k) {
-      std::vector<double> multipliers = form->multipliers(k, margins(k));
-      if (make_non_negative(multipliers)) return form;
+      const std::vector<double> wanted = margins(k);
+      PricedActiveSet method(head_, k, wanted.data(), head_.gram_row(k), settings_.max_iterations);
+      method.solve();
+      if (static_cast<std::int64_t>(method.set().active.size()) == problem_.classes - 1)
+        return ClosedForm::make(head_);
     }
     return nullptr;
   }
 
-  // ---- the three ways to an answer ----
+  // ---- the fast way: from K, by the closed form or by rounds of the active-set method ----
 
-  Candidate solve_fast(std::int64_t k) const {
-    if (closed_form_ != nullptr) {
-      Candidate candidate;
-      candidate.multipliers = closed_form_->multipliers(k, margins(k));
-      if (make_non_negative(candidate.multipliers)) {
-        polish_all_active(k, candidate);
-        return candidate;
+  void solve_fast(std::vector<Pending>& batch) const {
+    const std::vector<double> gram_rows = head_.has_gram() ? std::vector<double>() : gram_of(batch);
+    for (std::size_t i = 0; i < batch.size(); ++i) {
+      Pending& p = batch[i];
+      if (try_closed_form(p)) continue;
+      const double* const row =
+          head_.has_gram() ? head_.gram_row(p.target) : gram_rows.data() + i * problem_.classes;
+      p.method = std::make_unique<PricedActiveSet>(head_, p.target, p.margins.data(), row,
+                                                   settings_.max_iterations);
+      p.method->solve();
+      adopt(*p.method, p.candidate);
+    }
+    // Every class is looked at with products of W itself, a matrix product for all that are open. A
+    // class that is settled keeps the products it was settled with for its certificate.
+    for (std::vector<Pending*> open = unsettled(batch); !open.empty(); open = unsettled(batch)) {
+      const std::vector<double> products = products_of(open);
+      for (std::size_t i = 0; i < open.size(); ++i)
+        look(*open[i], products.data() + i * problem_.classes);
+    }
+  }
+
+  void look(Pending& p, const double* products) const {
+    std::vector<double> lengths;
+    if (p.method != nullptr) {
+      if (!p.method->settle(products)) {
+        adopt(*p.method, p.candidate);
+        return;
       }
-    }
-    GramFactor factor(head_, k);
-    return run_active_set(factor, k);
-  }
-
-  /// From W itself instead of K, and certified constraint by constraint.
-  Candidate solve_carefully(std::int64_t k) const {
-    OrthogonalFactor factor(head_, k);
-    Candidate candidate = run_active_set(factor, k);
-    const double* const s = candidate.perturbation.data();
-    std::vector<double> products(static_cast<std::size_t>(problem_.classes));
-    std::vector<double> sizes(products.size());
-    for (std::int64_t j = 0; j < problem_.classes; ++j) {
-      products[j] = head_.constraint_dot(k, j, s);
-      sizes[j] = head_.constraint_dot_size(k, j, s);
-    }
-    certify(head_, k, margins(k), products.data(), sizes.data(), settings_.tolerance, candidate);
-    return candidate;
-  }
-
-  template <class Factor>
-  Candidate run_active_set(Factor& factor, std::int64_t k) const {
-    const ActiveSetSolution solution =
-        solve_active_set(factor, margins(k), head_.squared_norms(k), k, settings_.max_iterations);
-    Candidate candidate;
-    candidate.iterations = solution.iterations;
-    candidate.multipliers = spread(solution.active, solution.multipliers, problem_.classes);
-    if (solution.ending == Ending::kUnreachable) {
-      double sum = 0;
-      for (double l : candidate.multipliers) sum += l;
-      for (double& l : candidate.multipliers) l /= sum;
-      candidate.status = Status::kUnreachable;
-      candidate.perturbation = combine_constraints(head_, k, candidate.multipliers);
+      if (p.method->ending() == Ending::kUnreachable) mark_unreachable(p.candidate);
+      lengths = p.method->squared_lengths();
+      p.method.reset();
     } else {
-      candidate.perturbation = combine_constraints(head_, k, candidate.multipliers);
-      if (solution.ending == Ending::kSolved) polish(factor, k, solution.active, candidate);
+      lengths = head_.squared_lengths(p.target, head_.gram_row(p.target));
     }
+    p.settled = true;
+    certify(head_, p.target, p.margins.data(), lengths, products, settings_.tolerance, p.candidate);
+  }
+
+  static std::vector<Pending*> unsettled(std::vector<Pending>& batch) {
+    std::vector<Pending*> open;
+    for (Pending& p : batch)
+      if (!p.settled) open.push_back(&p);
+    return open;
+  }
+
+  /// w_j . s of each class's s and all j, [open, classes].
+  std::vector<double> products_of(const std::vector<Pending*>& open) const {
+    std::vector<double> rows;
+    for (const Pending* p : open)
+      rows.insert(rows.end(), p->candidate.perturbation.begin(), p->candidate.perturbation.end());
+    return multiply(rows, open.size());
+  }
+
+  /// Rows of K for the classes of a batch.
+  std::vector<double> gram_of(const std::vector<Pending>& batch) const {
+    std::vector<double> rows;
+    for (const Pending& p : batch)
+      rows.insert(rows.end(), head_.row(p.target), head_.row(p.target) + problem_.latents);
+    return multiply(rows, batch.size());
+  }
+
+  std::vector<double> multiply(const std::vector<double>& rows, std::size_t count) const {
+    std::vector<double> products(count * static_cast<std::size_t>(problem_.classes));
+    head_.packed().multiply(rows.data(), static_cast<std::int64_t>(count), problem_.classes,
+                            products.data(), problem_.classes);
+    return products;
+  }
+
+  bool try_closed_form(Pending& p) const {
+    if (closed_form_ == nullptr) return false;
+    std::vector<double> multipliers = closed_form_->multipliers(p.target, p.margins.data());
+    if (!make_non_negative(multipliers)) return false;
+    std::vector<std::int64_t> active;
+    std::vector<double> values;
+    for (std::int64_t j = 0; j < problem_.classes; ++j)
+      if (j != p.target) {
+        active.push_back(j);
+        values.push_back(multipliers[j]);
+      }
+    Candidate& candidate = p.candidate;
+    candidate.perturbation = combine_constraints(head_, p.target, active, values);
+    refine(p, active, candidate, [&](const std::vector<double>& residual) {
+      const std::vector<double> wanted = spread(active, residual, problem_.classes);
+      const std::vector<double> step = closed_form_->multipliers(p.target, wanted.data());
+      for (std::size_t i = 0; i < active.size(); ++i)
+        values[i] = std::max(0.0, values[i] + step[active[i]]);
+      candidate.perturbation = combine_constraints(head_, p.target, active, values);
+    });
+    candidate.multipliers = spread(active, values, problem_.classes);
+    return true;
+  }
+
+  template <class Method>
+  void adopt(const Method& method, Candidate& candidate) const {
+    const ActiveSet& set = method.set();
+    candidate.iterations = set.iterations;
+    candidate.multipliers = spread(set.active, set.multipliers, problem_.classes);
+    candidate.perturbation =
+        combine_constraints(head_, method.target(), set.active, set.multipliers);
+  }
+
+  /// Its multipliers are a ray, scaled to sum 1.
+  static void mark_unreachable(Candidate& candidate) {
+    candidate.status = Status::kUnreachable;
+    double sum = 0;
+    for (double l : candidate.multipliers) sum += l;
+    for (double& l : candidate.multipliers) l /= sum;
+    for (double& value : candidate.perturbation) value /= sum;
+  }
+
+  // ---- the careful way: from W itself instead of K, certified constraint by constraint ----
+
+  Candidate solve_carefully(const Pending& p) const {
+    const std::int64_t k = p.target;
+    const std::vector<double> lengths = squared_lengths(k);
+    OrthogonalActiveSet method(head_, k, p.margins.data(), lengths);
+    const Ending ending = method.solve(settings_.max_iterations);
+    Candidate candidate;
+    adopt(method, candidate);
+    if (ending == Ending::kUnreachable) mark_unreachable(candidate);
+    if (ending == Ending::kSolved) polish(method, p, candidate);
+    std::vector<double> products, sizes;
+    for (std::int64_t j = 0; j < problem_.classes; ++j) {
+      products.push_back(head_.constraint_dot(k, j, candidate.perturbation.data()));
+      sizes.push_back(head_.constraint_dot_size(k, j, candidate.perturbation.data()));
+    }
+    certify(head_, k, p.margins.data(), lengths, products.data(), sizes.data(), settings_.tolerance,
+            candidate);
     return candidate;
   }
 
-  // ---- iterative refinement of the active constraints, with residuals taken from W itself ----
-
-  void polish_all_active(std::int64_t k, Candidate& candidate) const {
-    std::vector<std::int64_t> active;
-    for (std::int64_t j = 0; j < problem_.classes; ++j)
-      if (j != k) active.push_back(j);
-    candidate.perturbation = combine_constraints(head_, k, candidate.multipliers);
-    refine(k, active, candidate, [&](const std::vector<double>& residual) {
-      const std::vector<double> wanted = spread(active, residual, problem_.classes);
-      add_multipliers(closed_form_->multipliers(k, wanted.data()), candidate);
-      candidate.perturbation = combine_constraints(head_, k, candidate.multipliers);
-    });
+  std::vector<double> squared_lengths(std::int64_t k) const {
+    if (head_.has_gram()) return head_.squared_lengths(k, head_.gram_row(k));
+    const std::vector<double> row(head_.row(k), head_.row(k) + problem_.latents);
+    return head_.squared_lengths(k, multiply(row, 1).data());
   }
 
-  void polish(const GramFactor& factor, std::int64_t k, const std::vector<std::int64_t>& active,
-              Candidate& candidate) const {
-    refine(k, active, candidate, [&](std::vector<double> residual) {
-      factor.solve(residual);
-      add_multipliers(spread(active, residual, problem_.classes), candidate);
-      candidate.perturbation = combine_constraints(head_, k, candidate.multipliers);
-    });
-  }
-
-  void polish(const OrthogonalFactor& factor, std::int64_t k,
-              const std::vector<std::int64_t>& active, Candidate& candidate) const {
+  void polish(const OrthogonalActiveSet& method, const Pending& p, Candidate& candidate) const {
+    const std::vector<std::int64_t>& active = method.set().active;
     std::fill(candidate.perturbation.begin(), candidate.perturbation.end(), 0.0);
     std::fill(candidate.multipliers.begin(), candidate.multipliers.end(), 0.0);
-    refine(k, active, candidate, [&](std::vector<double> residual) {
-      factor.add_step(residual, candidate.perturbation);
-      factor.solve(residual);
-      add_multipliers(spread(active, residual, problem_.classes), candidate);
+    refine(p, active, candidate, [&](std::vector<double> residual) {
+      method.add_step(residual, candidate.perturbation);
+      method.solve(residual);
+      for (std::size_t i = 0; i < active.size(); ++i)
+        candidate.multipliers[active[i]] =
+            std::max(0.0, candidate.multipliers[active[i]] + residual[i]);
     });
   }
 
-  static void add_multipliers(const std::vector<double>& step, Candidate& candidate) {
-    for (std::size_t j = 0; j < step.size(); ++j)
-      candidate.multipliers[j] = std::max(0.0, candidate.multipliers[j] + step[j]);
-  }
-
+  /// Iterative refinement of the active constraints, with residuals taken from W itself.
   template <class Correct>
-  void refine(std::int64_t k, const std::vector<std::int64_t>& active, Candidate& candidate,
+  void refine(const Pending& p, const std::vector<std::int64_t>& active, Candidate& candidate,
               const Correct& correct) const {
     constexpr int kRounds = 4;
     double before = std::numeric_limits<double>::infinity();
@@ -185,8 +266,9 @@ class Solver {
       std::vector<double> residual(active.size());
       double worst = 0, size = 0;
       for (std::size_t i = 0; i < active.size(); ++i) {
-        const double wanted = margins(k)[active[i]];
-        residual[i] = wanted - head_.constraint_dot(k, active[i], candidate.perturbation.data());
+        const double wanted = p.margins[active[i]];
+        residual[i] =
+            wanted - head_.constraint_dot(p.target, active[i], candidate.perturbation.data());
         worst = std::max(worst, std::fabs(residual[i]));
         size = std::max(size, std::fabs(wanted));
       }
@@ -228,10 +310,11 @@ class Solver {
 void minimal_perturbation(const PerturbationProblem& problem, const SolverSettings& settings,
                           const PerturbationResult& result, const ParallelFor& parallel_for) {
   const Solver solver(problem, settings, parallel_for);
-  const std::int64_t batches = (problem.count + kBatch - 1) / kBatch;
-  parallel_for(batches, 1, [&](std::int64_t begin, std::int64_t end) {
+  // Short lists in smaller batches, for the threads to share.
+  const std::int64_t size = std::clamp(problem.count / kBatch, kLeastBatch, kBatch);
+  parallel_for((problem.count + size - 1) / size, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t b = begin; b < end; ++b)
-      solver.solve_rows(b * kBatch, std::min((b + 1) * kBatch, problem.count), result);
+      solver.solve_rows(b * size, std::min((b + 1) * size, problem.count), result);
   });
 }
 

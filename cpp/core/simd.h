@@ -1,6 +1,9 @@
 #pragma once
 
 #include <algorithm>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 // TACEXT_SIMD_CLONES compiles a function once for each instruction set; the loader picks.
 // Where a kernel has another shape for each instruction set, that cannot help: it is then written

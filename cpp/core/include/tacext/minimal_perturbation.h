@@ -33,6 +33,7 @@ struct PerturbationProblem {
   std::int64_t count;
   std::int64_t classes;
   std::int64_t latents;
+  const float* margins_single = nullptr;  ///< M instead of `margins`, where it is float
 };
 
 /// Where the answers go: one row for each listed class, all fields required.
@@ -58,8 +59,9 @@ struct PerturbationResult {
 };
 
 /// Solves every listed class from one Gram matrix, in double. Inputs must be finite, with at least
-/// 2 classes and 1 latent. The same input gives the same bits for any `parallel_for`, and a class
-/// gives the same bits whatever other classes are listed with it.
+/// 2 classes and 1 latent. The same input gives the same bits for any `parallel_for`. A class's
+/// answer does not depend on which others are listed with it beyond rounding, which may differ where
+/// a list is so short that it is solved without the Gram matrix.
 TACEXT_API void minimal_perturbation(const PerturbationProblem& problem,
                                      const SolverSettings& settings,
                                      const PerturbationResult& result,
