@@ -99,7 +99,7 @@ class ActiveSetSolver {
   }
 
  private:
-  static constexpr double kDependent = 1e-12;  // as GramFactor::kDependent
+  static constexpr double kDependent = 1e-12;  // as CandidateBlock::kDependent
 
   TACEXT_DEVICE std::int64_t first() const { return block_.thread(); }
   TACEXT_DEVICE std::int64_t step() const { return block_.threads(); }

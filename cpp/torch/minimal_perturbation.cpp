@@ -11,6 +11,14 @@ namespace {
 
 constexpr const char* kOperation = kMinimalPerturbation;
 
+bool is_single(const Tensor& t) { return t.scalar_type() == ScalarType::Float; }
+
+/// Doubles as doubles, floats as floats; half types fit into floats.
+Tensor as_given(const Tensor& t) {
+  if (t.scalar_type() == ScalarType::Double) return torch::stable::contiguous(t);
+  return torch::stable::contiguous(torch::stable::to(t, ScalarType::Float));
+}
+
 void check_shapes(const Tensor& weight, const Tensor& margins, const std::optional<Tensor>& scale,
                   const std::optional<Tensor>& classes) {
   check_dim(kOperation, "weight", weight, 2);
@@ -43,8 +51,11 @@ void check_shapes(const Tensor& weight, const Tensor& margins, const std::option
 }
 
 void check_finite(const char* argument, const Tensor& t) {
+  const int64_t rows = t.size(0), columns = t.size(1);
   check_no_bad_value(argument,
-                     find_non_finite(const_data<double>(t), t.size(0), t.size(1), torch_parallel));
+                     is_single(t)
+                         ? find_non_finite(const_data<float>(t), rows, columns, torch_parallel)
+                         : find_non_finite(const_data<double>(t), rows, columns, torch_parallel));
 }
 
 }  // namespace
@@ -52,12 +63,13 @@ void check_finite(const char* argument, const Tensor& t) {
 PerturbationProblem PerturbationInputs::problem() const {
   const int64_t count = classes ? classes->size(0) : weight.size(0);
   return {const_data<double>(weight),
-          const_data<double>(margins),
+          is_single(margins) ? nullptr : const_data<double>(margins),
           scale ? const_data<double>(*scale) : nullptr,
           classes ? const_data<int64_t>(*classes) : nullptr,
           count,
           weight.size(0),
-          weight.size(1)};
+          weight.size(1),
+          is_single(margins) ? const_data<float>(margins) : nullptr};
 }
 
 // Margins of a problem that never saw a sample are -inf off the diagonal; that, too, is caught
@@ -86,10 +98,13 @@ void check_scale_and_classes(const PerturbationInputs& inputs) {
 }
 
 PerturbationInputs prepare(const Tensor& weight, const Tensor& margins,
-                           const std::optional<Tensor>& scale,
-                           const std::optional<Tensor>& classes) {
+                           const std::optional<Tensor>& scale, const std::optional<Tensor>& classes,
+                           MarginType margin_type) {
   check_shapes(weight, margins, scale, classes);
-  PerturbationInputs inputs{as_float64(weight), as_float64(margins), std::nullopt, std::nullopt};
+  PerturbationInputs inputs{
+      as_float64(weight),
+      margin_type == MarginType::kDouble ? as_float64(margins) : as_given(margins), std::nullopt,
+      std::nullopt};
   if (scale) inputs.scale = as_float64(*scale);
   if (classes) inputs.classes = torch::stable::contiguous(*classes);
   return inputs;
@@ -124,7 +139,7 @@ PerturbationTensors minimal_perturbation_cpu(const Tensor& weight, const Tensor&
                                              const std::optional<Tensor>& scale,
                                              const std::optional<Tensor>& classes, double tolerance,
                                              int64_t max_iterations, bool closed_form) {
-  const PerturbationInputs inputs = prepare(weight, margins, scale, classes);
+  const PerturbationInputs inputs = prepare(weight, margins, scale, classes, MarginType::kAsGiven);
   check_finite("weight", inputs.weight);
   check_finite("margins", inputs.margins);
   check_scale_and_classes(inputs);

@@ -17,7 +17,11 @@ constexpr const char* kMinimalPerturbation = "minimal_perturbation";
 using PerturbationTensors =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-/// The inputs in double, contiguous; the tensors own what the problem points to.
+/// How margins reach the solver: a large head's are its largest input, which a copy would double.
+enum class MarginType { kDouble, kAsGiven };
+
+/// The inputs, contiguous and in double, with the margins in double or float; the tensors own what
+/// the problem points to.
 struct PerturbationInputs {
   Tensor weight, margins;
   std::optional<Tensor> scale, classes;
@@ -27,8 +31,8 @@ struct PerturbationInputs {
 
 /// Checks shapes, dtypes and devices, and converts.
 PerturbationInputs prepare(const Tensor& weight, const Tensor& margins,
-                           const std::optional<Tensor>& scale,
-                           const std::optional<Tensor>& classes);
+                           const std::optional<Tensor>& scale, const std::optional<Tensor>& classes,
+                           MarginType margin_type);
 
 /// Throws where a NaN or an infinity was found.
 void check_no_bad_value(const char* argument, MatrixIndex bad);

@@ -109,7 +109,7 @@ PerturbationTensors minimal_perturbation_cuda(const Tensor& weight, const Tensor
                                               const std::optional<Tensor>& classes,
                                               double tolerance, int64_t max_iterations,
                                               bool closed_form) {
-  const PerturbationInputs inputs = prepare(weight, margins, scale, classes);
+  const PerturbationInputs inputs = prepare(weight, margins, scale, classes, MarginType::kDouble);
   const CudaScope scope(inputs.weight);
   check_finite(scope, "weight", inputs.weight);
   check_finite(scope, "margins", inputs.margins);

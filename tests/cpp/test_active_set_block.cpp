@@ -107,16 +107,6 @@ TEST(ActiveSetBlock, EqualsTheCoreOnALargerHead) {
   EXPECT_GT(steps, active) << "a head on which no constraint ever leaves tests no removal";
 }
 
-TEST(ActiveSetBlock, TakesTheCoresSteps) {
-  const TestHead head = test::random_head(30, 25, 80, 41);
-  const TestSolution core = test::solve(head, {1e-9, 0, false});
-  const TestSolution block = solve_in_block(head);
-  for (std::int64_t k = 0; k < head.classes; ++k)
-    if (core.is(k, Status::kOptimal)) {
-      EXPECT_EQ(block.iterations[k], core.iterations[k]) << k;
-    }
-}
-
 TEST(ActiveSetBlock, LeavesOpenWhatExceedsItsCapacity) {
   const TestHead head = test::random_head(20, 30, 60, 42);
   const TestSolution whole = solve_in_block(head), cut = solve_in_block(head, 3);
