@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "balanced_for.h"
 #include "simd.h"
 
 namespace tacext {
@@ -168,11 +169,10 @@ std::vector<double> gram_matrix(const PackedRows& packed, const double* weight,
   constexpr std::int64_t kStrip = 16;
   std::vector<double> gram(static_cast<std::size_t>(classes * classes));
   const std::int64_t strips = (classes + kStrip - 1) / kStrip;
-  parallel_for(strips, 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin * kStrip; i < std::min(end * kStrip, classes); i += kStrip) {
-      const std::int64_t count = std::min(kStrip, classes - i);
-      packed.multiply(weight + i * latents, count, i + count, gram.data() + i * classes, classes);
-    }
+  balanced_for(strips, parallel_for, [&](std::int64_t strip) {
+    const std::int64_t i = (strips - 1 - strip) * kStrip;  // the long ones first
+    const std::int64_t count = std::min(kStrip, classes - i);
+    packed.multiply(weight + i * latents, count, i + count, gram.data() + i * classes, classes);
   });
   // Below the strips the matrix is its own mirror: w_i . w_j sums the same products in one order.
   for (std::int64_t i = 0; i < classes; ++i)

@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "balanced_for.h"
 #include "certificate.h"
 #include "closed_form.h"
 #include "head_geometry.h"
@@ -312,9 +313,8 @@ void minimal_perturbation(const PerturbationProblem& problem, const SolverSettin
   const Solver solver(problem, settings, parallel_for);
   // Short lists in smaller batches, for the threads to share.
   const std::int64_t size = std::clamp(problem.count / kBatch, kLeastBatch, kBatch);
-  parallel_for((problem.count + size - 1) / size, 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t b = begin; b < end; ++b)
-      solver.solve_rows(b * size, std::min((b + 1) * size, problem.count), result);
+  balanced_for((problem.count + size - 1) / size, parallel_for, [&](std::int64_t b) {
+    solver.solve_rows(b * size, std::min((b + 1) * size, problem.count), result);
   });
 }
 

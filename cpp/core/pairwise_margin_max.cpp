@@ -5,6 +5,7 @@
 #include <mutex>
 #include <vector>
 
+#include "balanced_for.h"
 #include "margin_panel.h"
 #include "margin_tiles.h"
 
@@ -32,12 +33,10 @@ template <class Margin, class Body>
 void for_tiles(const Panel<Margin>& panel, Margin* margins, const ParallelFor& parallel_for,
                const Body& body) {
   const std::int64_t side = ceil_div(panel.classes, kTileClasses);
-  parallel_for(side * (side + 1) / 2, 1, [&](std::int64_t begin, std::int64_t end) {
-    std::int64_t j = 0, before = 0;  // tiles in the rows above j
-    for (std::int64_t t = begin; t < end; ++t) {
-      while (t - before >= side - j) before += side - j++;
-      body(MarginTile<Margin>{panel, j * kTileClasses, (j + t - before) * kTileClasses, margins});
-    }
+  balanced_for(side * (side + 1) / 2, parallel_for, [&](std::int64_t tile) {
+    std::int64_t j = 0;
+    for (; tile >= side - j; ++j) tile -= side - j;
+    body(MarginTile<Margin>{panel, j * kTileClasses, (j + tile) * kTileClasses, margins});
   });
 }
 
