@@ -100,26 +100,6 @@ TACEXT_SIMD_CLONES void add_scaled(double factor, const double* x, std::int64_t 
 
 // Four rows a pass: as many streams as the prefetcher follows, and a quarter of the result's
 // traffic.
-TACEXT_SIMD_CLONES void weighted_sum(const std::vector<const double*>& rows, const double* weights,
-                                     std::int64_t count, double* out) {
-  std::fill_n(out, count, 0.0);
-  std::size_t i = 0;
-  for (; i + 4 <= rows.size(); i += 4) {
-    const double *const r0 = rows[i], *const r1 = rows[i + 1], *const r2 = rows[i + 2],
-                        *const r3 = rows[i + 3];
-    const double w0 = weights[i], w1 = weights[i + 1], w2 = weights[i + 2], w3 = weights[i + 3];
-#pragma omp simd
-    for (std::int64_t j = 0; j < count; ++j)
-      out[j] = (((out[j] + w0 * r0[j]) + w1 * r1[j]) + w2 * r2[j]) + w3 * r3[j];
-  }
-  for (; i < rows.size(); ++i) {
-    const double* const row = rows[i];
-    const double weight = weights[i];
-#pragma omp simd
-    for (std::int64_t j = 0; j < count; ++j) out[j] += weight * row[j];
-  }
-}
-
 TACEXT_SIMD_CLONES void weighted_differences(const double* base,
                                              const std::vector<const double*>& rows,
                                              const double* weights, std::int64_t count,

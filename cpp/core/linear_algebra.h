@@ -16,10 +16,6 @@ void add_scaled(double factor, const double* x, std::int64_t count, double* y);
 /// sum_d (a_d - b_d) * s_d: differences first, so that a component common to a and b costs nothing.
 double dot_difference(const double* a, const double* b, const double* s, std::int64_t count);
 
-/// out[j] = sum_i weights[i] * rows[i][j], j in [0, count)
-void weighted_sum(const std::vector<const double*>& rows, const double* weights, std::int64_t count,
-                  double* out);
-
 /// out[j] = sum_i weights[i] * (base[j] - rows[i][j]), j in [0, count)
 void weighted_differences(const double* base, const std::vector<const double*>& rows,
                           const double* weights, std::int64_t count, double* out);

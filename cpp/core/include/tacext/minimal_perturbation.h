@@ -60,8 +60,8 @@ struct PerturbationResult {
 
 /// Solves every listed class from one Gram matrix, in double. Inputs must be finite, with at least
 /// 2 classes and 1 latent. The same input gives the same bits for any `parallel_for`. A class's
-/// answer does not depend on which others are listed with it beyond rounding, which may differ where
-/// a list is so short that it is solved without the Gram matrix.
+/// answer does not depend on which others are listed with it beyond rounding, which may differ
+/// where a list is so short that it is solved without the Gram matrix.
 TACEXT_API void minimal_perturbation(const PerturbationProblem& problem,
                                      const SolverSettings& settings,
                                      const PerturbationResult& result,
