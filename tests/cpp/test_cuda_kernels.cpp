@@ -194,6 +194,14 @@ TEST(CudaMargins, NothingHappensWithoutSamplesOrClasses) {
   EXPECT_EQ(margins, std::vector<float>(9, 5.0f));
 }
 
+// 2^38 + 1 blocks, one by a cast to 32 bits: refused before anything is read.
+TEST(CudaLaunch, MoreBlocksThanAGridHoldsAreAnError) {
+  const std::int64_t channels = (std::int64_t{1} << 43) + 32;
+  EXPECT_NE(tacext_cuda_neuron_scores(nullptr, nullptr, TACEXT_CUDA_FLOAT32, 1, channels, 1,
+                                      nullptr, nullptr, nullptr),
+            0);
+}
+
 TEST(CudaScores, NoPositionsScoreZero) {
   Values scores(3, 7.0);
   EXPECT_EQ(tacext_cuda_neuron_scores_workspace(4, 3, 0), 0);
@@ -309,6 +317,21 @@ TEST(CudaPerturbation, EqualsTheCoreOnSeveralTilesOfTheGramMatrix) {
   const std::vector<std::int64_t> targets{0, 140};
   expect_same_answers(solve_on_device(head, nullptr, &targets),
                       test::solve(head, {1e-9, 0, false}, nullptr, &targets));
+}
+
+// Finite inputs whose Gram matrix overflows: nothing is certified, nothing is written elsewhere.
+TEST(CudaPerturbation, OverflowIsLeftToTheCpu) {
+  for (double size : {1e155, 1e200, 1e300})
+    for (std::int64_t huge : {0, 3}) {
+      TestHead head = test::random_head(8, 5, 20, 54);
+      for (std::int64_t d = 0; d < head.latents; ++d) head.weight[huge * head.latents + d] *= size;
+      const TestSolution device = solve_on_device(head);
+      for (std::int64_t k = 0; k < head.classes; ++k) {
+        EXPECT_TRUE(device.is(k, Status::kOptimal) || device.is(k, Status::kIterationLimit));
+        EXPECT_TRUE(std::isfinite(device.norm[k]) || !device.is(k, Status::kOptimal));
+      }
+      EXPECT_TRUE(device.is(huge, Status::kIterationLimit));
+    }
 }
 
 TEST(CudaPerturbation, ScaleIsAMetric) {
