@@ -160,7 +160,8 @@ class ActiveSetSolver {
       if (outcome_.iterations == max_iterations) return false;
       ++outcome_.iterations;
       const double curvature = project(p);
-      const bool dependent = curvature <= kDependent * slot_.squared_norms[p];
+      // Negated, so that a NaN, of a K that overflowed, takes no step and removes no constraint -1.
+      const bool dependent = !(curvature > kDependent * slot_.squared_norms[p]);
       const Choice blocking = first_blocking();
       if (dependent && blocking.index < 0) return false;  // a Farkas ray, for the CPU to prove
 

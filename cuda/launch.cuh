@@ -4,7 +4,9 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "tacext_cuda.h"
 
@@ -17,8 +19,13 @@ __host__ __device__ constexpr std::int64_t ceil_div(std::int64_t value, std::int
   return (value + divisor - 1) / divisor;
 }
 
+/// Too many blocks stay too many: the launch fails where a bare cast would wrap to a few.
 inline dim3 grid(std::int64_t x, std::int64_t y = 1, std::int64_t z = 1) {
-  return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
+  const auto blocks = [](std::int64_t count) {
+    return static_cast<unsigned>(
+        std::min<std::int64_t>(count, std::numeric_limits<unsigned>::max()));
+  };
+  return dim3(blocks(x), blocks(y), blocks(z));
 }
 
 /// Launches kernels one after the other on a stream; after the first error it launches no more.

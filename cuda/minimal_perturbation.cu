@@ -102,7 +102,7 @@ __device__ std::int64_t target_of(const tacext_cuda_perturbation_problem& proble
 //   slack [classes]            t0 t1 t2 ... t255 t0 t1 ...    sum of active rows of K
 //   x = L^-1 x [active]        the same, one barrier a column of L
 //   a_i . s from W [active]    one warp an i
-__global__ void __launch_bounds__(kSolverThreads)
+__global__ void __launch_bounds__(kSolverThreads, 2)
     solve_kernel(Head head, tacext_cuda_perturbation_problem problem, Slots slots,
                  std::int64_t begin, std::int64_t max_iterations) {
   CudaBlock<kSolverThreads> block;
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kSolverThreads)
 
 // Block b certifies listed class begin + b and writes its row of the result; threads share latents
 // and classes as in solve_kernel.
-__global__ void __launch_bounds__(kSolverThreads)
+__global__ void __launch_bounds__(kSolverThreads, 4)
     certify_kernel(Head head, tacext_cuda_perturbation_problem problem, Slots slots,
                    std::int64_t begin, tacext_cuda_perturbation_result result) {
   CudaBlock<kSolverThreads> block;

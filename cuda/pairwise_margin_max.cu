@@ -7,13 +7,13 @@
 namespace tacext::cuda {
 namespace {
 
-constexpr int kSide = 16;   // a block is kSide x kSide threads
-constexpr int kDepth = 16;  // samples held in shared memory at a time
-constexpr std::int64_t kWantedBlocks = 1024;
+constexpr int kDepth = 16;                 // samples held in shared memory at a time
+constexpr int kThreadsPerProcessor = 512;  // at least: 128 registers a thread
+constexpr std::int64_t kWantedBlocks = 4096;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr std::int64_t kLeastSamples = 128;  // a block's share of the samples when they are split
 
-// max, but a NaN on either side stays: fmaxf would drop it.
+// max and min, but a NaN on either side stays: fmaxf and fminf would drop it.
 __device__ inline float max_or_nan(float a, float b) {
 #ifdef __CUDA_ARCH__
   float result;
@@ -24,7 +24,18 @@ __device__ inline float max_or_nan(float a, float b) {
 #endif
 }
 
+__device__ inline float min_or_nan(float a, float b) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+#else
+  return b < a || b != b ? b : a;
+#endif
+}
+
 __device__ inline double max_or_nan(double a, double b) { return b > a || b != b ? b : a; }
+__device__ inline double min_or_nan(double a, double b) { return b < a || b != b ? b : a; }
 
 __device__ inline void atomic_max_or_nan(float* address, float value) {
   int seen = __float_as_int(*address);
@@ -50,108 +61,153 @@ __device__ inline void atomic_max_or_nan(double* address, double value) {
   }
 }
 
-// A block computes one tile of M, kSide * kEach classes square, over the samples of its split
-// (blockIdx.z). Thread (x, y) holds kEach x kEach of its entries in registers, kSide apart:
-//
-//                    j: x          x + kSide    ...
-//   k: y             best[0][0]    best[0][1]         best[r][c] = max over the staged samples i
-//      y + kSide     best[1][0]    best[1][1]                      of  z[i, j] - z[i, k]
-//      ...
-//
-// kDepth samples at a time are staged in shared memory: the tile's columns as z_j, its rows as z_k.
-// Beyond the last sample z_j is -inf and z_k is +inf, so their difference never wins.
-template <class T, class Margin, int kEach>
-__global__ void __launch_bounds__(kSide* kSide)
-    margin_max_kernel(const T* __restrict__ logits, std::int64_t samples, std::int64_t classes,
-                      std::int64_t samples_a_split, Margin* margins) {
-  constexpr int kTile = kSide * kEach;
-  __shared__ Margin row_values[kDepth][kTile];
-  __shared__ Margin column_values[kDepth][kTile];
-  const int x = threadIdx.x, y = threadIdx.y;
-  const std::int64_t k0 = static_cast<std::int64_t>(blockIdx.y) * kTile;
-  const std::int64_t j0 = static_cast<std::int64_t>(blockIdx.x) * kTile;
-  const std::int64_t begin = blockIdx.z * samples_a_split;
-  const std::int64_t end = begin + samples_a_split < samples ? begin + samples_a_split : samples;
+template <class Margin>
+__device__ void merge(Margin* entry, Margin value) {
+  value += Margin{0};  // -0 + 0 is +0: the sign of a zero does not depend on which split came first
+  if (gridDim.z == 1)
+    *entry = max_or_nan(*entry, value);
+  else
+    atomic_max_or_nan(entry, value);
+}
 
-  Margin best[kEach][kEach];
-#pragma unroll
-  for (int r = 0; r < kEach; ++r)
-#pragma unroll
-    for (int c = 0; c < kEach; ++c) best[r][c] = static_cast<Margin>(-kInfinity);
+// The shape of a block's tile of M: kAcross x kDown threads, each with kRows x kColumns entries.
+template <class Margin, int kAcross_, int kDown_, int kRows_, int kColumns_>
+struct Tile {
+  static constexpr int kAcross = kAcross_, kDown = kDown_, kRows = kRows_, kColumns = kColumns_;
+  static constexpr int kThreads = kAcross * kDown;
+  static constexpr int kSide = kAcross * kColumns;
+  static constexpr int kStaged = 2 * kSide;  // z_k of the rows, then z_j of the columns
+  static_assert(kSide == kDown * kRows, "a tile and its mirror image have the same shape");
+  static_assert(kThreads % kStaged == 0 && kDepth * kStaged % kThreads == 0);
 
-  for (std::int64_t i0 = begin; i0 < end; i0 += kDepth) {
-    for (int e = y * kSide + x; e < kDepth * kTile; e += kSide * kSide) {
-      const int depth = e / kTile, place = e % kTile;
-      const std::int64_t i = i0 + depth, k = k0 + place, j = j0 + place;
-      Margin z_k = static_cast<Margin>(kInfinity), z_j = static_cast<Margin>(-kInfinity);
-      if (i < end) {
-        z_k = k < classes ? static_cast<Margin>(to_float(logits[i * classes + k])) : Margin{0};
-        z_j = j < classes ? static_cast<Margin>(to_float(logits[i * classes + j])) : Margin{0};
-      }
-      row_values[depth][place] = z_k;
-      column_values[depth][place] = z_j;
+  /// Where a thread's n-th row or column lies: neighbours fill 16 bytes, one load.
+  template <int kEach>
+  __device__ static constexpr int place(int thread, int threads, int n) {
+    constexpr int kFill = 16 / static_cast<int>(sizeof(Margin));
+    constexpr int kVector = kEach < kFill ? kEach : kFill;
+    return (n / kVector * threads + thread) * kVector + n % kVector;
+  }
+  __device__ static constexpr int row(int r) { return place<kRows>(threadIdx.y, kDown, r); }
+  __device__ static constexpr int column(int c) { return place<kColumns>(threadIdx.x, kAcross, c); }
+};
+
+// Folds the samples begin to end into one tile of M, and with kMirror into its mirror image too:
+// one difference serves M[k, j] and, negated, M[j, k]. Thread (x, y) holds in registers, of a 64 x
+// 64 tile of floats,
+//
+//                 j: 4x .. 4x + 3, 32 + 4x .. 32 + 4x + 3
+//   k: 4y         high[0][0] ..    high[0][4] ..           high[r][c] = max over the staged samples
+//      4y + 1     high[1][0] ..                            i of  z[i, j] - z[i, k];  low: the min,
+//      4y + 2     ..                                       so M[k, j] = high, M[j, k] = -low
+//      4y + 3
+//
+// kDepth samples at a time are staged in shared memory. Past the last sample and the last class the
+// last one is read again: a sample met twice changes no maximum, and a class has one owner.
+template <class Tile, bool kMirror, class T, class Margin>
+__device__ void fold(const T* __restrict__ logits, std::int64_t begin, std::int64_t end,
+                     std::int64_t classes, std::int64_t k0, std::int64_t j0,
+                     Margin (&staged)[kDepth][Tile::kStaged], Margin* margins) {
+  Margin high[Tile::kRows][Tile::kColumns], low[Tile::kRows][Tile::kColumns];
+#pragma unroll
+  for (int r = 0; r < Tile::kRows; ++r)
+#pragma unroll
+    for (int c = 0; c < Tile::kColumns; ++c) {
+      high[r][c] = static_cast<Margin>(-kInfinity);
+      low[r][c] = static_cast<Margin>(kInfinity);
+    }
+
+  const int thread = threadIdx.y * Tile::kAcross + threadIdx.x;
+  const int place = thread % Tile::kStaged;  // a thread stages one class, of every kStep-th sample
+  constexpr int kStep = Tile::kThreads / Tile::kStaged;
+  const std::int64_t wanted = place < Tile::kSide ? k0 + place : j0 + (place - Tile::kSide);
+  const T* source = logits + begin * classes + (wanted < classes ? wanted : classes - 1);
+  const int width = static_cast<int>(classes);  // the grid ends long before an int does
+  for (std::int64_t left = end - begin; left > 0; left -= kDepth, source += kDepth * classes) {
+    const int last = left < kDepth ? static_cast<int>(left) - 1 : kDepth - 1;
+#pragma unroll
+    for (int n = 0; n < kDepth / kStep; ++n) {
+      const int depth = n * kStep + thread / Tile::kStaged;
+      staged[depth][place] =
+          static_cast<Margin>(to_float(source[(depth < last ? depth : last) * width]));
     }
     __syncthreads();
 #pragma unroll 4
     for (int depth = 0; depth < kDepth; ++depth) {
-      Margin z_k[kEach], z_j[kEach];
+      Margin z_k[Tile::kRows], z_j[Tile::kColumns];
 #pragma unroll
-      for (int r = 0; r < kEach; ++r) {
-        z_k[r] = row_values[depth][y + r * kSide];
-        z_j[r] = column_values[depth][x + r * kSide];
-      }
+      for (int r = 0; r < Tile::kRows; ++r) z_k[r] = staged[depth][Tile::row(r)];
 #pragma unroll
-      for (int r = 0; r < kEach; ++r)
+      for (int c = 0; c < Tile::kColumns; ++c)
+        z_j[c] = staged[depth][Tile::kSide + Tile::column(c)];
 #pragma unroll
-        for (int c = 0; c < kEach; ++c) best[r][c] = max_or_nan(best[r][c], z_j[c] - z_k[r]);
+      for (int r = 0; r < Tile::kRows; ++r)
+#pragma unroll
+        for (int c = 0; c < Tile::kColumns; ++c) {
+          const Margin difference = z_j[c] - z_k[r];
+          high[r][c] = max_or_nan(high[r][c], difference);
+          if (kMirror) low[r][c] = min_or_nan(low[r][c], difference);
+        }
     }
     __syncthreads();
   }
 
 #pragma unroll
-  for (int r = 0; r < kEach; ++r)
+  for (int r = 0; r < Tile::kRows; ++r)
 #pragma unroll
-    for (int c = 0; c < kEach; ++c) {
-      const std::int64_t k = k0 + y + r * kSide, j = j0 + x + c * kSide;
+    for (int c = 0; c < Tile::kColumns; ++c) {
+      const std::int64_t k = k0 + Tile::row(r), j = j0 + Tile::column(c);
       if (k >= classes || j >= classes) continue;
-      Margin* const entry = margins + k * classes + j;
-      // -0 + 0 is +0: the sign of a zero does not depend on which split came first.
-      const Margin value = best[r][c] + Margin{0};
-      if (gridDim.z == 1)
-        *entry = max_or_nan(*entry, value);
-      else
-        atomic_max_or_nan(entry, value);
+      merge(margins + k * classes + j, high[r][c]);
+      if (kMirror) merge(margins + j * classes + k, -low[r][c]);
     }
 }
 
-template <class T, class Margin, int kEach>
+// A block takes the tile of rows blockIdx.y and columns blockIdx.x and its mirror image, over the
+// samples of its split (blockIdx.z). Tiles below the diagonal are mirror images: nothing to do.
+template <class Tile, class T, class Margin>
+__global__ void __launch_bounds__(Tile::kThreads, kThreadsPerProcessor / Tile::kThreads)
+    margin_max_kernel(const T* __restrict__ logits, std::int64_t samples, std::int64_t classes,
+                      std::int64_t samples_a_split, Margin* margins) {
+  if (blockIdx.x < blockIdx.y) return;
+  alignas(16) __shared__ Margin staged[kDepth][Tile::kStaged];
+  const std::int64_t k0 = static_cast<std::int64_t>(blockIdx.y) * Tile::kSide;
+  const std::int64_t j0 = static_cast<std::int64_t>(blockIdx.x) * Tile::kSide;
+  const std::int64_t begin = blockIdx.z * samples_a_split;
+  const std::int64_t end = begin + samples_a_split < samples ? begin + samples_a_split : samples;
+  if (blockIdx.x == blockIdx.y)
+    fold<Tile, false>(logits, begin, end, classes, k0, j0, staged, margins);
+  else
+    fold<Tile, true>(logits, begin, end, classes, k0, j0, staged, margins);
+}
+
+template <class Tile, class T, class Margin>
 void launch_tiles(Launcher& launcher, const T* logits, std::int64_t samples, std::int64_t classes,
                   Margin* margins) {
-  const std::int64_t tiles = ceil_div(classes, kSide * kEach);
+  const std::int64_t tiles = ceil_div(classes, Tile::kSide), busy = tiles * (tiles + 1) / 2;
   // Few tiles would leave most of the GPU idle: then several blocks share one, each with a part of
   // the samples, and merge with an atomic maximum, which no order can change.
   const std::int64_t wanted = std::clamp<std::int64_t>(
-      std::min(kWantedBlocks / (tiles * tiles), samples / kLeastSamples), 1, kLargestGridYZ);
+      std::min(kWantedBlocks / busy, samples / kLeastSamples), 1, kLargestGridYZ);
   const std::int64_t samples_a_split = ceil_div(ceil_div(samples, wanted), kDepth) * kDepth;
   const std::int64_t splits = ceil_div(samples, samples_a_split);
-  launcher.run(margin_max_kernel<T, Margin, kEach>, grid(tiles, tiles, splits), dim3(kSide, kSide),
-               logits, samples, classes, samples_a_split, margins);
+  launcher.run(margin_max_kernel<Tile, T, Margin>, grid(tiles, tiles, splits),
+               dim3(Tile::kAcross, Tile::kDown), logits, samples, classes, samples_a_split,
+               margins);
 }
 
 template <class T>
 void launch(Launcher& launcher, const T* logits, std::int64_t samples, std::int64_t classes,
             void* out) {
   using Margin = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  constexpr int kLargest = std::is_same_v<Margin, double> ? 4 : 8;
+  using Large = std::conditional_t<std::is_same_v<T, double>, Tile<double, 8, 16, 2, 4>,
+                                   Tile<float, 8, 16, 4, 8>>;
   Margin* const margins = static_cast<Margin*>(out);
   if (classes <= 16)
-    launch_tiles<T, Margin, 1>(launcher, logits, samples, classes, margins);
+    launch_tiles<Tile<Margin, 16, 16, 1, 1>>(launcher, logits, samples, classes, margins);
   else if (classes <= 32)
-    launch_tiles<T, Margin, 2>(launcher, logits, samples, classes, margins);
-  else if (classes <= 512)
-    launch_tiles<T, Margin, 4>(launcher, logits, samples, classes, margins);
+    launch_tiles<Tile<Margin, 16, 16, 2, 2>>(launcher, logits, samples, classes, margins);
   else
-    launch_tiles<T, Margin, kLargest>(launcher, logits, samples, classes, margins);
+    launch_tiles<Large>(launcher, logits, samples, classes, margins);
 }
 
 }  // namespace

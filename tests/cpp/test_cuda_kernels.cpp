@@ -59,7 +59,8 @@ using Elements = testing::Types<float, double, Half, BFloat16>;
 TYPED_TEST_SUITE(CudaKernels, Elements);
 
 TYPED_TEST(CudaKernels, MarginsEqualTheCores) {
-  // Every tile size, and samples that are split over blocks (300, 1000).
+  // Every tile size, tiles beside the diagonal and on it, and samples that are split over blocks
+  // (from 256 on).
   for (const auto& [classes, samples] :
        std::vector<std::pair<std::int64_t, std::int64_t>>{{1, 3},
                                                           {2, 300},
@@ -68,7 +69,10 @@ TYPED_TEST(CudaKernels, MarginsEqualTheCores) {
                                                           {17, 33},
                                                           {32, 5},
                                                           {33, 300},
+                                                          {64, 19},
+                                                          {65, 300},
                                                           {90, 20},
+                                                          {130, 260},
                                                           {515, 3}}) {
     const auto logits = test::as_elements<TypeParam>(test::normal_values(samples * classes, 1, 10));
     std::vector<MarginOf<TypeParam>> wanted(classes * classes, -kInfinity);
@@ -126,6 +130,9 @@ TEST(CudaMargins, ANaNLogitSpoilsItsRowAndColumn) {
       expect_nan_in_cross<float>(7, samples, 3, bad);
       expect_nan_in_cross<double>(7, samples, 6, bad);
       expect_nan_in_cross<float>(40, samples, 0, bad);
+      expect_nan_in_cross<float>(70, samples, 2, bad);  // a tile and its mirror image
+      expect_nan_in_cross<float>(70, samples, 69, bad);
+      expect_nan_in_cross<double>(70, samples, 69, bad);
     }
 }
 
@@ -140,6 +147,42 @@ TEST(CudaMargins, NaNsOfEarlierBatchesStay) {
     }
 }
 
+// z_j - z_k and its negative meet the same rounding, and no zero keeps a sign.
+TEST(CudaMargins, TheMirrorImageHasTheBitsOfItsOwnDifferences) {
+  const std::int64_t classes = 70;
+  for (std::int64_t samples : {1, 300}) {
+    std::vector<float> logits(samples * classes);
+    const Values values = test::normal_values(samples * classes, 6, 1e-3);
+    for (std::size_t i = 0; i < logits.size(); ++i)
+      logits[i] = i % 3 == 0 ? -0.0f : static_cast<float>(values[i]) + (i % 5 == 0 ? 1e4f : 0.0f);
+    const auto got = margins_of(logits, classes, std::vector<float>(classes * classes, -kInfinity));
+    for (std::int64_t k = 0; k < classes; ++k)
+      for (std::int64_t j = 0; j < classes; ++j) {
+        float wanted = -kInfinity;
+        for (std::int64_t i = 0; i < samples; ++i)
+          wanted = std::max(wanted, logits[i * classes + j] - logits[i * classes + k]);
+        const float entry = got[k * classes + j];
+        ASSERT_EQ(entry, wanted);
+        ASSERT_FALSE(entry == 0 && std::signbit(entry));
+      }
+  }
+}
+
+TEST(CudaMargins, InfinitiesSubtractAsFloatsDo) {
+  const std::int64_t classes = 70;
+  std::vector<float> logits(classes, 0.0f);
+  logits[1] = kInfinity;
+  logits[69] = -kInfinity;
+  const auto got = margins_of(logits, classes, std::vector<float>(classes * classes, -kInfinity));
+  const auto margin = [&](std::int64_t k, std::int64_t j) { return got[k * classes + j]; };
+  EXPECT_EQ(margin(69, 1), kInfinity);
+  EXPECT_EQ(margin(1, 69), -kInfinity);
+  EXPECT_EQ(margin(0, 1), kInfinity);
+  EXPECT_EQ(margin(69, 0), kInfinity);
+  EXPECT_TRUE(std::isnan(margin(1, 1)) && std::isnan(margin(69, 69)));
+  EXPECT_EQ(margin(5, 66), 0.0f);
+}
+
 TEST(CudaMargins, NothingHappensWithoutSamplesOrClasses) {
   std::vector<float> margins(9, 5.0f);
   EXPECT_EQ(
@@ -149,6 +192,14 @@ TEST(CudaMargins, NothingHappensWithoutSamplesOrClasses) {
       tacext_cuda_pairwise_margin_max(nullptr, TACEXT_CUDA_FLOAT32, 4, 0, margins.data(), nullptr),
       0);
   EXPECT_EQ(margins, std::vector<float>(9, 5.0f));
+}
+
+// 2^38 + 1 blocks, one by a cast to 32 bits: refused before anything is read.
+TEST(CudaLaunch, MoreBlocksThanAGridHoldsAreAnError) {
+  const std::int64_t channels = (std::int64_t{1} << 43) + 32;
+  EXPECT_NE(tacext_cuda_neuron_scores(nullptr, nullptr, TACEXT_CUDA_FLOAT32, 1, channels, 1,
+                                      nullptr, nullptr, nullptr),
+            0);
 }
 
 TEST(CudaScores, NoPositionsScoreZero) {
@@ -266,6 +317,21 @@ TEST(CudaPerturbation, EqualsTheCoreOnSeveralTilesOfTheGramMatrix) {
   const std::vector<std::int64_t> targets{0, 140};
   expect_same_answers(solve_on_device(head, nullptr, &targets),
                       test::solve(head, {1e-9, 0, false}, nullptr, &targets));
+}
+
+// Finite inputs whose Gram matrix overflows: nothing is certified, nothing is written elsewhere.
+TEST(CudaPerturbation, OverflowIsLeftToTheCpu) {
+  for (double size : {1e155, 1e200, 1e300})
+    for (std::int64_t huge : {0, 3}) {
+      TestHead head = test::random_head(8, 5, 20, 54);
+      for (std::int64_t d = 0; d < head.latents; ++d) head.weight[huge * head.latents + d] *= size;
+      const TestSolution device = solve_on_device(head);
+      for (std::int64_t k = 0; k < head.classes; ++k) {
+        EXPECT_TRUE(device.is(k, Status::kOptimal) || device.is(k, Status::kIterationLimit));
+        EXPECT_TRUE(std::isfinite(device.norm[k]) || !device.is(k, Status::kOptimal));
+      }
+      EXPECT_TRUE(device.is(huge, Status::kIterationLimit));
+    }
 }
 
 TEST(CudaPerturbation, ScaleIsAMetric) {
