@@ -17,7 +17,8 @@ constexpr std::int64_t kSharedBytes = 12 << 20;   // stays in the cache that the
 constexpr std::int64_t kMostBytes = 40 << 20;
 constexpr std::int64_t kTilesFromClasses = 128;   // fewer leave too few tiles to share
 constexpr std::int64_t kScreenFromClasses = 256;  // fewer are done before a coarse copy is
-constexpr std::int64_t kScreenFromSamples = 1024;
+/// Fewer samples are done before the screen has been seeded, which costs the more the larger M is.
+std::int64_t screen_from_samples(std::int64_t classes) { return 1024 + classes / 2; }
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -72,7 +73,7 @@ void by_tiles(const T* logits, std::int64_t samples, std::int64_t classes, Margi
   const std::int64_t rows = ceil_div(classes, kTileClasses) * kTileClasses;
   Panel<Margin> panel;
   const auto direct = [](const MarginTile<Margin>& tile) { margins_direct(tile); };
-  if (classes < kScreenFromClasses || samples < kScreenFromSamples) {
+  if (classes < kScreenFromClasses || samples < screen_from_samples(classes)) {
     const std::int64_t step =
         panel_samples(samples, kSharedBytes, rows * static_cast<std::int64_t>(sizeof(Margin)));
     for (std::int64_t i = 0; i < samples; i += step) {
