@@ -18,6 +18,7 @@ namespace {
 
 constexpr std::int64_t kBatch = 16;  // classes that share their matrix products
 constexpr std::int64_t kLeastBatch = 8;
+constexpr std::int64_t kSharedFrom = 400'000;   // count * C * D; less is done before a thread wakes
 constexpr std::int64_t kClosedFormAlways = 64;  // up to here its factor costs nothing
 constexpr std::int64_t kClosedFormLargest = 2048;
 constexpr std::int64_t kClosedFormProbes = 4;
@@ -313,7 +314,9 @@ void minimal_perturbation(const PerturbationProblem& problem, const SolverSettin
   const Solver solver(problem, settings, parallel_for);
   // Short lists in smaller batches, for the threads to share.
   const std::int64_t size = std::clamp(problem.count / kBatch, kLeastBatch, kBatch);
-  balanced_for((problem.count + size - 1) / size, parallel_for, [&](std::int64_t b) {
+  const bool shared = problem.count * problem.classes * problem.latents >= kSharedFrom;
+  const ParallelFor& loop = shared ? parallel_for : ParallelFor(serial_for);
+  balanced_for((problem.count + size - 1) / size, loop, [&](std::int64_t b) {
     solver.solve_rows(b * size, std::min((b + 1) * size, problem.count), result);
   });
 }

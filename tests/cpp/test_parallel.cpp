@@ -70,7 +70,7 @@ TEST(Parallel, PerturbationsHaveTheSameBits) {
     expect_same_bits(test::solve(named.head),
                      test::solve(named.head, {}, nullptr, nullptr, test::odd_threads));
   }
-  const TestHead large = test::random_head(90, 40, 120, 20);  // several batches of classes
+  const TestHead large = test::random_head(120, 40, 160, 20);  // several batches of classes
   expect_same_bits(test::solve(large), test::solve(large, {}, nullptr, nullptr, test::odd_threads));
 }
 
