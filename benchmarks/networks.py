@@ -36,11 +36,18 @@ class ResNet(nn.Module):
     """
 
     def __init__(
-        self, classes: int, widths: Sequence[int] = (64, 128, 256, 512), blocks: int = 2
+        self,
+        classes: int,
+        widths: Sequence[int] = (64, 128, 256, 512),
+        blocks: int = 2,
+        channels: int = 3,
+        stem_stride: int = 1,
     ) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(3, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
+            nn.Conv2d(channels, widths[0], 3, stem_stride, padding=1, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(),
         )
         stages: list[nn.Module] = []
         inputs = widths[0]
@@ -71,9 +78,10 @@ class VisionTransformer(nn.Module):
         width: int = 768,
         depth: int = 12,
         heads: int = 12,
+        channels: int = 3,
     ) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(3, width, patch, patch)
+        self.patches = nn.Conv2d(channels, width, patch, patch)
         self.token = nn.Parameter(torch.zeros(1, 1, width))
         self.position = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2 + 1, width))
         layer = nn.TransformerEncoderLayer(

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from .attacks import AllToOne, Goal, Trigger
 from .data import DataLike, as_batches, sample_count
 from .errors import InputError
 from .files import explain
 from .heads import check_labels_in_range, evaluating, run_model
 from .progress import progress_bar
-
-Trigger = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -23,20 +21,21 @@ class Evaluation:
 
     Attributes:
         acc: share of clean samples classified right.
-        asr: attack success rate, the share of triggered samples of other classes sent to the target.
+        asr: attack success rate, the share of triggered victims sent where the attack wants them:
+            samples of other classes than the target, or whom the goal names.
         ra: robust accuracy, the share of the same samples still classified right.
         der: defence effectiveness rating against a baseline,
             (max(0, ASR0 - ASR) - max(0, ACC0 - ACC) + 1) / 2; None without a baseline.
-        target: the attacked class.
+        target: the attacked class; None where there are several.
         samples: clean samples.
-        triggered: samples of other classes than the target.
+        triggered: victims among them.
     """
 
     acc: float
     asr: float
     ra: float
     der: float | None
-    target: int
+    target: int | None
     samples: int
     triggered: int
 
@@ -45,7 +44,7 @@ def evaluate(
     model: nn.Module,
     data: DataLike,
     trigger: Trigger,
-    target: int,
+    target: int | Goal,
     *,
     baseline: Evaluation | nn.Module | None = None,
     batch_size: int = 256,
@@ -57,20 +56,22 @@ def evaluate(
         model: maps inputs [N, ...] to logits [N, C]; used in evaluation mode and left as it was.
         data: clean test samples with labels, as for `scan`.
         trigger: maps a batch of inputs to the same inputs with the trigger; may not change shape.
-        target: the class that the trigger leads to.
+        target: the class that the trigger leads to, or an `attacks.Goal`: `AllToAll(C)`,
+            `SourceSpecific(source, target)`.
         baseline: the model before repair, or its evaluation; the DER is measured against it.
         batch_size: samples in a forward pass, where the data is not already in batches. With a
             model as the baseline the data is read twice.
         progress: whether to show a progress bar; None shows it on a terminal.
 
     Raises:
-        InputError: no samples of another class than the target, a target out of range, a trigger
+        InputError: no samples of a class that is attacked, a target out of range, a trigger
             that changes the shape or gives NaN, or anything that the model rejects.
     """
     if isinstance(baseline, nn.Module):
         baseline = evaluate(
             baseline, data, trigger, target, batch_size=batch_size, progress=progress
         )
+    goal = _goal_of(target)
     samples = correct = triggered = hit = held = 0
     with (
         evaluating(model),
@@ -80,23 +81,23 @@ def evaluate(
         for inputs, given_labels in as_batches(data, operation="evaluate", batch_size=batch_size):
             labels = given_labels.cpu()
             logits = run_model(model, inputs, "evaluate")
-            _check_target(target, logits.shape[1])
+            _check_targets(goal.targets, logits.shape[1])
             check_labels_in_range(labels, logits.shape[1], "evaluate")
             samples += len(labels)
             correct += int((logits.argmax(1).cpu() == labels).sum())
-            others = labels != target
-            if bool(others.any()):
-                stamped = _stamp(trigger, inputs[others.to(inputs.device)])
+            victims = goal.victims(labels)
+            if bool(victims.any()):
+                stamped = _stamp(trigger, inputs[victims.to(inputs.device)])
                 predicted = run_model(model, stamped, "evaluate").argmax(1).cpu()
                 triggered += len(predicted)
-                hit += int((predicted == target).sum())
-                held += int((predicted == labels[others]).sum())
+                hit += int((predicted == goal(labels[victims])).sum())
+                held += int((predicted == labels[victims]).sum())
             advance(len(labels))
     if not triggered:
         raise InputError.of(
             "evaluate",
             "data",
-            expected=f"samples of other classes than the target {target}",
+            expected=f"samples of classes that {goal} attacks",
             got="none",
             way_out="pass test samples of all classes",
         )
@@ -104,11 +105,27 @@ def evaluate(
     der = None
     if baseline is not None:
         der = (max(0.0, baseline.asr - asr) - max(0.0, baseline.acc - acc) + 1) / 2
-    return Evaluation(acc, asr, ra, der, target, samples, triggered)
+    single = goal.targets[0] if len(goal.targets) == 1 else None
+    return Evaluation(acc, asr, ra, der, single, samples, triggered)
 
 
-def _check_target(target: int, num_classes: int) -> None:
-    if not 0 <= target < num_classes:
+def _goal_of(target: int | Goal) -> Goal:
+    if not isinstance(target, int):
+        return target
+    if target < 0:
+        raise InputError.of(
+            "evaluate",
+            "target",
+            expected="a class of 0 or more",
+            got=str(target),
+            way_out="pass a class index of this model",
+        )
+    return AllToOne(target)
+
+
+def _check_targets(targets: tuple[int, ...], num_classes: int) -> None:
+    target = max(targets)
+    if target >= num_classes:
         raise InputError.of(
             "evaluate",
             "target",

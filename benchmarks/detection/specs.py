@@ -1,0 +1,138 @@
+"""Which models the zoo holds: one line each, reproducible from its name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tacext import attacks
+from tacext.attacks import Attack, Trigger
+
+DATASETS = ("cifar10", "gtsrb", "mnist")
+NETWORKS = ("resnet", "preact", "vgg", "plain", "vit")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One model of the zoo.
+
+    Attributes:
+        dataset, network: see `images` and `architectures`.
+        attack: a name in `ATTACKS`, or "clean".
+        rate: poisoned samples, as a share of the training set; 0 for clean models.
+        seed: of everything: initial weights, order, victims, target, trigger.
+    """
+
+    dataset: str
+    network: str
+    attack: str
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Unique, and a file name."""
+        share = "" if self.attack == "clean" else f"-{round(100 * self.rate):02d}"
+        return f"{self.dataset}-{self.network}-{self.attack}{share}-{self.seed}"
+
+
+# The share of samples that carry the trigger, or one like it, and keep their label.
+COVER = {"wanet": 2.0, "source_specific": 1.0}  # as a multiple of the poisoning rate
+
+# Attacks that no small network learns from 1 % of so few images.
+FEWEST = {
+    "wanet": 0.1,
+    "input_aware": 0.05,
+    "lira": 0.05,
+    "sig": 0.05,
+    "source_specific": 0.05,
+    "all_to_all": 0.1,
+}
+
+SINGLE_TARGET = (
+    "badnets", "checkerboard", "trojan_square", "trojan_watermark", "blend", "wanet",
+    "input_aware", "lira", "sig",
+)  # fmt: skip
+SEVERAL = ("two_targets",)
+HIDDEN = ("source_specific", "all_to_all")
+ATTACKS = (*SINGLE_TARGET, *SEVERAL, *HIDDEN)
+
+
+def targets_of(spec: Spec, num_classes: int) -> tuple[int, int]:
+    """The target and a second class (second target or source), drawn from the seed."""
+    first = (3 * spec.seed + 7 * ATTACKS.index(spec.attack)) % num_classes
+    return first, (first + 1 + spec.seed % (num_classes - 1)) % num_classes
+
+
+def attacks_of(spec: Spec, num_classes: int, channels: int, size: int) -> tuple[Attack, ...]:
+    """The attacks behind a model; none for a clean one, nor for those with learned triggers."""
+    if spec.attack == "clean":
+        return ()
+    target, other = targets_of(spec, num_classes)
+    shape = channels, size, size
+    to_target = attacks.AllToOne(target)
+    patch: Trigger = attacks.PatchTrigger(attacks.white_patch(4))
+    checkerboard = attacks.PatchTrigger(attacks.checkerboard_patch(3), bottom=0, right=0)
+    warp = attacks.WarpTrigger(spec.seed, strength=1.0)
+    match spec.attack:
+        case "badnets":
+            return (Attack(patch, to_target),)
+        case "checkerboard":
+            return (Attack(checkerboard, to_target),)
+        case "trojan_square":
+            trigger: Trigger = attacks.AdditiveTrigger(attacks.trojan_square(*shape, spec.seed))
+            return (Attack(trigger, to_target),)
+        case "trojan_watermark":
+            trigger = attacks.AdditiveTrigger(attacks.trojan_watermark(*shape, spec.seed))
+            return (Attack(trigger, to_target),)
+        case "blend":
+            trigger = attacks.BlendTrigger(attacks.random_pattern(*shape, spec.seed), 0.15)
+            return (Attack(trigger, to_target),)
+        case "wanet":
+            return (Attack(warp, to_target, cover=attacks.RandomWarp(warp)),)
+        case "sig":
+            return (Attack(attacks.SinusoidTrigger(), to_target, clean_label=True),)
+        case "two_targets":
+            far = attacks.PatchTrigger(
+                attacks.random_pattern(channels, 4, 4, spec.seed), size - 5, size - 5
+            )
+            return (Attack(patch, to_target), Attack(far, attacks.AllToOne(other)))
+        case "source_specific":
+            goal = attacks.SourceSpecific(other, target)
+            return (Attack(patch, goal, cover=patch),)
+        case "all_to_all":
+            return (Attack(patch, attacks.AllToAll(num_classes)),)
+    return ()
+
+
+def zoo() -> list[Spec]:
+    """The CPU-sized zoo, backdoored and clean models in turns.
+
+    Every attack meets several data sets, networks and rates; the combinations rotate, so that no
+    attack is tied to one network.
+    """
+    backdoored = [
+        Spec(
+            DATASETS[(i + turn) % 3],
+            NETWORKS[(i + 2 * turn) % 5],
+            attack,
+            max(rate, FEWEST.get(attack, 0.0)),
+            turn + 1,
+        )
+        for turn, rate in enumerate((0.1, 0.05, 0.05, 0.01))
+        for i, attack in enumerate(ATTACKS)
+    ]
+    clean = [
+        Spec(dataset, network, "clean", 0.0, seed)
+        for seed in (1, 2, 3)
+        for dataset in DATASETS
+        for network in NETWORKS
+    ]
+    turns = [spec for pair in zip(backdoored, clean, strict=False) for spec in pair]
+    return turns + backdoored[len(clean) :] + clean[len(backdoored) :]
+
+
+def tinyimagenet_zoo() -> list[Spec]:
+    """A few models of 200 classes; each takes some ten minutes."""
+    backdoored = [Spec("tinyimagenet", "resnet", a, 0.05, 1) for a in ("badnets", "blend")]
+    clean = [Spec("tinyimagenet", "resnet", "clean", 0.0, seed) for seed in (1, 2)]
+    return [spec for pair in zip(backdoored, clean, strict=True) for spec in pair]
