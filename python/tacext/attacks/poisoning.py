@@ -176,7 +176,10 @@ def poison(
 
     Args:
         data: clean images and labels.
-        attacks, rate, cover_rate, seed: as `plan_poisoning`.
+        attacks: as `plan_poisoning`, and so are the others.
+        rate: poisoned samples, as a share of all.
+        cover_rate: further samples with the attack's cover.
+        seed: of the choice.
 
     Returns:
         An ImageSet of the same dtype, and the plan.
