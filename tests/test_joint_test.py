@@ -92,7 +92,9 @@ def test_the_level_means_nothing_and_classes_keep_their_p_values(count: int, see
 def test_fisher_is_exact_for_independent_kinds() -> None:
     p_values = [np.array([0.02, 0.5]), np.array([0.3, 0.9])]
     null = JointNull(shape=2.0, scale=2.0)  # chi squared with four degrees of freedom
-    expected = [stats.combine_pvalues([a, b], "fisher").pvalue for a, b in zip(*p_values)]
+    expected = [
+        stats.combine_pvalues([a, b], "fisher").pvalue for a, b in zip(*p_values, strict=True)
+    ]
     np.testing.assert_allclose(joint_p_values(fisher_sums(p_values), null), expected)
 
 

@@ -107,9 +107,8 @@ def test_a_model_without_gradients_is_refused() -> None:
         max_margin(with_gradients(Detached()), InputBox.unit(SHAPE), progress=False)
 
 
-def test_the_target_of_a_real_backdoor_leads_from_noise_and_from_digits() -> None:
+def test_the_target_of_a_real_backdoor_leads_further_than_without_it() -> None:
     case = digit_case()
-    images, labels = case.data.defender
     leads = {}
     for name, network in (("backdoored", case.backdoored), ("clean", case.clean)):
         model = with_gradients(network, (1, 8, 8))

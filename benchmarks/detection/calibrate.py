@@ -51,7 +51,7 @@ class Case:
 def read_case(file: Path) -> Case:
     """Of evidence/NAME.json."""
     raw = json.loads(file.read_text(encoding="utf-8"))
-    dataset, network, attack = (file.stem.split("-") + ["", ""])[:3]
+    dataset, network, attack = file.stem.split("-")[:3]
     return Case(file.stem, attack, network, dataset, tuple(raw["targets"]), of_class(raw), raw)
 
 
