@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .errors import HeadNotFoundError, InputError
+from .errors import HeadNotFoundError, InputError, NotFiniteError
 from .files import explain
 
 HeadModule = nn.Linear | nn.Conv2d
@@ -86,6 +86,18 @@ def model_dtype(model: nn.Module) -> torch.dtype:
     return torch.float32
 
 
+def check_model(model: object, operation: str, argument: str = "model") -> None:
+    """Raises InputError unless the model is an nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise InputError.of(
+            operation,
+            argument,
+            expected="an nn.Module",
+            got=repr(model) if isinstance(model, str) else type(model).__name__,
+            way_out="pass the model itself; tacext.load_model reads one from a file",
+        )
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode within the block; every submodule gets its own mode back."""
@@ -136,7 +148,7 @@ def run_model(
             way_out="wrap the model so that it returns its logits alone",
         )
     if check_finite and not bool(torch.isfinite(output).all()):
-        raise InputError.of(
+        raise NotFiniteError.of(
             operation,
             "model",
             expected="finite logits",
@@ -279,7 +291,7 @@ def _named_head(
 def _listing(model: nn.Module) -> str:
     names = [repr(name) for name, module in model.named_modules() if _is_candidate(module)]
     shown = ", ".join(names[-8:])
-    return shown if shown else "(the model has no linear layer)"
+    return shown if shown else "none, as the model has no linear layer"
 
 
 def find_head(

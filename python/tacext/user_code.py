@@ -188,10 +188,12 @@ def _import(
         frames = traceback.extract_tb(error.__traceback__)
         lines = [f" at {Path(f.filename).name}:{f.lineno}" for f in frames if f.filename[0] != "<"]
         where = lines[-1] if len(lines) > 1 else ""  # the first is this file's
-        hint = "" if place.endswith(".py") else ", or give the path of its file"
-        raise request.refuse(
-            f"{place} to import", f"{explain(error)}{where}", f"correct it{hint}"
-        ) from error
+        way_out = "correct it" if _is_file(place) else "correct it, or give the path of its file"
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            missing = error.name.partition(".")[0]
+            if missing != place.partition(".")[0]:
+                way_out = f"install {missing}"
+        raise request.refuse(f"{place} to import", f"{explain(error)}{where}", way_out) from error
 
 
 def _check_arguments(name: str, function: Callable[..., object], request: _Request) -> None:
