@@ -258,6 +258,7 @@ def _named_head(
 ) -> Head:
     known = dict(model.named_modules(remove_duplicate=False))  # a shared layer has two names
     if name not in known or not _is_candidate(known[name]):
+        listing = _listing(model)
         got = f"{name!r}, which is " + (
             f"a {type(known[name]).__name__}" if name in known else "not in the model"
         )
@@ -266,7 +267,7 @@ def _named_head(
             "head",
             expected="the name of an nn.Linear or 1x1 nn.Conv2d",
             got=got,
-            way_out=f"choose one of {_listing(model)}",
+            way_out=f"choose one of {listing}" if listing else _NO_LINEAR_LAYER,
         )
     head = _head(model, name)
     latent = next((seen[n] for n in seen if known[n] is known[name]), None)
@@ -288,10 +289,12 @@ def _named_head(
     return head
 
 
+_NO_LINEAR_LAYER = "the model has no linear layer; wrap it to end in one that gives the logits"
+
+
 def _listing(model: nn.Module) -> str:
     names = [repr(name) for name, module in model.named_modules() if _is_candidate(module)]
-    shown = ", ".join(names[-8:])
-    return shown if shown else "none, as the model has no linear layer"
+    return ", ".join(names[-8:])
 
 
 def find_head(
@@ -327,11 +330,14 @@ def find_head(
         with torch.no_grad():
             if _explains(head.logits(seen[candidate]), output):
                 return head
+    listing = _listing(model)
     raise HeadNotFoundError.of(
         operation,
         "model",
         expected="logits that are the output of an nn.Linear or 1x1 nn.Conv2d",
         got="an output that no such layer reproduces",
-        way_out=f"name the layer with head= (candidates: {_listing(model)}), "
-        "or wrap the model to end in its logits",
+        way_out=f"name the layer with head= (candidates: {listing}), "
+        "or wrap the model to end in its logits"
+        if listing
+        else _NO_LINEAR_LAYER,
     )
