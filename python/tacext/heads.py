@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .errors import HeadNotFoundError, InputError, NotFiniteError
+from .errors import HeadNotFoundError, InputError, NotFiniteError, counted
 from .files import explain
 
 HeadModule = nn.Linear | nn.Conv2d
@@ -126,7 +126,7 @@ def run_model(
             operation,
             "batch_size",
             expected="batches that fit into memory",
-            got=f"{len(inputs)} samples, for which there is none left ({explain(error)})",
+            got=f"{counted(len(inputs), 'sample')}, for which there is none left ({explain(error)})",
             way_out="use a smaller batch_size",
         ) from error
     except Exception as error:

@@ -253,8 +253,8 @@ def scan(
             "l2" is the paper's plain norm.
         quantile: the share of samples that must be carried past each pair of classes; 1, the
             paper's, is all of them, and 0.99 leaves out the one in a hundred that is hardest. Below
-            1 the margins need more memory: all logits, N x C, or, where that is less and the number
-            of samples known beforehand, a share 1 - quantile of C differences a sample.
+            1 the margins need more memory: all logits, N x C, or, where that is less and N known
+            beforehand, (1 - quantile) N x C x C.
         alpha: false-alarm rate of the test, over all classes together, for a clean model whose
             norms are log-normal; between 0 and 1. It is that of one scan: of several quantiles,
             choose one before looking.
