@@ -8,7 +8,7 @@
 namespace tacext {
 namespace {
 
-constexpr std::int64_t kSharedFrom = 1'000'000;  // differences; fewer are done before a thread wakes
+constexpr std::int64_t kSharedFrom = 1'000'000;  // differences; fewer end before a thread wakes
 
 /// body(kept, k, j, z_j, z_k) for every pair, tile by tile so that the rows stay in the cache.
 template <class T, class Margin, class Body>

@@ -47,7 +47,8 @@ void largest_cpu(Tensor largest, const Tensor& logits) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
     // No difference is above a NaN: it would hold a place for good.
     STD_TORCH_CHECK(!has_nan(const_data<MarginOf<T>>(largest), classes * classes * largest.size(2)),
-                    kLargest, ": out: expected values without NaN, got NaN; start from a new one "
+                    kLargest,
+                    ": out: expected values without NaN, got NaN; start from a new one "
                     "full of -inf");
     pairwise_margin_largest(data, samples, classes, largest.size(2),
                             mutable_data<MarginOf<T>>(largest), torch_parallel);
