@@ -150,7 +150,7 @@ def test_a_pickle_with_code_is_refused_and_nothing_runs(
         ["scan", "w.safetensors", "--arch", "a:b", "--data", "d.npz", "--alpha", "nan"],
         ["scan", "w.safetensors", "--arch", "a:b", "--data", "d.npz", "--quantile", "nan"],
         ["scan", "w.safetensors", "--arch", "a:b", "--data", "d.npz", "--mean", "", "--std", ""],
-        ["scan", "w.safetensors", "--arch", "a:b", "--data", "d.npz", "--mean", "nan"],
+        ["scan", "w.safetensors", "--arch", "a:b", "--data", "d.npz", "--mean", "nan", "--std", "1"],
         [
             "repair", "w.safetensors", "--arch", "a:b", "--data", "d.npz", "--output",
             "o.safetensors", "--learning-rate", "inf",

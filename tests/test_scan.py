@@ -6,10 +6,12 @@ import copy
 import dataclasses
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -26,6 +28,8 @@ from tacext import (
     scan,
     scanning,
 )
+from tacext.plots import plot_norms
+from tacext.report import scan_to_dict, write_json
 from tacext.tables import scan_table
 
 
@@ -270,13 +274,20 @@ def test_a_quantile_of_a_known_number_of_samples_keeps_no_logits(
         scan(case.clean, (images[:0], labels[:0]), quantile=0.99)
 
 
-def test_tables_and_plots_say_at_which_quantile() -> None:
+def test_tables_and_plots_say_at_which_quantile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr(Axes, "set_title", lambda _axes, title: titles.append(title))
     case = digit_case()
-    for quantile in (1.0, 0.95):
+    for quantile in (1.0, np.float32(0.95)):
         report = scan(case.clean, case.data.defender, quantile=quantile)
         console = Console(width=200, record=True, file=io.StringIO())
         console.print(scan_table(report))
         assert ("400 samples, quantile 0.95, accuracy" in console.export_text()) == (quantile < 1)
+        plot_norms(report, tmp_path / "norms.png")
+        assert ("quantile 0.95" in titles[-1]) == (quantile < 1)
+        write_json(tmp_path / "scan.json", scan_to_dict(report), operation="scan")
 
 
 def test_a_single_sample_is_counted_in_words() -> None:

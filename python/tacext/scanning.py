@@ -282,6 +282,7 @@ def scan(
             got=repr(alpha),
             way_out="leave it out for 0.01",
         )
+    quantile, alpha = float(quantile), float(alpha)  # numpy's have no place in JSON
     observation = observe(
         model,
         data,
