@@ -1,6 +1,6 @@
 """Scans and repairs published classifiers and prints the tables of docs/method.md.
 
-    python benchmarks/published_models.py --models FOLDER [--repair NAME ...]
+    python benchmarks/published_models.py --models FOLDER [--quantile Q] [--repair NAME ...]
 
 FOLDER holds a zoo.py with MODELS and load(name, n, clean); the models are not part of this project.
 """
@@ -64,6 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", required=True, help="folder of zoo.py")
     parser.add_argument("--repair", nargs="*", default=None, help="names to repair, not scan")
+    parser.add_argument("--quantile", type=float, default=1.0, help="of the scans")
     options = parser.parse_args()
     sys.path.insert(0, options.models)
     zoo = importlib.import_module("zoo")
@@ -76,7 +77,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for name in zoo.MODELS:
         case = zoo.load(name, n=10, clean=CLEAN_IMAGES)
-        print(scan_row(name, case, scan(case.model, (case.x_clean, case.y_clean))), flush=True)
+        report = scan(case.model, (case.x_clean, case.y_clean), quantile=options.quantile)
+        print(scan_row(name, case, report), flush=True)
 
 
 if __name__ == "__main__":

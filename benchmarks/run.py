@@ -26,7 +26,13 @@ from machine import Machine, describe_machine
 from problems import HEADS_VARIABLE
 from timing import MIB, Benchmark, Row
 
-NAMES = ("pairwise_margin_max", "minimal_perturbation", "neuron_scores", "scan_stages")
+NAMES = (
+    "pairwise_margin_max",
+    "pairwise_margin_quantile",
+    "minimal_perturbation",
+    "neuron_scores",
+    "scan_stages",
+)
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import bench_minimal_perturbation
 import bench_pairwise_margin_max
+import bench_pairwise_margin_quantile
 import bench_scan_stages
 import ceiling
 import machine
@@ -155,6 +156,25 @@ def test_chunks_compute_the_margins(samples: int, classes: int, transposed: bool
     chunk = bench_pairwise_margin_max._Chunk(samples, classes, transposed)
     assert torch.equal(chunk.torch(logits), wanted)
     assert torch.equal(chunk.numpy(logits.numpy()), wanted)
+
+
+@pytest.mark.parametrize("name", bench_pairwise_margin_quantile._NAMES)
+@pytest.mark.parametrize("classes", [1, 4, 8])
+def test_selections_compute_the_quantile(name: str, classes: int) -> None:
+    logits = torch.randn(31, 7, generator=torch.Generator().manual_seed(0))
+    for quantile in (0.5, 0.9, 1.0):
+        keep = ops.differences_above(31, quantile)
+        found = bench_pairwise_margin_quantile.Selection(name, classes).all(logits.t(), keep)
+        assert torch.equal(found, ops.pairwise_margin_quantile(logits, quantile))
+
+
+def test_every_quantile_form_can_be_measured() -> None:
+    case = bench_pairwise_margin_quantile.QUICK_CASES[0]
+    rows = bench_pairwise_margin_quantile.run(case, "cpu", 0.001)
+    names = {form.name for form in bench_pairwise_margin_quantile.forms(case, "cpu")}
+    assert rows[0].form == "tacext"
+    assert {row.form for row in rows} <= names
+    assert {row.form.split(",")[0] for row in rows[1:]} >= {"torch topk", "numpy partition"}
 
 
 def test_a_missing_compiler_is_listed_as_skipped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,20 @@ def test_repair_then_evaluate(
     assert "baseline" in capsys.readouterr().out
 
 
+def test_repair_scans_as_it_is_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = folder / "backdoored.safetensors", "--arch", ARCH, "--data", folder / "digits.npz"
+    how = "--metric", "l2", "--quantile", 0.95, "--alpha", 0.3
+    scanned = run("scan", *common, *how)
+    table = capsys.readouterr().out
+    code = run("repair", *common, *how, "--output", tmp_path / "o.safetensors", "--epochs", 1)
+    repaired = capsys.readouterr().out
+    norms = [line.split()[:2] for line in table.splitlines()[1:11]]
+    assert norms == [line.split()[:2] for line in repaired.splitlines()[1:11]]
+    assert (code, scanned) == (0, ExitCode.BACKDOORED)
+
+
 def test_info_and_help_name_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("info") == 0
     assert "simd" in capsys.readouterr().out

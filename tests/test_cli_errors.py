@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -146,6 +147,14 @@ def test_a_pickle_with_code_is_refused_and_nothing_runs(
         ["scan"],
         ["scan", "w.safetensors", "--arch", "a:b"],
         ["scan", "w.safetensors", "--arch", "a:b", "--data", "d.npz", "--alpha", "2"],
+        ["scan", "w.safetensors", "--arch", "a:b", "--data", "d.npz", "--alpha", "nan"],
+        ["scan", "w.safetensors", "--arch", "a:b", "--data", "d.npz", "--quantile", "nan"],
+        ["scan", "w.safetensors", "--arch", "a:b", "--data", "d.npz", "--mean", "", "--std", ""],
+        ["scan", "w.safetensors", "--arch", "a:b", "--data", "d.npz", "--mean", "nan", "--std", "1"],
+        [
+            "repair", "w.safetensors", "--arch", "a:b", "--data", "d.npz", "--output",
+            "o.safetensors", "--learning-rate", "inf",
+        ],
         ["scan", "w.safetensors", "--arch", "a:b", "--data", "d.npz", "--samples", "0"],
         ["scan", "w.safetensors", "--arch", "a:b", "--data", "d.npz", "--mean", "zero"],
         ["scan", "w.safetensors", "--arch", "a:b", "--data", "d.npz", "--mean", "0.5"],
@@ -155,7 +164,7 @@ def test_a_pickle_with_code_is_refused_and_nothing_runs(
         ["destroy"],
         ["--nonsense"],
     ],
-)
+)  # fmt: skip
 def test_wrong_usage_exits_with_4(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*arguments) == ExitCode.USAGE == 4
     assert "Usage" in capsys.readouterr().err
@@ -166,7 +175,7 @@ def test_a_bug_is_no_verdict(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from tacext.cli import scan as module
+    from tacext.cli import inputs as module
 
     def broken(*_arguments: object, **_options: object) -> None:
         raise ZeroDivisionError
@@ -239,6 +248,70 @@ def test_repair_never_replaces_its_input(
     assert run(*common, tmp_path / "o.pt") == ExitCode.ERROR
     assert "ends in .safetensors" in capsys.readouterr().err
     assert weights.read_bytes() == before
+
+
+@pytest.fixture
+def everything(folder: Path, tmp_path: Path) -> Path:
+    """A folder with weights, code and a folder of images, which a command is about to read."""
+    from PIL import Image
+
+    shutil.copy(folder / "clean.safetensors", tmp_path / "base.safetensors")
+    for name, function in (("arch", "digit_net"), ("trigger", "white_corner")):
+        (tmp_path / f"{name}.py").write_text(f"from tacext.demo import {function}\n")
+    images, labels = digit_case().data.defender
+    for k in range(10):
+        place = tmp_path / "images" / f"class{k}"
+        place.mkdir(parents=True)
+        array = (images[labels == k][0, 0] * 255).round().to(torch.uint8).numpy()
+        Image.fromarray(array).save(place / "000.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("output", "what"),
+    [
+        ("base.safetensors", "which is --baseline"),
+        ("trigger.py", "which is --trigger"),
+        ("arch.py", "which is --arch"),
+        ("images/class0/000.png", "which is inside the folder of --data"),
+        ("images/result.json", "which is inside the folder of --data"),
+    ],
+)
+def test_no_output_replaces_what_is_read(
+    output: str,
+    what: str,
+    everything: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(everything)
+    before = {file: file.read_bytes() for file in everything.rglob("*") if file.is_file()}
+    weights = folder / "backdoored.safetensors"
+    for arch in ("arch.py:digit_net", "./arch.py:digit_net", "arch:digit_net"):
+        common = weights, "--arch", arch, "--data", "images", "--json", output
+        assert run(
+            "evaluate", *common, "--trigger", "trigger.py:white_corner", "--target", 0,
+            "--baseline", "base.safetensors",
+        ) == ExitCode.ERROR  # fmt: skip
+        error = capsys.readouterr().err
+        assert f"evaluate: json: expected a file of its own, got {output}, {what}; " in error
+    if "--data" in what:
+        assert run("scan", *common[:-2], "--plot", output) == ExitCode.ERROR
+        assert what in capsys.readouterr().err
+    assert before == {file: file.read_bytes() for file in everything.rglob("*") if file.is_file()}
+
+
+def test_outputs_may_lie_beside_the_data(
+    everything: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(everything)
+    weights = folder / "backdoored.safetensors"
+    code = run(
+        "scan", weights, "--arch", "arch.py:digit_net", "--data", "images", "--json", "images.json"
+    )
+    assert code == ExitCode.INCONCLUSIVE  # ten images say nothing
+    assert (everything / "images.json").is_file()
 
 
 def test_a_repair_shows_what_it_rests_on(

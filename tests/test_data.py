@@ -338,7 +338,9 @@ def test_folder_splits_and_nesting(tmp_path: Path) -> None:
     put(tmp_path / "val" / "b" / "1.png", pixels(8, 8, 3))
     assert len(load_images(tmp_path, split="train")) == 1
     assert load_images(tmp_path, split="val").labels.tolist() == [0, 1]
-    with pytest.raises(FileError, match=r"none in .*train; choose a split, one of 'train', 'val'"):
+    with pytest.raises(
+        InputError, match=r"split: expected one of 'train', 'val', got none; choose a split"
+    ):
         load_images(tmp_path)
     with pytest.raises(InputError, match=r"split: expected one of 'train', 'val', got 'test'"):
         load_images(tmp_path, split="test")

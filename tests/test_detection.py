@@ -186,7 +186,15 @@ def test_a_norm_of_zero_is_inconclusive_and_says_why() -> None:
     norm[4] = 0
     test = judge_norms(norm)
     assert test.verdict == "inconclusive"
-    assert "already predicted as class 4" in test.reason
+    assert "class 4 needs no change" in test.reason
+
+
+def test_a_hopeless_scatter_names_no_ratio_of_zero() -> None:
+    test = judge_norms(np.array([1.0, 1e2, 1e4, 1e6, 1e8, 1e10]))
+    assert test.verdict == "inconclusive"
+    assert test.detectable_ratio < 0.005
+    assert "hardly any could" in test.reason
+    assert "0.00" not in test.reason
 
 
 def test_equal_norms_are_clean() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -71,6 +72,30 @@ def test_bad_triggers_and_targets_are_refused() -> None:
         evaluate(case.clean, (images, labels), demo.white_corner, 10)
     with pytest.raises(InputError, match=r"classes that AllToOne\(target=3\) attacks"):
         evaluate(case.clean, (images[labels == 3], labels[labels == 3]), demo.white_corner, 3)
+
+
+@pytest.mark.parametrize("target", [np.int64(demo.TARGET), torch.tensor(demo.TARGET)])
+def test_the_target_may_be_of_numpy_or_torch(target: int) -> None:
+    case = digit_case()
+    result = evaluate(case.backdoored, case.data.test, demo.white_corner, target)
+    assert result == evaluate(case.backdoored, case.data.test, demo.white_corner, demo.TARGET)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target": "1"}, "evaluate: target: expected a class of 0 or more, got '1'; pass"),
+        ({"target": 1.5}, "evaluate: target: expected a class of 0 or more, got 1.5; pass"),
+        ({"target": None}, "evaluate: target: expected a class of 0 or more, got None; pass"),
+        ({"baseline": "m"}, "evaluate: baseline: expected an nn.Module, .*got 'm'; pass"),
+        ({"model": "m"}, "evaluate: model: expected an nn.Module, got 'm'; pass"),
+    ],
+)
+def test_other_types_are_refused(arguments: dict[str, object], message: str) -> None:
+    case = digit_case()
+    given = {"model": case.backdoored, "data": case.data.test, "target": 0} | arguments
+    with pytest.raises(InputError, match=message):
+        evaluate(trigger=demo.white_corner, **given)  # type: ignore[arg-type]
 
 
 def test_the_mode_is_restored() -> None:

@@ -139,6 +139,14 @@ def test_an_output_that_no_layer_makes_is_an_error_that_lists_the_layers() -> No
         find_head(Wrapped(None, functional=True), images())
 
 
+@pytest.mark.parametrize("name", [None, "0"])
+def test_a_model_without_a_linear_layer_has_none_to_name(name: str | None) -> None:
+    with pytest.raises(
+        HeadNotFoundError, match=r", got [^;]*; the model has no linear layer; wrap"
+    ):
+        find_head(nn.Sequential(nn.Flatten()), images(), name)
+
+
 def test_a_nonlinear_output_needs_a_name_and_gets_it() -> None:
     model = Wrapped(nn.Sigmoid())
     with pytest.raises(HeadNotFoundError, match="head="):

@@ -566,7 +566,7 @@ def with_value(tensor: torch.Tensor, position: tuple[int, ...], value: float) ->
         ({"margins": ZERO.int()}, r"margins: expected float64, float32"),
         ({"margins": None}, r"margins: expected a torch.Tensor, got NoneType"),
         ({"scale": torch.ones(3)}, r"scale: expected 4 values, one a latent, got 3"),
-        ({"scale": torch.ones(4, 1)}, r"scale: expected 1 dimensions, got 2"),
+        ({"scale": torch.ones(4, 1)}, r"scale: expected 1 dimension, got 2"),
         ({"scale": torch.ones(4).int()}, r"scale: expected float64, float32"),
         ({"scale": [1.0, 1.0, 1.0, 1.0]}, r"scale: expected a torch.Tensor, got list"),
         ({"classes": [0, 3]}, r"classes: expected indices from 0 to 2, got 3 at \[1\]"),
@@ -574,8 +574,12 @@ def with_value(tensor: torch.Tensor, position: tuple[int, ...], value: float) ->
         ({"classes": [0.5]}, r"classes: expected int64, got float32"),
         ({"classes": torch.tensor([1], dtype=torch.int32)}, r"classes: expected int64"),
         ({"classes": torch.tensor([True, False])}, r"classes: expected int64"),
-        ({"classes": 1}, r"classes: expected 1 dimensions, got 0"),
-        ({"classes": [[1]]}, r"classes: expected 1 dimensions, got 2"),
+        ({"classes": 1}, r"classes: expected 1 dimension, got 0"),
+        ({"classes": [[1]]}, r"classes: expected 1 dimension, got 2"),
+        ({"classes": "a"}, r"classes: expected class indices, got 'a'; pass a list of integers"),
+        ({"classes": [None]}, r"classes: expected class indices, got \[None\]; pass"),
+        ({"settings": None}, r"settings: expected SolverSettings, got NoneType; pass"),
+        ({"settings": {}}, r"settings: expected SolverSettings, got dict; pass"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, object], message: str) -> None:

@@ -101,6 +101,15 @@ def test_a_lone_head_has_no_scores() -> None:
     assert scores.ranking() == []
 
 
+def test_other_types_are_refused() -> None:
+    case = digit_case()
+    images, labels = case.data.test
+    with pytest.raises(InputError, match=r"perturbation: expected a torch.Tensor, got list"):
+        score_neurons(case.clean, (images, labels), [0.0] * 128)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"score_neurons: model: expected an nn.Module, got 'm'"):
+        score_neurons("m", (images, labels), torch.zeros(128))  # type: ignore[arg-type]
+
+
 def test_bad_perturbations_are_refused() -> None:
     case = digit_case()
     with pytest.raises(InputError, match=r"perturbation: expected shape \[128\]"):

@@ -328,6 +328,8 @@ def test_on_a_gpu_a_nan_shows_in_its_row_and_column() -> None:
         (torch.zeros(3, 4, dtype=torch.bool), r"logits: expected float64, float32, float16"),
         (torch.zeros(3, 4, dtype=torch.complex64), r"logits: expected float64, float32, float16"),
         ([[1.0, 2.0]], r"logits: expected a torch.Tensor, got list; convert it"),
+        (torch.eye(2).to_sparse(), r"logits: expected a dense tensor, got torch.sparse_coo; conv"),
+        (torch.eye(2).cfloat(), r"logits: expected float64, .* or bfloat16, got complex64; conv"),
         (np.zeros((3, 4)), r"logits: expected a torch.Tensor, got ndarray"),
         (3, r"logits: expected a torch.Tensor, got int"),
         (None, r"logits: expected a torch.Tensor, got NoneType"),

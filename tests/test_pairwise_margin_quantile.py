@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import tacext
 from tacext import MarginMax, MarginQuantile, ops
 from tacext.errors import InputError
 
+Accumulator: TypeAlias = Any  # MarginMax or MarginQuantile
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -153,18 +156,97 @@ def test_the_running_maximum_buffers_and_merges(device: str) -> None:
     assert torch.equal(one.result(), ops.pairwise_margin_max(logits))
 
 
-def test_a_batch_of_another_kind_is_named() -> None:
-    for accumulator in (MarginMax(), MarginQuantile(0.9)):
-        accumulator.update(random_logits(5, 4))
-        accumulator.update(random_logits(5, 3))
-        with pytest.raises(InputError, match=r"logits: expected torch.float32 \[N, 4\] on cpu"):
-            accumulator.result()
+MAKERS = (MarginMax, lambda: MarginQuantile(0.9), lambda: MarginQuantile(0.9, 1000))
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_batch_of_another_kind_is_named_and_left_out(make: Callable[[], Accumulator]) -> None:
+    accumulator = make()
+    logits = random_logits(5, 4)
+    accumulator.update(logits)
+    before = accumulator.result()
+    name = type(accumulator).__name__
+    for other in (random_logits(5, 3), logits.double(), logits.half()):
+        message = rf"^{name}.update: logits: expected torch.float32 \[N, 4\] on cpu, as at first"
+        with pytest.raises(InputError, match=message):
+            accumulator.update(other)
+    assert torch.equal(accumulator.result(), before)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_shard_of_another_kind_is_named(make: Callable[[], Accumulator]) -> None:
+    accumulator = make()
+    accumulator.update(random_logits(5, 4))
+    before = accumulator.result()
+    name = type(accumulator).__name__
+    for logits in (random_logits(5, 3), random_logits(5, 4, torch.float64)):
+        other = make()
+        other.update(logits)
+        message = rf"^{name}.merge: other: expected torch.float32 \[N, 4\] on cpu, as at first"
+        with pytest.raises(InputError, match=message):
+            accumulator.merge(other)
+    for wrong in (before, None, MarginQuantile(0.5) if name == "MarginMax" else MarginMax()):
+        with pytest.raises(InputError, match=f"^{name}.merge: other: expected"):
+            accumulator.merge(wrong)
+    assert torch.equal(accumulator.result(), before)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_nothing_adds_nothing(make: Callable[[], Accumulator]) -> None:
+    logits = random_logits(5, 4)
+    filled, empty, without = make(), make(), make()
+    filled.update(logits[:0])
+    filled.update(logits)
+    before = filled.result()
+    without.update(logits[:0])
+    for nothing in (empty, without):
+        filled.merge(nothing)
+        assert torch.equal(filled.result(), before)
+        with pytest.raises(InputError, match="expected at least 1 sample"):
+            nothing.result()
+    empty.merge(without)
+    empty.merge(filled)
+    assert torch.equal(empty.result(), before)
+    with pytest.raises(InputError, match="as at first"):
+        empty.update(random_logits(5, 3))  # it is of the shard's kind now
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("make", MAKERS)
+def test_the_batch_that_is_not_finite_is_named(
+    make: Callable[[], Accumulator], bad: float, device: str
+) -> None:
+    accumulator = make()
+    logits = random_logits(5, 4).to(device)
+    accumulator.update(logits)
+    before = accumulator.result()
+    wrong = logits.clone()
+    wrong[3, 1] = bad
+    with pytest.raises(InputError, match=r"NaN or infinity at \[3, 1\] of batch 1; check"):
+        accumulator.update(wrong)
+    assert torch.equal(accumulator.result(), before)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (np.zeros((3, 4), np.float32), "logits: expected a torch.Tensor, got ndarray"),
+        (torch.zeros(3), r"logits: expected \[N, C\] of float64, .*got torch.float32 \[3\]"),
+        (torch.zeros(3, 4, dtype=torch.int64), r"logits: expected \[N, C\] of float64"),
+        (torch.zeros(3, 4).to(torch.float8_e5m2), r"got torch.float8_e5m2 \[3, 4\]"),
+        (torch.zeros(3, 4).to_sparse(), "logits: expected a dense tensor, got torch.sparse_coo"),
+    ],
+)
+@pytest.mark.parametrize("make", MAKERS)
+def test_wrong_batches(make: Callable[[], Accumulator], batch: Tensor, message: str) -> None:
+    with pytest.raises(InputError, match=f"update: .*{message}"):
+        make().update(batch)
 
 
 # ---- what is refused ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quantile", [0.0, -1.0, 1.5, math.nan])
+@pytest.mark.parametrize("quantile", [0.0, -1.0, 1.5, math.nan, "a", None, torch.tensor(0.5)])
 def test_wrong_quantile(quantile: float) -> None:
     message = "quantile: expected above 0 and at most 1"
     with pytest.raises(InputError, match=f"^pairwise_margin_quantile: {message}"):
@@ -183,6 +265,11 @@ def test_wrong_quantile(quantile: float) -> None:
         (torch.zeros(3, 4, dtype=torch.int64), "logits: expected float64, float32, float16"),
         (torch.tensor([[0.0, math.inf]]), r"logits: .*NaN or infinity at \[0, 1\]"),
         ([[1.0]], "logits: expected a torch.Tensor, got list"),
+        (torch.zeros(3, 4, dtype=torch.complex64), "logits: expected float64, .*got complex64;"),
+        (torch.zeros(3, 4).to(torch.float8_e5m2), "logits: expected .*got float8_e5m2;"),
+        (torch.zeros(3, 4).to(torch.float8_e4m3fn), "logits: expected .*got float8_e4m3fn;"),
+        (torch.zeros(3, 4, dtype=torch.int16), "logits: expected .*got int16;"),
+        (torch.zeros(3, 4).to_sparse(), "logits: expected a dense tensor, got torch.sparse_coo; "),
     ],
 )
 def test_wrong_logits(logits: Tensor, message: str) -> None:
@@ -198,6 +285,8 @@ def test_wrong_logits(logits: Tensor, message: str) -> None:
         (torch.zeros(4, 4, 0), "out: expected shape"),
         (torch.zeros(4, 4, 2, dtype=torch.float64), "out: expected float64 for float64 logits"),
         (torch.zeros(4, 4, 4)[:, :, ::2], "out: expected a contiguous tensor"),
+        (torch.full((4, 4, 2), math.nan), "out: expected values without NaN, got NaN; start from"),
+        (torch.zeros(1), "out: expected 3 dimensions, got 1"),
     ],
 )
 def test_wrong_out(out: Tensor, message: str) -> None:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -134,6 +135,11 @@ def test_an_unreachable_target_is_refused() -> None:
         ({"targets": [1.7]}, "targets"),
         ({"targets": []}, "at least one class"),
         ({"targets": [0], "method": "magic"}, "method: expected 'finetune'"),
+        ({"targets": "12"}, "targets: expected classes from 0 to 9, got '1'"),
+        ({"targets": True}, "targets: expected classes from 0 to 9, got True"),
+        ({"targets": [True]}, "targets: expected classes from 0 to 9, got True"),
+        ({"settings": {"epochs": 1}}, "settings: expected FinetuneSettings or None, got dict"),
+        ({"settings": {}}, "settings: expected FinetuneSettings or None, got dict"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
@@ -147,6 +153,68 @@ def test_a_rate_that_diverges_is_named() -> None:
     settings = FinetuneSettings(learning_rate=1e12, epochs=2)
     with pytest.raises(InputError, match=r"settings: .*lower the learning_rate"):
         repair(case.backdoored, case.data.defender, targets=[0], settings=settings)
+
+
+@pytest.mark.parametrize("rate", [1e4, 1e5, 1e6])
+def test_a_rate_that_diverges_in_its_last_steps_is_named(rate: float) -> None:
+    case = digit_case()
+    settings = FinetuneSettings(learning_rate=rate, epochs=1)
+    with pytest.raises(InputError, match=r"repair: settings: .*lower the learning_rate"):
+        repair(case.backdoored, case.data.defender, targets=[0], settings=settings)
+
+
+def test_what_was_not_finite_before_does_not_count() -> None:
+    case = digit_case()
+    model = copy.deepcopy(case.backdoored)
+    model.register_buffer("mask", torch.full((2,), -math.inf))
+    settings = FinetuneSettings(epochs=1)
+    result = repair(model, case.data.defender, targets=[0], settings=settings)
+    assert result.targets == (0,)
+
+
+def test_a_holdout_that_leaves_nothing_is_named() -> None:
+    case = digit_case()
+    images, labels = case.data.defender
+    message = (
+        r"repair: holdout: expected a share that leaves at least 2 samples to train on, got 0\.999, "
+        "which splits 300 samples into 0 to train on and 300 to measure with; lower it"
+    )
+    with pytest.raises(InputError, match=message):
+        repair(
+            case.backdoored,
+            (images[:300], labels[:300]),
+            targets=[0],
+            settings=FinetuneSettings(holdout=0.999),
+        )
+
+
+@pytest.mark.parametrize(
+    ("targets", "chosen"),
+    [
+        (np.int64(1), (1,)),
+        (torch.tensor(1), (1,)),
+        ([torch.tensor(1), np.int32(4)], (1, 4)),
+        (torch.tensor([1, 2]), (1, 2)),
+        (np.array([3, 3]), (3,)),
+    ],
+)
+def test_targets_may_be_of_numpy_or_torch(targets: object, chosen: tuple[int, ...]) -> None:
+    case = digit_case()
+    settings = FinetuneSettings(epochs=1)
+    result = repair(case.backdoored, case.data.defender, targets=targets, settings=settings)  # type: ignore[arg-type]
+    assert result.targets == chosen
+    assert all(type(target) is int for target in result.targets)
+
+
+def test_the_margins_of_the_report_are_used() -> None:
+    case = digit_case()
+    settings = FinetuneSettings(epochs=1)
+    reports = [scan(case.backdoored, case.data.defender, quantile=q) for q in (1.0, 0.9)]
+    losses = [
+        repair(case.backdoored, case.data.defender, report, targets=[0], settings=settings).history
+        for report in reports
+    ]
+    assert losses[0] != losses[1]
 
 
 def test_labels_out_of_range_are_refused_also_with_a_report() -> None:
@@ -168,6 +236,11 @@ def test_too_few_samples_are_refused() -> None:
     "arguments",
     [
         {"epochs": 0},
+        {"learning_rate": "a"},
+        {"learning_rate": None},
+        {"beta": "a"},
+        {"holdout": "a"},
+        {"weight_decay": "a"},
         {"learning_rate": 0.0},
         {"learning_rate": math.nan},
         {"beta": -1.0},

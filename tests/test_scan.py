@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
+from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from digits import digit_case
-from tacext import InputError, SolverSettings, Status, demo, ops, scan
+from tacext import (
+    ImageSet,
+    InputError,
+    MarginQuantile,
+    SolverSettings,
+    Status,
+    demo,
+    ops,
+    scan,
+    scanning,
+)
+from tacext.plots import plot_norms
+from tacext.report import scan_to_dict, write_json
+from tacext.tables import scan_table
 
 
 def test_finds_the_backdoor_and_certifies_every_class() -> None:
@@ -200,6 +217,98 @@ def test_classes_without_a_certificate_are_never_clean() -> None:
     assert bool(unproven.any())
     assert np.isnan(report.test.class_p_values[unproven.numpy()]).all()
     assert report.perturbations.iterations.max() == 1
+
+
+@pytest.mark.parametrize(
+    ("quantile", "reason"),
+    [
+        (1.0, "every sample is already predicted as class 8"),
+        (0.6, "class 8 needs no change at quantile 0.6"),
+    ],
+)
+def test_a_class_that_needs_no_change_is_explained(quantile: float, reason: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Linear(20, 10)
+    latents, labels = torch.randn(300, 20, generator=generator), torch.arange(300) % 10
+    with torch.no_grad():
+        model.weight.copy_(torch.randn(10, 20, generator=generator) / 20)
+        model.bias.zero_()
+        # Seven in ten samples of class 8 are enough at quantile 0.6.
+        favoured = slice(None) if quantile == 1 else slice(0, 210)
+        direction = model.weight[8] - model.weight.mean(0)
+        latents[favoured] += 1e4 * direction
+    report = scan(model, (latents, labels), quantile=quantile)
+    assert float(report.norm[8]) == 0
+    assert report.verdict == "inconclusive"
+    assert report.reason == report.test.reason
+    rest = "" if quantile == 1 else "; raise the quantile"
+    assert report.reason == f"{reason}, so that the norms cannot be compared{rest}"
+
+
+def test_a_quantile_of_a_known_number_of_samples_keeps_no_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[MarginQuantile] = []
+
+    def noting(*arguments: object) -> MarginQuantile:
+        made.append(MarginQuantile(*arguments))  # type: ignore[arg-type]
+        return made[-1]
+
+    monkeypatch.setattr(scanning, "MarginQuantile", noting)
+    case = digit_case()
+    images, labels = case.data.defender
+    pairs = zip(images.split(100), labels.split(100), strict=True)
+    for data in (
+        (images, labels),
+        (images.numpy(), labels.numpy()),
+        ImageSet(images, labels),
+        TensorDataset(images, labels),
+        pairs,
+    ):
+        report = scan(case.clean, data, quantile=0.99)
+        known = data is not pairs
+        assert made[-1].max_samples == (400 if known else None)
+        assert (not made[-1]._logits) == known
+        assert report.samples == 400
+    with pytest.raises(InputError, match="data: expected at least 1 sample"):
+        scan(case.clean, (images[:0], labels[:0]), quantile=0.99)
+
+
+def test_tables_and_plots_say_at_which_quantile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr(Axes, "set_title", lambda _axes, title: titles.append(title))
+    case = digit_case()
+    for quantile in (1.0, np.float32(0.95)):
+        report = scan(case.clean, case.data.defender, quantile=quantile)
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(scan_table(report))
+        assert ("400 samples, quantile 0.95, accuracy" in console.export_text()) == (quantile < 1)
+        plot_norms(report, tmp_path / "norms.png")
+        assert ("quantile 0.95" in titles[-1]) == (quantile < 1)
+        write_json(tmp_path / "scan.json", scan_to_dict(report), operation="scan")
+
+
+def test_a_single_sample_is_counted_in_words() -> None:
+    images, labels = digit_case().data.defender
+    with pytest.raises(InputError, match="got 1 sample of 1 class;"):
+        scan(digit_case().clean, (images[:1], labels[:1]))
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        ("net.pt", {}, "scan: model: expected an nn.Module, got 'net.pt'; pass the model itself"),
+        (None, {"quantile": "a"}, "scan: quantile: expected above 0 and at most 1, got 'a'"),
+        (None, {"alpha": "a"}, "scan: alpha: expected a rate between 0 and 1, got 'a'"),
+        (None, {"settings": None}, "scan: settings: expected SolverSettings, got NoneType"),
+    ],
+)
+def test_other_types_are_refused(model: object, arguments: dict[str, object], message: str) -> None:
+    case = digit_case()
+    with pytest.raises(InputError, match=message):
+        scan(model or case.clean, case.data.defender, **arguments)  # type: ignore[arg-type]
 
 
 def bad_inputs() -> dict[str, tuple[object, str]]:

@@ -412,6 +412,39 @@ def test_load_model(tmp_path: Path, arch: Path, prefix: str) -> None:
     assert_same(dict(model.state_dict()), small())
 
 
+def test_load_model_with_the_function_itself(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_weights(nn.Linear(3, 2), path)
+    assert not load_model(path, lambda: nn.Linear(3, 2)).training
+
+    def other() -> nn.Module:
+        return nn.Linear(3, 4)
+
+    with pytest.raises(InputError, match=r"arch: expected .*\.other to fit the weights"):
+        load_model(path, other)
+    with pytest.raises(InputError, match=r"arch: expected Linear to build a model, got TypeError"):
+        load_model(path, nn.Linear)
+
+
+@pytest.mark.parametrize("arch", [nn.Linear(3, 2), None, 3])
+def test_load_model_with_something_else(tmp_path: Path, arch: Any) -> None:
+    path = tmp_path / "w.safetensors"
+    save_weights(nn.Linear(3, 2), path)
+    message = (
+        "^load_model: arch: expected a function that builds the model, or where to find it, got a "
+        f"{type(arch).__name__}; pass"
+    )
+    with pytest.raises(InputError, match=message):
+        load_model(path, arch)
+
+
+@pytest.mark.parametrize("missing", ["no_such_module_y", "no_such_module_y.models"])
+def test_what_the_factory_file_lacks_is_to_be_installed(tmp_path: Path, missing: str) -> None:
+    (tmp_path / "zoo.py").write_text(f"import {missing}")
+    with pytest.raises(InputError, match=r"'no_such_module_y' at zoo\.py:1; install no_such_modu"):
+        load_factory(f"{tmp_path}/zoo.py:net")
+
+
 def test_a_child_named_module_is_no_prefix(tmp_path: Path, arch: Path) -> None:
     path = tmp_path / "w.safetensors"
     safetensors.torch.save_file({f"module.{k}": v for k, v in small().items()}, path)

@@ -8,11 +8,15 @@
 namespace tacext {
 namespace {
 
+constexpr std::int64_t kSharedFrom = 1'000'000;  // differences; fewer end before a thread wakes
+
 /// body(kept, k, j, z_j, z_k) for every pair, tile by tile so that the rows stay in the cache.
 template <class T, class Margin, class Body>
 void for_pairs(const T* logits, std::int64_t samples, std::int64_t classes, std::int64_t keep,
-               const ParallelFor& parallel_for, const Body& body) {
+               const ParallelFor& threads, const Body& body) {
   if (samples == 0 || classes == 0) return;
+  const bool shared = samples * classes * classes >= kSharedFrom;
+  const ParallelFor& parallel_for = shared ? threads : ParallelFor(serial_for);
   Panel<Margin> panel;
   fill_panel(logits, samples, classes, panel, parallel_for);
   const std::int64_t side = std::clamp<std::int64_t>(classes / 8, 4, 32);

@@ -12,6 +12,13 @@ namespace {
 constexpr const char* kQuantile = "pairwise_margin_quantile";
 constexpr const char* kLargest = "pairwise_margin_largest";
 
+template <class Margin>
+bool has_nan(const Margin* values, int64_t count) {
+  bool found = false;
+  for (int64_t i = 0; i < count; ++i) found |= values[i] != values[i];
+  return found;
+}
+
 Tensor quantile_cpu(const Tensor& logits, int64_t keep) {
   check_logits(kQuantile, logits);
   check_some_samples(kQuantile, logits);
@@ -38,6 +45,11 @@ void largest_cpu(Tensor largest, const Tensor& logits) {
   check_updated(kLargest, "out", largest, logits);
   with_finite_logits(kLargest, logits, [&](const auto* data) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
+    // No difference is above a NaN: it would hold a place for good.
+    STD_TORCH_CHECK(!has_nan(const_data<MarginOf<T>>(largest), classes * classes * largest.size(2)),
+                    kLargest,
+                    ": out: expected values without NaN, got NaN; start from a new one "
+                    "full of -inf");
     pairwise_margin_largest(data, samples, classes, largest.size(2),
                             mutable_data<MarginOf<T>>(largest), torch_parallel);
   });

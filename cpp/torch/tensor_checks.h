@@ -35,8 +35,22 @@ inline const char* dtype_name(const Tensor& t) {
       return "uint8";
     case ScalarType::Bool:
       return "bool";
-    default:
-      return "an integer, complex or quantized dtype";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::ComplexHalf:
+      return "complex32";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    case ScalarType::Float8_e5m2:
+      return "float8_e5m2";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
+    default:  // rarer ones go by torch's name in C++
+      return torch::headeronly::toString(t.scalar_type());
   }
 }
 
@@ -63,7 +77,7 @@ inline void check_floating(const char* operation, const char* argument, const Te
 
 inline void check_dim(const char* operation, const char* argument, const Tensor& t, int64_t dim) {
   STD_TORCH_CHECK(t.dim() == dim, operation, ": ", argument, ": expected ", dim,
-                  " dimensions, got ", t.dim(), "; reshape it");
+                  dim == 1 ? " dimension, got " : " dimensions, got ", t.dim(), "; reshape it");
 }
 
 inline void check_same_device(const char* operation, const char* argument, const Tensor& t,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from .errors import InputError
 
@@ -87,6 +88,16 @@ def _check_positive(operation: str, argument: str, value: object, at_most: int |
             way_out=f"give a number of samples, {span}",
         )
     return int(value)
+
+
+def as_index(value: object) -> int | None:
+    """A class index, of Python, numpy or torch, as an int; None where it is no whole number."""
+    if isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) is torch.bool:
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
 
 
 def _to_float(images: Tensor) -> Tensor:
@@ -426,9 +437,13 @@ def materialise(
 
 
 def sample_count(data: DataLike) -> int | None:
-    """How many samples there are, for a progress bar; None where only reading all would tell."""
+    """How many samples there are; None where only reading all would tell."""
     if isinstance(data, ImageSet):
         return len(data)
-    if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor):
-        return len(data[0])
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        return len(data) if isinstance(data, Sized) else None
+    if isinstance(data, tuple | list) and len(data) == 2:
+        inputs, labels = data
+        arrays = isinstance(inputs, Tensor | np.ndarray) and isinstance(labels, Tensor | np.ndarray)
+        return len(inputs) if arrays and inputs.ndim else None
     return None

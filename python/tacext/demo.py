@@ -1,6 +1,6 @@
-"""The demonstration: a backdoor in a digit classifier, found and removed in under two minutes.
+"""The demonstration: a backdoor in a digit classifier, found and removed in about 10 seconds.
 
-Uses scikit-learn's bundled handwritten digits (1,797 real images of 8x8), so nothing is downloaded.
+Uses scikit-learn's bundled handwritten digits (1,797 real images of 8x8), so no data is downloaded.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from .errors import counted
+
 Verdict = Literal["backdoored", "clean", "inconclusive"]
 
 # "Clean" is said only where a class at three quarters of the usual norm would have been flagged.
@@ -141,13 +143,12 @@ def judge_norms(norm: _FloatArray, alpha: float = 0.01) -> NormTest:
     nothing_to_compare = None
     if len(stuck):
         nothing_to_compare = (
-            f"every sample is already predicted as class {stuck[0]}, so that the norms cannot be "
-            "compared"
+            f"class {stuck[0]} needs no change, so that the norms cannot be compared"
         )
     elif len(usable) < FEWEST_CLASSES:
         nothing_to_compare = (
-            f"{len(usable)} classes have a norm; with fewer than {FEWEST_CLASSES} there is nothing "
-            "to compare with"
+            f"norms of {counted(len(usable), 'class', 'classes')}; with fewer than "
+            f"{FEWEST_CLASSES} there is nothing to compare with"
         )
     if nothing_to_compare is not None:
         return NormTest(
@@ -191,10 +192,10 @@ def judge_norms(norm: _FloatArray, alpha: float = 0.01) -> NormTest:
         reason = f"class {smallest} stands out, but not enough: p = {p_value:.2g} against {alpha:g}"
         return NormTest("inconclusive", (), p_value, class_p_values, index, ratio, usual, reason)
     if ratio < DETECTABLE_RATIO_FOR_CLEAN:
-        reason = (
-            f"no norm stands out, but the norms scatter so much that only one below {ratio:.2f} of "
-            "the usual would have"
-        )
+        visible = f"only one below {ratio:.2f} of the usual would have"
+        if ratio < 0.01:
+            visible = "hardly any could"
+        reason = f"no norm stands out, but the norms scatter so much that {visible}"
         return NormTest("inconclusive", (), p_value, class_p_values, index, ratio, usual, reason)
     reason = f"no norm stands out; one below {ratio:.2f} of the usual would have"
     return NormTest("clean", (), p_value, class_p_values, index, ratio, usual, reason)

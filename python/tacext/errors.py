@@ -13,6 +13,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number with its noun: "1 sample", "2 samples"."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 class TacextError(Exception):
     """Base of every error that tacext raises on purpose."""
 
@@ -36,3 +41,7 @@ class DependencyError(TacextError, ImportError):
 
 class HeadNotFoundError(InputError):
     """The model's last linear layer could not be found by itself; name it with `head=`."""
+
+
+class NotFiniteError(InputError):
+    """Logits of NaN or infinity."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from .attacks import AllToOne, Goal, Trigger
-from .data import DataLike, as_batches, sample_count
+from .data import DataLike, as_batches, as_index, sample_count
 from .errors import InputError
 from .files import explain
-from .heads import check_labels_in_range, evaluating, run_model
+from .heads import check_labels_in_range, check_model, evaluating, run_model
 from .progress import progress_bar
 
 
@@ -67,6 +68,15 @@ def evaluate(
         InputError: no samples of a class that is attacked, a target out of range, a trigger
             that changes the shape or gives NaN, or anything that the model rejects.
     """
+    check_model(model, "evaluate")
+    if baseline is not None and not isinstance(baseline, Evaluation | nn.Module):
+        raise InputError.of(
+            "evaluate",
+            "baseline",
+            expected="an nn.Module, an Evaluation or None",
+            got=repr(baseline) if isinstance(baseline, str) else type(baseline).__name__,
+            way_out="pass the model before repair; tacext.load_model reads one from a file",
+        )
     if isinstance(baseline, nn.Module):
         baseline = evaluate(
             baseline, data, trigger, target, batch_size=batch_size, progress=progress
@@ -94,10 +104,13 @@ def evaluate(
                 held += int((predicted == labels[victims]).sum())
             advance(len(labels))
     if not triggered:
+        attacked = f"classes that {goal} attacks"
+        if isinstance(goal, AllToOne):
+            attacked = f"other classes than the target {goal.target}"
         raise InputError.of(
             "evaluate",
             "data",
-            expected=f"samples of classes that {goal} attacks",
+            expected=f"samples of {attacked}",
             got="none",
             way_out="pass test samples of all classes",
         )
@@ -110,17 +123,18 @@ def evaluate(
 
 
 def _goal_of(target: int | Goal) -> Goal:
-    if not isinstance(target, int):
-        return target
-    if target < 0:
+    if all(hasattr(target, name) for name in ("targets", "victims")):
+        return cast(Goal, target)
+    index = as_index(target)
+    if index is None or index < 0:
         raise InputError.of(
             "evaluate",
             "target",
             expected="a class of 0 or more",
-            got=str(target),
-            way_out="pass a class index of this model",
+            got=repr(target),
+            way_out="pass a class index of this model, or a goal of tacext.attacks",
         )
-    return AllToOne(target)
+    return AllToOne(index)
 
 
 def _check_targets(targets: tuple[int, ...], num_classes: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .errors import HeadNotFoundError, InputError
+from .errors import HeadNotFoundError, InputError, NotFiniteError, counted
 from .files import explain
 
 HeadModule = nn.Linear | nn.Conv2d
@@ -86,6 +86,18 @@ def model_dtype(model: nn.Module) -> torch.dtype:
     return torch.float32
 
 
+def check_model(model: object, operation: str, argument: str = "model") -> None:
+    """Raises InputError unless the model is an nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise InputError.of(
+            operation,
+            argument,
+            expected="an nn.Module",
+            got=repr(model) if isinstance(model, str) else type(model).__name__,
+            way_out="pass the model itself; tacext.load_model reads one from a file",
+        )
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode within the block; every submodule gets its own mode back."""
@@ -114,7 +126,7 @@ def run_model(
             operation,
             "batch_size",
             expected="batches that fit into memory",
-            got=f"{len(inputs)} samples, for which there is none left ({explain(error)})",
+            got=f"{counted(len(inputs), 'sample')}, for which there is none left ({explain(error)})",
             way_out="use a smaller batch_size",
         ) from error
     except Exception as error:
@@ -136,7 +148,7 @@ def run_model(
             way_out="wrap the model so that it returns its logits alone",
         )
     if check_finite and not bool(torch.isfinite(output).all()):
-        raise InputError.of(
+        raise NotFiniteError.of(
             operation,
             "model",
             expected="finite logits",
@@ -246,6 +258,7 @@ def _named_head(
 ) -> Head:
     known = dict(model.named_modules(remove_duplicate=False))  # a shared layer has two names
     if name not in known or not _is_candidate(known[name]):
+        listing = _listing(model)
         got = f"{name!r}, which is " + (
             f"a {type(known[name]).__name__}" if name in known else "not in the model"
         )
@@ -254,7 +267,7 @@ def _named_head(
             "head",
             expected="the name of an nn.Linear or 1x1 nn.Conv2d",
             got=got,
-            way_out=f"choose one of {_listing(model)}",
+            way_out=f"choose one of {listing}" if listing else _NO_LINEAR_LAYER,
         )
     head = _head(model, name)
     latent = next((seen[n] for n in seen if known[n] is known[name]), None)
@@ -276,10 +289,12 @@ def _named_head(
     return head
 
 
+_NO_LINEAR_LAYER = "the model has no linear layer; wrap it to end in one that gives the logits"
+
+
 def _listing(model: nn.Module) -> str:
     names = [repr(name) for name, module in model.named_modules() if _is_candidate(module)]
-    shown = ", ".join(names[-8:])
-    return shown if shown else "(the model has no linear layer)"
+    return ", ".join(names[-8:])
 
 
 def find_head(
@@ -315,11 +330,14 @@ def find_head(
         with torch.no_grad():
             if _explains(head.logits(seen[candidate]), output):
                 return head
+    listing = _listing(model)
     raise HeadNotFoundError.of(
         operation,
         "model",
         expected="logits that are the output of an nn.Linear or 1x1 nn.Conv2d",
         got="an output that no such layer reproduces",
-        way_out=f"name the layer with head= (candidates: {_listing(model)}), "
-        "or wrap the model to end in its logits",
+        way_out=f"name the layer with head= (candidates: {listing}), "
+        "or wrap the model to end in its logits"
+        if listing
+        else _NO_LINEAR_LAYER,
     )

@@ -315,14 +315,13 @@ def _load_folder(source: Path, split: str | None, size: tuple[int, int] | None) 
         if listed:
             continue
         # Skipping it would shift the index of every class behind it.
-        splits = _splits(root)
+        if split is None and (splits := _splits(root)):
+            _check_split(None, splits, source)
         raise _file_error(
             "path",
             expected=f"images ({', '.join(SUFFIXES)}) in every class folder",
             got=f"none in {root / name}",
-            way_out=f"choose a split, one of {', '.join(map(repr, splits))}"
-            if splits and split is None
-            else "add images or remove the folder",
+            way_out="add images or remove the folder",
         )
     if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
         logger.warning(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import ops
 from .data import DataLike, as_batches, sample_count
 from .errors import InputError
-from .heads import Head, evaluating, find_head, recording_latents, run_model
+from .heads import Head, check_model, evaluating, find_head, recording_latents, run_model
 from .progress import progress_bar
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -72,6 +72,8 @@ def score_neurons(
     Raises:
         InputError: a perturbation of the wrong length or not finite, and what `scan` raises.
     """
+    check_model(model, "score_neurons")
+    ops.check_tensor("score_neurons", "perturbation", perturbation)
     totals: dict[str, Tensor] = {}
     samples = 0
     found: Head | None = None

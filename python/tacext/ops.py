@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch  # first: the native library resolves its symbols in torch's
@@ -111,7 +112,8 @@ def _call(operation: str, operator: Callable[..., Any], *arguments: Any) -> Any:
         raise InputError(found + message.split("\n")[0]) from None
 
 
-def _check_tensor(operation: str, argument: str, value: object) -> None:
+def check_tensor(operation: str, argument: str, value: object) -> None:
+    """Raises InputError unless the value is a dense tensor."""
     if not isinstance(value, Tensor):
         raise InputError.of(
             operation,
@@ -119,6 +121,26 @@ def _check_tensor(operation: str, argument: str, value: object) -> None:
             expected="a torch.Tensor",
             got=type(value).__name__,
             way_out="convert it with torch.as_tensor",
+        )
+    if value.layout != torch.strided:
+        raise InputError.of(
+            operation,
+            argument,
+            expected="a dense tensor",
+            got=str(value.layout),
+            way_out="convert it with .to_dense()",
+        )
+
+
+def check_settings(settings: object, operation: str) -> None:
+    """Raises InputError unless these are settings of the solver."""
+    if not isinstance(settings, SolverSettings):
+        raise InputError.of(
+            operation,
+            "settings",
+            expected="SolverSettings",
+            got=type(settings).__name__,
+            way_out="pass tacext.SolverSettings(...), or leave it out for the defaults",
         )
 
 
@@ -143,27 +165,32 @@ def pairwise_margin_max(logits: Tensor, out: Tensor | None = None) -> Tensor:
     Raises:
         InputError: wrong shape, dtype or device, no samples, NaN or infinity.
     """
-    _check_tensor("pairwise_margin_max", "logits", logits)
+    check_tensor("pairwise_margin_max", "logits", logits)
     if out is None:
         operator = torch.ops.tacext.pairwise_margin_max.default
         result: Tensor = _call("pairwise_margin_max", operator, logits.detach())
         return result
-    _check_tensor("pairwise_margin_max", "out", out)
+    check_tensor("pairwise_margin_max", "out", out)
     _call(
         "pairwise_margin_max", torch.ops.tacext.pairwise_margin_max_.default, out, logits.detach()
     )
     return out
 
 
+def is_number(value: object) -> bool:
+    """Whether this is one finite real number, of Python or numpy."""
+    return isinstance(value, Real) and math.isfinite(value)
+
+
 def check_quantile(quantile: float, operation: str) -> None:
     """Raises InputError unless 0 < quantile <= 1."""
-    if not 0 < quantile <= 1:
+    if not is_number(quantile) or not 0 < quantile <= 1:
         raise InputError.of(
             operation,
             "quantile",
             expected="above 0 and at most 1",
-            got=f"{quantile}",
-            way_out="1 is the maximum, 0.99 leaves out one sample in a hundred",
+            got=repr(quantile),
+            way_out="pass a float: 1 is the maximum, 0.99 leaves out one sample in a hundred",
         )
 
 
@@ -192,7 +219,7 @@ def pairwise_margin_quantile(logits: Tensor, quantile: float) -> Tensor:
         InputError: wrong shape or dtype, no samples, NaN or infinity, a quantile out of range.
     """
     operation = "pairwise_margin_quantile"
-    _check_tensor(operation, "logits", logits)
+    check_tensor(operation, "logits", logits)
     check_quantile(quantile, operation)
     samples = logits.shape[0] if logits.dim() else 0
     keep = differences_above(max(1, samples), quantile)
@@ -209,7 +236,8 @@ def pairwise_margin_largest(logits: Tensor, out: Tensor) -> Tensor:
         logits: [N, C], as for `pairwise_margin_max`.
         out: [C, C, m], contiguous, float64 for float64 logits and float32 for the rest: the m
             largest logits[i, j] - logits[i, k] so far at [k, j], in no order; updated in place.
-            Start from one full of -inf. Shards merge by keeping the m largest of both.
+            Start from one full of -inf; NaN is refused on the CPU and kept on a GPU. Shards merge
+            by keeping the m largest of both.
 
     Returns:
         `out`.
@@ -218,8 +246,8 @@ def pairwise_margin_largest(logits: Tensor, out: Tensor) -> Tensor:
         InputError: wrong shape, dtype or device, NaN or infinity.
     """
     operation = "pairwise_margin_largest"
-    _check_tensor(operation, "logits", logits)
-    _check_tensor(operation, "out", out)
+    check_tensor(operation, "logits", logits)
+    check_tensor(operation, "out", out)
     _call(operation, torch.ops.tacext.pairwise_margin_largest_.default, out, logits.detach())
     return out
 
@@ -254,14 +282,24 @@ def minimal_perturbation(
             that is not positive, a class out of range.
     """
     operation = "minimal_perturbation"
-    _check_tensor(operation, "weight", weight)
-    _check_tensor(operation, "margins", margins)
+    check_tensor(operation, "weight", weight)
+    check_tensor(operation, "margins", margins)
+    check_settings(settings, operation)
     if scale is not None:
-        _check_tensor(operation, "scale", scale)
+        check_tensor(operation, "scale", scale)
     if classes is None:
         listed = None
     else:
-        listed = torch.as_tensor(classes, device=weight.device)
+        try:
+            listed = torch.as_tensor(classes, device=weight.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError.of(
+                operation,
+                "classes",
+                expected="class indices",
+                got=repr(classes),
+                way_out="pass a list of integers, or None for all classes",
+            ) from error
         if listed.numel() == 0:
             listed = listed.long()
     values = _call(
@@ -297,8 +335,8 @@ def neuron_scores(activation: Tensor, gradient: Tensor) -> Tensor:
     Raises:
         InputError: shapes, dtypes or devices that differ, no samples, fewer than 2 dimensions.
     """
-    _check_tensor("neuron_scores", "activation", activation)
-    _check_tensor("neuron_scores", "gradient", gradient)
+    check_tensor("neuron_scores", "activation", activation)
+    check_tensor("neuron_scores", "gradient", gradient)
     scores: Tensor = _call(
         "neuron_scores",
         torch.ops.tacext.neuron_scores.default,

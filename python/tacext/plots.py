@@ -60,7 +60,8 @@ def plot_norms(
         axes.legend(frameon=False)
     axes.set_xlabel("class")
     axes.set_ylabel(f"minimal perturbation, {report.metric} norm")
-    axes.set_title(title or f"{report.verdict} (p = {report.p_value:.2g})")
+    share = "" if report.quantile == 1 else f", quantile {report.quantile:g}"
+    axes.set_title(title or f"{report.verdict} (p = {report.p_value:.2g}{share})")
     if len(classes) <= 50:
         axes.set_xticks(classes)
         if class_names is not None:

@@ -6,20 +6,21 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, SupportsIndex, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from . import ops
-from .data import DataLike, materialise
-from .errors import HeadNotFoundError, InputError
+from .data import DataLike, as_index, materialise
+from .errors import HeadNotFoundError, InputError, NotFiniteError
 from .heads import (
     Head,
     check_labels_in_range,
+    check_model,
     evaluating,
     find_head,
     model_device,
@@ -63,16 +64,24 @@ class FinetuneSettings:
     def __post_init__(self) -> None:
         checks = (
             ("epochs", _whole(self.epochs) and self.epochs >= 1, "a whole number, at least 1"),
-            ("learning_rate", _positive(self.learning_rate), "a positive number"),
-            ("beta", math.isfinite(self.beta) and self.beta >= 0, "0 or more"),
+            (
+                "learning_rate",
+                ops.is_number(self.learning_rate) and self.learning_rate > 0,
+                "a positive number",
+            ),
+            ("beta", ops.is_number(self.beta) and self.beta >= 0, "0 or more"),
             ("batch_size", _whole(self.batch_size) and self.batch_size >= 2, "at least 2"),
             ("seed", _whole(self.seed) and 0 <= self.seed < 2**31, "a whole number below 2**31"),
             (
                 "weight_decay",
-                math.isfinite(self.weight_decay) and self.weight_decay >= 0,
+                ops.is_number(self.weight_decay) and self.weight_decay >= 0,
                 "0 or more",
             ),
-            ("holdout", 0 < self.holdout < 1, "a share between 0 and 1"),
+            (
+                "holdout",
+                ops.is_number(self.holdout) and 0 < self.holdout < 1,
+                "a share between 0 and 1",
+            ),
         )
         for name, good, expected in checks:
             if not good:
@@ -87,10 +96,6 @@ class FinetuneSettings:
 
 def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ def repair(
     model: nn.Module,
     data: DataLike,
     report: ScanReport | None = None,
-    targets: Sequence[int] | int | None = None,
+    targets: Iterable[SupportsIndex] | SupportsIndex | None = None,
     method: Method = "finetune",
     *,
     settings: FinetuneSettings | None = None,
@@ -147,13 +152,15 @@ def repair(
     its removal step): latents shifted by the reconstructed trigger-activated change s_t are taught
     their true class, until the shift no longer leads to t. With several targets every batch takes
     the mean over them. The accuracies are measured on samples that are not trained on; s_t itself
-    comes from all samples.
+    comes from the report's margins: from all samples that it saw, at its quantile. A report at a
+    quantile below 1 has a shorter s_t, which some of the samples need not follow.
 
     Args:
         model: the classifier, as for `scan`; it is copied and left untouched. Of the copy every
             parameter is trained, also those that are frozen.
         data: clean labelled samples, as for `scan`; held in memory.
-        report: a scan of this model; None scans it with the same data first.
+        report: a scan of this model; None scans it with the same data first, as `scan` does by
+            default.
         targets: the class or classes to repair, overriding the report's suspects.
         method: "finetune".
         settings: of the fine-tuning; None for the defaults.
@@ -175,7 +182,16 @@ def repair(
             got=repr(method),
             way_out="leave it out for 'finetune'",
         )
-    settings = settings or FinetuneSettings()
+    check_model(model, "repair")
+    settings = FinetuneSettings() if settings is None else settings
+    if not isinstance(settings, FinetuneSettings):
+        raise InputError.of(
+            "repair",
+            "settings",
+            expected="FinetuneSettings or None",
+            got=type(settings).__name__,
+            way_out="pass tacext.FinetuneSettings(...)",
+        )
     inputs, labels = materialise(data, operation="repair")
     training, holdout = _split(len(labels), settings)
     if report is not None and not isinstance(report, ScanReport):
@@ -201,8 +217,13 @@ def repair(
     )
     seconds = time.perf_counter() - started
     repaired.eval()
+    _check_still_finite(model, repaired)
     held_out = inputs[holdout], labels[holdout]
-    before, after = _accuracy(model, *held_out), _accuracy(repaired, *held_out)
+    before = _accuracy(model, *held_out)
+    try:
+        after = _accuracy(repaired, *held_out)
+    except NotFiniteError:
+        raise _diverged("logits of NaN or infinity") from None
     result = RepairResult(
         model=repaired,
         targets=chosen,
@@ -252,7 +273,7 @@ def _find_head(model: nn.Module, example: Tensor, head: str | None, report: Scan
 
 
 def _choose_targets(
-    report: ScanReport, targets: Sequence[int] | int | None, head: Head
+    report: ScanReport, targets: Iterable[SupportsIndex] | SupportsIndex | None, head: Head
 ) -> tuple[int, ...]:
     if report.num_classes != head.num_classes or report.latent_dim != head.latent_dim:
         raise InputError.of(
@@ -262,10 +283,13 @@ def _choose_targets(
             got=f"one of {report.num_classes} classes and {report.latent_dim} latents",
             way_out="scan this model, or leave the report out",
         )
-    if isinstance(targets, int):
-        targets = (targets,)
-    chosen = tuple(dict.fromkeys(report.suspects if targets is None else targets))
-    if not chosen:
+    if targets is None:
+        wanted: tuple[object, ...] = report.suspects
+    elif as_index(targets) is None and isinstance(targets, Iterable):
+        wanted = tuple(targets)
+    else:
+        wanted = (targets,)
+    if not wanted:
         raise InputError.of(
             "repair",
             "targets",
@@ -273,16 +297,19 @@ def _choose_targets(
             got=f"none (the scan's verdict: {report.verdict})",
             way_out="name the class with targets=[...] (--target) where you know better than the scan",
         )
-    for target in chosen:
-        if not _whole(target) or not 0 <= target < head.num_classes:
+    chosen: list[int] = []
+    for target in wanted:
+        index = as_index(target)
+        if index is None or not 0 <= index < head.num_classes:
             raise InputError.of(
                 "repair",
                 "targets",
                 expected=f"classes from 0 to {head.num_classes - 1}",
-                got=str(target),
+                got=repr(target),
                 way_out="pass class indices of this model",
             )
-    return chosen
+        chosen.append(index)
+    return tuple(dict.fromkeys(chosen))
 
 
 def _reconstructed_tac(report: ScanReport, head: Head, targets: tuple[int, ...]) -> Tensor:
@@ -307,7 +334,16 @@ def _reconstructed_tac(report: ScanReport, head: Head, targets: tuple[int, ...])
 
 def _split(samples: int, settings: FinetuneSettings) -> tuple[Tensor, Tensor]:
     holdout = max(1, round(samples * settings.holdout))
-    if samples - holdout < 2:
+    if samples >= 3 and samples - holdout < 2:
+        raise InputError.of(
+            "repair",
+            "holdout",
+            expected="a share that leaves at least 2 samples to train on",
+            got=f"{settings.holdout:g}, which splits {samples} samples into "
+            f"{samples - holdout} to train on and {holdout} to measure with",
+            way_out="lower it; the default is 0.2",
+        )
+    if samples < 3:
         raise InputError.of(
             "repair",
             "data",
@@ -407,13 +443,27 @@ def _finetune(
 
 def _check_converging(*losses: Tensor) -> None:
     if not all(bool(torch.isfinite(loss)) for loss in losses):
-        raise InputError.of(
-            "repair",
-            "settings",
-            expected="a learning_rate at which the loss falls",
-            got="a loss of NaN or infinity",
-            way_out="lower the learning_rate",
-        )
+        raise _diverged("a loss of NaN or infinity")
+
+
+def _check_still_finite(before: nn.Module, after: nn.Module) -> None:
+    """The last steps, whose loss nothing has looked at, and the statistics of batch norm."""
+    old, new = before.state_dict(), after.state_dict()
+    for name, value in new.items():
+        if not isinstance(value, Tensor) or bool(torch.isfinite(value).all()):
+            continue
+        if bool(torch.isfinite(old[name]).all()):  # a mask may be infinite from the start
+            raise _diverged(f"NaN or infinity in {name}")
+
+
+def _diverged(got: str) -> InputError:
+    return InputError.of(
+        "repair",
+        "settings",
+        expected="a learning_rate at which the loss falls",
+        got=got,
+        way_out="lower the learning_rate",
+    )
 
 
 def _accuracy(model: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int = 256) -> float:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from . import ops
 from .data import DataLike, as_batches, sample_count
 from .detection import NormTest, Verdict, judge_norms
-from .errors import InputError
+from .errors import InputError, counted
 from .heads import (
     Head,
     check_labels_in_range,
+    check_model,
     evaluating,
     find_head,
     recording_latents,
@@ -68,7 +71,8 @@ class ScanReport:
         num_classes, latent_dim, samples: C, D and N.
         accuracy: on the data, against its labels.
         metric: the metric of the norms; scale: its scale, float64 [D], or None for "l2".
-        quantile: of the samples in every entry of M; 1 is the maximum.
+        quantile: of the samples in every entry of M; 1 is the maximum. Below 1 s_k sends at least
+            that share past each other class, and so at least 1 - (C - 1)(1 - quantile) to k.
         margins: M, [C, C].
         alpha: the false-alarm rate asked for.
         timings: seconds in each stage.
@@ -136,11 +140,13 @@ def observe(
     """Streams the data through the model once; see `scan` for the arguments and errors."""
     found: Head | None = None
     moments = LatentMoments.empty(0)
-    margins = MarginMax() if quantile == 1 else MarginQuantile(quantile)
+    # With the number of samples known, a quantile can do without all logits.
+    count = sample_count(data)
+    margins = MarginMax() if quantile == 1 else MarginQuantile(quantile, count or None)
     seen = torch.zeros(0, dtype=torch.bool)
     samples = correct = 0
     forward_seconds = margin_seconds = 0.0
-    with progress_bar("clean data", sample_count(data), progress) as advance:
+    with progress_bar("clean data", count, progress) as advance:
         for inputs, given_labels in as_batches(data, operation=operation, batch_size=batch_size):
             labels = given_labels.cpu()
             if found is None:
@@ -246,9 +252,12 @@ def scan(
         metric: "standardized" measures every latent in units of 1 / its spread over the data;
             "l2" is the paper's plain norm.
         quantile: the share of samples that must be carried past each pair of classes; 1, the
-            paper's, is all of them, and 0.99 leaves out the one in a hundred that is hardest.
+            paper's, is all of them, and 0.99 leaves out the one in a hundred that is hardest. Below
+            1 the margins need more memory: all logits, N x C, or, where that is less and N known
+            beforehand, (1 - quantile) N x C x C.
         alpha: false-alarm rate of the test, over all classes together, for a clean model whose
-            norms are log-normal; between 0 and 1.
+            norms are log-normal; between 0 and 1. It is that of one scan: of several quantiles,
+            choose one before looking.
         batch_size: samples in a forward pass, where the data is not already in batches.
         settings: of the exact solver.
         progress: whether to show a progress bar; None shows it on a terminal.
@@ -261,16 +270,19 @@ def scan(
         InputError: no samples, samples of one class, labels out of range, NaN or infinity, inputs
             of a shape that the model rejects.
     """
+    check_model(model, "scan")
     check_metric(metric, "scan")
     ops.check_quantile(quantile, "scan")
-    if not 0 < alpha < 1:
+    ops.check_settings(settings, "scan")
+    if not ops.is_number(alpha) or not 0 < alpha < 1:
         raise InputError.of(
             "scan",
             "alpha",
             expected="a rate between 0 and 1",
-            got=f"{alpha}",
+            got=repr(alpha),
             way_out="leave it out for 0.01",
         )
+    quantile, alpha = float(quantile), float(alpha)  # numpy's have no place in JSON
     observation = observe(
         model,
         data,
@@ -285,7 +297,7 @@ def scan(
             "scan",
             "data",
             expected="samples of at least 2 classes",
-            got=f"{observation.samples} samples of 1 class",
+            got=f"{counted(observation.samples, 'sample')} of 1 class",
             way_out="pass clean samples of all classes",
         )
     started = time.perf_counter()
@@ -294,7 +306,7 @@ def scan(
     norm = perturbations.norm.cpu().numpy().copy()
     unproven = perturbations.status.cpu().numpy() == Status.ITERATION_LIMIT
     norm[unproven] = math.nan  # stopped on the way up from 0, such a norm would be too small
-    test = judge_norms(norm, alpha)
+    test = _explained(judge_norms(norm, alpha), norm, quantile)
     return _report(
         observation,
         perturbations,
@@ -310,6 +322,24 @@ def scan(
             time.perf_counter() - solved,
         ),
     )
+
+
+def _explained(test: NormTest, norm: npt.NDArray[np.float64], quantile: float) -> NormTest:
+    """The test, whose reason says what a norm of 0 means: at a quantile not what it does at 1."""
+    stuck = np.flatnonzero(norm == 0)
+    if not len(stuck):
+        return test
+    if quantile == 1:
+        reason = (
+            f"every sample is already predicted as class {stuck[0]}, so that the norms cannot be "
+            "compared"
+        )
+    else:
+        reason = (
+            f"class {stuck[0]} needs no change at quantile {quantile:g}, so that the norms cannot "
+            "be compared; raise the quantile"
+        )
+    return replace(test, reason=reason)
 
 
 def _report(
@@ -332,7 +362,8 @@ def _report(
         )
     if observation.samples < FEWEST_SAMPLES:
         doubts.append(
-            f"{observation.samples} samples are too few for a verdict; use {FEWEST_SAMPLES} or more"
+            f"{counted(observation.samples, 'sample is', 'samples are')} too few for a verdict; "
+            f"use {FEWEST_SAMPLES} or more"
         )
     unsolved = perturbations.classes[perturbations.status == Status.ITERATION_LIMIT].tolist()
     if unsolved:

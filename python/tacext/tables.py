@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .errors import printable
+from .errors import counted, printable
 from .evaluation import Evaluation
 from .ops import Status
 from .repairing import RepairResult
@@ -29,8 +29,10 @@ def scan_table(report: ScanReport, class_names: Sequence[str] | None = None) -> 
     if report.suspects:
         verdict.append(f"   suspects: {', '.join(map(str, report.suspects))}")
     verdict.append(f"   p = {report.p_value:.2g}")
+    # The paper's quantile, 1, needs no mention.
+    share = "" if report.quantile == 1 else f"quantile {report.quantile:g}, "
     facts = (
-        f"{report.samples} samples, accuracy {report.accuracy:.3f}; "
+        f"{counted(report.samples, 'sample')}, {share}accuracy {report.accuracy:.3f}; "
         f"layer {printable(report.head) or '(the model)'}: {report.num_classes} classes, "
         f"{report.latent_dim} latents"
     )

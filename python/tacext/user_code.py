@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .errors import FileError, InputError, TacextError
 from .files import explain
 
-__all__ = ["load_factory", "load_trigger"]
+__all__ = ["code_file", "load_factory", "load_trigger"]
 
 _serial = itertools.count()
 
@@ -70,6 +70,23 @@ def load_trigger(reference: str) -> Callable[[Tensor], Tensor]:
     return _load(reference, _Request("load_trigger", "trigger", 1))
 
 
+def code_file(reference: str) -> Path:
+    """The file in which a reference finds its code, found without running or importing anything.
+
+    Of a module that is the file of that name in the working directory, whether or not it is there:
+    where it is, it comes first.
+    """
+    place = reference.rpartition(":")[0]
+    if _is_file(place):
+        return Path(place)
+    parts = Path(*place.split("."))
+    return parts / "__init__.py" if parts.is_dir() else parts.with_suffix(".py")
+
+
+def _is_file(place: str) -> bool:
+    return place.endswith(".py") or "/" in place
+
+
 def _load(reference: str, request: _Request) -> Callable[..., Any]:
     example = "name it as path/to/file.py:function or package.module:function"
     place, colon, name = reference.rpartition(":")
@@ -78,7 +95,7 @@ def _load(reference: str, request: _Request) -> Callable[..., Any]:
             "a module and a function, divided by a colon", repr(reference), example
         )
     folder = None
-    if place.endswith(".py") or "/" in place:
+    if _is_file(place):
         file = Path(place)
         if not file.is_file() or file.suffix != ".py":
             what = "does not exist"
@@ -171,10 +188,12 @@ def _import(
         frames = traceback.extract_tb(error.__traceback__)
         lines = [f" at {Path(f.filename).name}:{f.lineno}" for f in frames if f.filename[0] != "<"]
         where = lines[-1] if len(lines) > 1 else ""  # the first is this file's
-        hint = "" if place.endswith(".py") else ", or give the path of its file"
-        raise request.refuse(
-            f"{place} to import", f"{explain(error)}{where}", f"correct it{hint}"
-        ) from error
+        way_out = "correct it" if _is_file(place) else "correct it, or give the path of its file"
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            missing = error.name.partition(".")[0]
+            if missing != place.partition(".")[0]:
+                way_out = f"install {missing}"
+        raise request.refuse(f"{place} to import", f"{explain(error)}{where}", way_out) from error
 
 
 def _check_arguments(name: str, function: Callable[..., object], request: _Request) -> None:

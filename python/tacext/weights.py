@@ -11,7 +11,7 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,12 +57,13 @@ def load_state_dict(path: StrPath) -> dict[str, Tensor]:
     return _strip_prefixes(_read_state("load_state_dict", "path", path))
 
 
-def load_model(weights: StrPath, arch: str) -> nn.Module:
+def load_model(weights: StrPath, arch: str | Callable[[], nn.Module]) -> nn.Module:
     """Builds a model with the user's factory and fills it with the weights of a file.
 
     Args:
         weights: as `load_state_dict`.
-        arch: as `load_factory`; the factory takes no arguments and returns an nn.Module.
+        arch: a function or class that builds the model, or its name as `load_factory` takes it; it
+            takes no arguments and returns an nn.Module.
 
     Returns:
         The model, on the CPU and in eval mode.
@@ -73,10 +74,22 @@ def load_model(weights: StrPath, arch: str) -> nn.Module:
             fails or returns something else, or weights that do not fit the model.
     """
     operation = "load_model"
+    if isinstance(arch, nn.Module) or not (isinstance(arch, str) or callable(arch)):
+        raise InputError.of(
+            operation,
+            "arch",
+            expected="a function that builds the model, or where to find it",
+            got=f"a {type(arch).__name__}",
+            way_out="pass path/to/file.py:function or the function itself; into a model that is "
+            "there, load with model.load_state_dict(tacext.load_state_dict(path))",
+        )
     state = _read_state(
         operation, "weights", weights
     )  # first: an unsafe file is refused before code runs
-    factory = load_factory(arch)
+    if isinstance(arch, str):
+        factory, name = load_factory(arch), arch
+    else:
+        factory, name = arch, getattr(arch, "__qualname__", repr(arch))
     try:
         model: object = factory()
     except TacextError:
@@ -85,7 +98,7 @@ def load_model(weights: StrPath, arch: str) -> nn.Module:
         raise InputError.of(
             operation,
             "arch",
-            expected=f"{arch} to build a model",
+            expected=f"{name} to build a model",
             got=explain(error),
             way_out="correct the factory, or wrap it in a function that takes no arguments",
         ) from error
@@ -93,7 +106,7 @@ def load_model(weights: StrPath, arch: str) -> nn.Module:
         raise InputError.of(
             operation,
             "arch",
-            expected=f"{arch} to return an nn.Module",
+            expected=f"{name} to return an nn.Module",
             got=type(model).__name__,
             way_out="name a function or class that returns the model itself",
         )
@@ -110,7 +123,7 @@ def load_model(weights: StrPath, arch: str) -> nn.Module:
         raise InputError.of(
             operation,
             "arch",
-            expected=f"{arch} to fit the weights in {os.fspath(weights)}",
+            expected=f"{name} to fit the weights in {os.fspath(weights)}",
             got=mismatch,
             way_out="--arch must build the very model, with as many classes, that was trained",
         )

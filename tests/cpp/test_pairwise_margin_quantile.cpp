@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <functional>
 #include <limits>
+#include <tuple>
 
 #include "tacext/pairwise_margin_max.h"
 #include "tacext/pairwise_margin_quantile.h"
@@ -83,6 +84,20 @@ TYPED_TEST(PairwiseMarginQuantile, FewSamplesLeavePlacesEmpty) {
     EXPECT_EQ(std::count(guarded.begin() + pair * 5, guarded.begin() + pair * 5 + 5, -kInfinity),
               2);
   for (std::size_t i = 2 * 2 * 5; i < guarded.size(); ++i) ASSERT_EQ(guarded[i], Margin{77}) << i;
+}
+
+TEST(PairwiseMarginQuantile, SmallProblemsStayOnTheCallingThread) {
+  for (const auto& [samples, classes, shared] : {std::tuple{2500, 10, false}, {2500, 43, true}}) {
+    const auto logits = test::normal_values(samples * classes, 3);
+    std::vector<double> margins(classes * classes);
+    std::int64_t calls = 0;
+    pairwise_margin_quantile(logits.data(), samples, classes, 26, margins.data(),
+                             [&](std::int64_t count, std::int64_t grain, const RangeBody& body) {
+                               ++calls;
+                               serial_for(count, grain, body);
+                             });
+    EXPECT_EQ(calls > 0, shared) << classes;
+  }
 }
 
 }  // namespace

@@ -7,7 +7,7 @@ import click
 from ..evaluation import Evaluation, evaluate
 from ..report import evaluation_to_dict, write_json
 from ..tables import evaluation_table
-from ..user_code import load_trigger
+from ..user_code import code_file, load_trigger
 from .console import ResultConsole
 from .exit_codes import EXIT_CODE_HELP
 from .inputs import BATCH_SIZE, ModelAndData, model_and_data
@@ -32,7 +32,11 @@ def evaluate_command(
     baseline: str | None,
 ) -> None:
     """Measure the model in WEIGHTS on clean images and on the same images with a known trigger."""
-    given.check_outputs("evaluate", json=given.json_path)
+    given.check_outputs(
+        "evaluate",
+        {"json": given.json_path},
+        {"--trigger": code_file(trigger), "--baseline": baseline},
+    )
     stamp = load_trigger(trigger)
     model = given.load_model()
     source = given.source

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,24 @@ from ..files import check_writable
 from ..images import load_images
 from ..normalisation import Normalized
 from ..report import Json
-from ..scanning import ScanReport
+from ..scanning import ScanReport, scan
+from ..user_code import code_file
 from ..weights import load_model
 
 BATCH_SIZE = 256
 
-head_option = click.option(
-    "--head", help="Name of the last linear layer, if it is not found by itself."
-)
+
+class Finite(click.FloatRange):
+    """A float in a range, which neither NaN nor infinity is in: click compares, and lets NaN by."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The number. Raises click.BadParameter as every wrong value on the command line."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
 
 
 def _floats(
@@ -35,11 +46,14 @@ def _floats(
     if text is None:
         return None
     try:
-        return [float(part) for part in text.replace(",", " ").split()]
+        values = [float(part) for part in text.replace(",", " ").split()]
     except ValueError:
+        values = []
+    if not values or not all(map(math.isfinite, values)):
         raise click.BadParameter(
             f"expected numbers such as 0.5 or 0.49,0.48,0.45, got {text!r}", param=parameter
-        ) from None
+        )
+    return values
 
 
 def _size(
@@ -66,7 +80,7 @@ _OPTIONS = (
         "data_path",
         required=True,
         type=click.Path(),
-        help="Images: an .npz, a folder of class folders, or CIFAR-10 binary batches.",
+        help="Images: an .npz, a folder of class folders, or binary batches of CIFAR-10 or CIFAR-100.",
     ),
     click.option("--split", help="Part of the data, such as train or test."),
     click.option(
@@ -91,6 +105,41 @@ _OPTIONS = (
     ),
     click.option("--json", "json_path", type=click.Path(), help="Write the result as JSON."),
 )
+
+_SCAN_OPTIONS = (
+    click.option("--head", help="Name of the last linear layer, if it is not found by itself."),
+    click.option(
+        "--metric",
+        type=click.Choice(["standardized", "l2"]),
+        default="standardized",
+        show_default=True,
+        help="How perturbations are measured.",
+    ),
+    click.option(
+        "--quantile",
+        type=Finite(0, 1, min_open=True),
+        default=1.0,
+        show_default=True,
+        help="Share of the images that must be carried past each pair of classes.",
+    ),
+    click.option(
+        "--alpha",
+        type=Finite(0, 1, min_open=True, max_open=True),
+        default=0.01,
+        show_default=True,
+        help="False-alarm rate of the verdict.",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class ScanOptions:
+    """How the command line wants a model scanned."""
+
+    head: str | None
+    metric: str
+    quantile: float
+    alpha: float
 
 
 @dataclass(frozen=True)
@@ -139,31 +188,63 @@ class ModelAndData:
         """A layer's name as the loaded model has it, behind its normalisation."""
         return head if head is None or self.mean is None else f"model.{head}"
 
+    def scan(self, model: nn.Module, images: ImageSet, options: ScanOptions) -> ScanReport:
+        """Scans the loaded model as the command line asks for."""
+        return scan(
+            model,
+            images,
+            head=self.head_in_model(options.head),
+            metric="l2" if options.metric == "l2" else "standardized",
+            quantile=options.quantile,
+            alpha=options.alpha,
+            batch_size=self.batch_size or BATCH_SIZE,
+        )
+
     def named(self, report: ScanReport) -> ScanReport:
         """The report with the layer's name as the user's own model has it."""
         if self.mean is None:
             return report
         return replace(report, head=report.head.removeprefix("model."))
 
-    def check_outputs(self, operation: str, **outputs: str | None) -> None:
-        """Before any work: every output can be written, and none replaces an input or another."""
-        taken = {
-            os.path.realpath(self.weights): "WEIGHTS",
-            os.path.realpath(self.data_path): "--data",
+    def check_outputs(
+        self,
+        operation: str,
+        outputs: Mapping[str, str | None],
+        inputs: Mapping[str, str | Path | None] | None = None,
+    ) -> None:
+        """Before any work: every output can be written, and none replaces an input or another.
+
+        Args:
+            operation: named in the errors.
+            outputs: the files to be written, by option.
+            inputs: the files that the command reads beside those that all commands do, by option.
+        """
+        read = {
+            "WEIGHTS": self.weights,
+            "--data": self.data_path,
+            "--arch": code_file(self.arch),
+            **(inputs or {}),
         }
+        taken = {os.path.realpath(path): name for name, path in read.items() if path is not None}
+        data = Path(os.path.realpath(self.data_path))
         for argument, path in outputs.items():
             if path is None:
                 continue
-            target = str(check_writable(path, operation=operation, argument=argument))
-            if target in taken:
+            target = check_writable(path, operation=operation, argument=argument)
+            conflict = None
+            if str(target) in taken:
+                conflict = f"which is {taken[str(target)]}"
+            elif data.is_dir() and data in target.parents:
+                conflict = "which is inside the folder of --data"
+            if conflict is not None:
                 raise FileError.of(
                     operation,
                     argument,
                     expected="a file of its own",
-                    got=f"{path}, which is {taken[target]}",
-                    way_out="choose another name",
+                    got=f"{path}, {conflict}",
+                    way_out="choose another name or folder",
                 )
-            taken[target] = f"--{argument}"
+            taken[str(target)] = f"--{argument}"
 
     @property
     def source(self) -> Json:
@@ -202,17 +283,30 @@ def inner(model: nn.Module) -> nn.Module:
     return model.model if isinstance(model, Normalized) else model
 
 
-def model_and_data(command: Callable[..., int | None]) -> Callable[..., int | None]:
-    """Adds WEIGHTS and the options that name a model and images; they arrive as one `given`."""
+_Command = Callable[..., int | None]
+
+
+def _collecting(
+    kind: type[Any], name: str, options: Sequence[Callable[[_Command], _Command]], command: _Command
+) -> _Command:
+    """`command` with the options, which arrive as one argument."""
 
     @functools.wraps(command)
-    def collected(**options: Any) -> int | None:
-        given = ModelAndData(
-            **{field.name: options.pop(field.name) for field in fields(ModelAndData)}
-        )
-        return command(given, **options)
+    def collected(**given: Any) -> int | None:
+        values = {field.name: given.pop(field.name) for field in fields(kind)}
+        return command(**{name: kind(**values)}, **given)
 
-    wrapped: Callable[..., int | None] = collected
-    for option in reversed(_OPTIONS):
+    wrapped: _Command = collected
+    for option in reversed(options):
         wrapped = option(wrapped)
     return wrapped
+
+
+def model_and_data(command: _Command) -> _Command:
+    """Adds WEIGHTS and the options that name a model and images; they arrive as one `given`."""
+    return _collecting(ModelAndData, "given", _OPTIONS, command)
+
+
+def scan_options(command: _Command) -> _Command:
+    """Adds the options of a scan; they arrive as one `options`."""
+    return _collecting(ScanOptions, "options", _SCAN_OPTIONS, command)

@@ -8,19 +8,26 @@ import click
 
 from ..repairing import FinetuneSettings, repair
 from ..report import repair_to_dict, write_json
-from ..scanning import scan
 from ..tables import repair_table, scan_table
 from ..weights import save_weights
 from .console import ResultConsole
 from .exit_codes import EXIT_CODE_HELP
-from .inputs import BATCH_SIZE, ModelAndData, check_suffix, head_option, inner, model_and_data
+from .inputs import (
+    Finite,
+    ModelAndData,
+    ScanOptions,
+    check_suffix,
+    inner,
+    model_and_data,
+    scan_options,
+)
 
 _DEFAULTS = {field.name: field.default for field in fields(FinetuneSettings)}
 
 
 @click.command("repair", epilog=EXIT_CODE_HELP)
 @model_and_data
-@head_option
+@scan_options
 @click.option(
     "--output",
     required=True,
@@ -39,27 +46,27 @@ _DEFAULTS = {field.name: field.default for field in fields(FinetuneSettings)}
 )
 @click.option(
     "--learning-rate",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Finite(min=0, min_open=True),
     default=_DEFAULTS["learning_rate"],
     show_default=True,
 )
 @click.option(
     "--beta",
-    type=click.FloatRange(min=0),
+    type=Finite(min=0),
     default=_DEFAULTS["beta"],
     show_default=True,
     help="Weight of the loss on shifted latents; 0 is plain fine-tuning.",
 )
 @click.option(
     "--holdout",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=Finite(0, 1, min_open=True, max_open=True),
     default=_DEFAULTS["holdout"],
     show_default=True,
     help="Share of the images kept to measure accuracy with.",
 )
 def repair_command(
     given: ModelAndData,
-    head: str | None,
+    options: ScanOptions,
     output: str,
     targets: tuple[int, ...],
     epochs: int,
@@ -69,21 +76,17 @@ def repair_command(
 ) -> None:
     """Remove the backdoor from the model in WEIGHTS by fine-tuning on clean labelled images.
 
-    Without --target the model is scanned first and its suspects are repaired. The file in WEIGHTS
-    is left as it is.
+    Without --target the model is scanned first and its suspects are repaired. What is trained
+    against are perturbations from the scan's margins, and so --quantile matters with --target, too;
+    --metric and --alpha bear on the suspects alone. The file in WEIGHTS is left as it is.
     """
-    given.check_outputs("repair", output=output, json=given.json_path)
+    given.check_outputs("repair", {"output": output, "json": given.json_path})
     check_suffix("repair", "output", output, ".safetensors")
     model = given.load_model()
     source = given.source
     images = given.load_images()
     console = ResultConsole()
-    report = scan(
-        model,
-        images,
-        head=given.head_in_model(head),
-        batch_size=given.batch_size or BATCH_SIZE,
-    )
+    report = given.scan(model, images, options)
     if not targets:
         console.print(scan_table(given.named(report), images.class_names))
     result = repair(
@@ -91,7 +94,7 @@ def repair_command(
         images,
         report,
         targets=targets or None,
-        head=given.head_in_model(head),
+        head=given.head_in_model(options.head),
         settings=FinetuneSettings(
             epochs=epochs,
             learning_rate=learning_rate,
