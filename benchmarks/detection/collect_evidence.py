@@ -108,7 +108,7 @@ def collect(model: nn.Module, data: ImageSet, seed: int = 0) -> dict[str, Any]:
     quiet: dict[str, Any] = {"progress": False, "seed": seed}
     evidence: dict[str, Any] = {
         "norms": _norms(model, data),
-        "noise": _ascent(max_margin(model_with_gradients, box, steps=80, marks=MARKS, **quiet)),
+        "noise": _ascent(max_margin(model_with_gradients, box, steps=40, marks=MARKS, **quiet)),
         "clean": _ascent(
             max_margin(model_with_gradients, box, steps=40, marks=MARKS, first=inputs[:8], **quiet)
         ),
