@@ -10,6 +10,9 @@ namespace {
 // unreachable has a huge perturbation, and that is its answer.
 constexpr double kRayTolerance = 1e-13;
 
+// Residuals below this need no digits.
+constexpr double kNoisy = 1e-13;
+
 // residual / size, infinite where a NaN or an overflow leaves nothing proven.
 double share_of(double residual, double size) {
   if (residual == 0 && size == 0) return 0;
@@ -99,8 +102,13 @@ void certify(const HeadGeometry& head, std::int64_t k, const double* margins,
   const double length = norm(candidate.perturbation);
   std::vector<double> products, sizes;
   for (std::int64_t j = 0; j < head.classes(); ++j) {
-    products.push_back(row_products[k] - row_products[j]);
-    sizes.push_back(std::sqrt(squared_lengths[j]) * length);
+    double product = row_products[k] - row_products[j];
+    const double size = std::sqrt(squared_lengths[j]) * length;
+    const double noise = head.difference_noise(k, j) * length;
+    if (noise > kNoisy * (std::fabs(margins[j]) + size) && product < margins[j] + noise)
+      product = head.constraint_dot(k, j, candidate.perturbation.data());
+    products.push_back(product);
+    sizes.push_back(size);
   }
   certify(head, k, margins, squared_lengths, products.data(), sizes.data(), tolerance, candidate);
 }

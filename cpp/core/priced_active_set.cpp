@@ -11,7 +11,6 @@ namespace {
 constexpr std::int64_t kBlock = 32;  // candidates of a round, at least
 constexpr double kRefined = 2e-14;   // residual of the active constraints that needs no refinement
 constexpr int kMostRefinements = 4;
-constexpr int kMostLooks = 200;  // at exact prices: far beyond what sound heads need
 
 }  // namespace
 
@@ -30,21 +29,28 @@ PricedActiveSet::PricedActiveSet(const HeadGeometry& head, std::int64_t target,
 }
 
 void PricedActiveSet::solve() {
-  while (add(most_violated()) && head_.has_gram()) price_by_gram();
+  double before = objective();
+  while (work_round(most_violated()) && head_.has_gram()) {
+    price_by_gram();
+    const double now = objective();
+    if (!(now > before)) return;
+    before = now;
+  }
 }
 
-bool PricedActiveSet::settle(const double* products) {
+bool PricedActiveSet::check(const double* s, const double* products) {
   if (ending_ != Ending::kSolved) return true;
-  if (refine(products)) return false;
-  take_prices(products);
+  if (refine(s, products)) return false;
+  take_prices(products, std::sqrt(objective()));
   std::vector<std::int64_t> violated = most_violated();
   if (violated.empty()) return true;
-  if (++looks_ > kMostLooks) {
+  if (!(objective() > checked_objective_)) {
     ending_ = Ending::kIterationLimit;
     return true;
   }
+  checked_objective_ = objective();
   refinements_ = 0;
-  if (add(std::move(violated)) && head_.has_gram()) {
+  if (work_round(std::move(violated)) && head_.has_gram()) {
     price_by_gram();
     solve();
   }
@@ -53,13 +59,18 @@ bool PricedActiveSet::settle(const double* products) {
 
 /// One step of iterative refinement, l += (A A^T)^-1 (m - A s) over the active constraints, unless
 /// they hold to rounding already or the last step did not help.
-bool PricedActiveSet::refine(const double* products) {
+bool PricedActiveSet::refine(const double* s, const double* products) {
+  double size = 0;
+  for (std::int64_t j : set_.active) size = std::max(size, std::fabs(margins_[j]));
+  const double length = std::sqrt(objective());
   std::vector<double> residual;
-  double worst = 0, size = 0;
+  double worst = 0;
   for (std::int64_t j : set_.active) {
-    residual.push_back(margins_[j] - (products[target_] - products[j]));
+    const bool noisy = head_.difference_noise(target_, j) * length > active_set::kViolated * size;
+    const double product =
+        noisy ? head_.constraint_dot(target_, j, s) : products[target_] - products[j];
+    residual.push_back(margins_[j] - product);
     worst = std::max(worst, std::fabs(residual.back()));
-    size = std::max(size, std::fabs(margins_[j]));
   }
   if (worst <= kRefined * size || refinements_ == kMostRefinements) return false;
   if (refinements_ > 0 && !(worst <= 0.5 * residual_before_)) return false;
@@ -75,22 +86,33 @@ bool PricedActiveSet::refine(const double* products) {
 /// W s = sum_i l_i (K_k - K_i), a row of K for each active constraint.
 void PricedActiveSet::price_by_gram() {
   std::vector<const double*> rows;
-  for (std::int64_t j : set_.active) rows.push_back(head_.gram_row(j));
+  double reach = 0;
+  for (std::size_t i = 0; i < set_.active.size(); ++i) {
+    rows.push_back(head_.gram_row(set_.active[i]));
+    reach += set_.multipliers[i] * (head_.row_length(target_) + head_.row_length(set_.active[i]));
+  }
   std::vector<double> products(slack_.size());
   weighted_differences(gram_row_, rows, set_.multipliers.data(), head_.classes(), products.data());
-  take_prices(products.data());
+  take_prices(products.data(), reach);
 }
 
-void PricedActiveSet::take_prices(const double* products) {
-  double squared = 0;  // s.s = l.G l = l.m on the active set
-  for (std::size_t i = 0; i < set_.active.size(); ++i)
-    squared += set_.multipliers[i] * margins_[set_.active[i]];
-  const double length = std::sqrt(std::max(squared, 0.0));
+/// `reach` is the length that the rounding of the products is relative to.
+void PricedActiveSet::take_prices(const double* products, double reach) {
+  const double length = std::sqrt(objective());
   for (std::size_t j = 0; j < slack_.size(); ++j) {
     slack_[j] = margins_[j] - (products[target_] - products[j]);
-    rounding_[j] = std::fabs(margins_[j]) + std::sqrt(squared_lengths_[j]) * length;
+    rounding_[j] = std::fabs(margins_[j]) + std::sqrt(squared_lengths_[j]) * length +
+                   head_.difference_noise(target_, j) * reach / active_set::kViolated;
   }
   for (std::int64_t j : set_.active) slack_[j] = 0;  // complementary slackness, free of rounding
+}
+
+/// m.l, on the active set the same as s.s = l.G l.
+double PricedActiveSet::objective() const {
+  double sum = 0;
+  for (std::size_t i = 0; i < set_.active.size(); ++i)
+    sum += set_.multipliers[i] * margins_[set_.active[i]];
+  return std::max(sum, 0.0);
 }
 
 /// The constraints furthest (in distance) from holding, that one first; a constraint that cannot
@@ -100,6 +122,7 @@ std::vector<std::int64_t> PricedActiveSet::most_violated() const {
   for (std::int64_t j = 0; j < head_.classes(); ++j) {
     if (j == target_ || !(slack_[j] > active_set::kViolated * rounding_[j])) continue;
     if (squared_lengths_[j] == 0) return {j};
+    if (!(squared_lengths_[j] < std::numeric_limits<double>::infinity())) continue;
     violated.emplace_back(-slack_[j] / std::sqrt(squared_lengths_[j]), j);
   }
   const std::size_t most =
@@ -115,23 +138,22 @@ std::vector<std::int64_t> PricedActiveSet::most_violated() const {
 }
 
 /// A round's work on its candidates; false where there were none or the method ended.
-bool PricedActiveSet::add(std::vector<std::int64_t> constraints) {
-  if (constraints.empty()) return false;
-  if (squared_lengths_[constraints[0]] == 0) {  // 0 . s >= m with m > 0
-    set_.active = {constraints[0]};
+bool PricedActiveSet::work_round(std::vector<std::int64_t> candidates) {
+  if (candidates.empty()) return false;
+  if (squared_lengths_[candidates[0]] == 0) {  // 0 . s >= m with m > 0
+    set_.active = {candidates[0]};
     set_.multipliers = {1.0};
     ending_ = Ending::kUnreachable;
     return false;
   }
   CandidateBlock block(
-      factor_, set_.active, std::move(constraints), [this](std::int64_t i, std::int64_t j) {
+      factor_, set_.active, std::move(candidates), [this](std::int64_t i, std::int64_t j) {
         // G[i, j] = K[k, k] - K[k, i] - K[k, j] + K[i, j]
         return i == j ? squared_lengths_[i]
                       : (gram_row_[target_] - gram_row_[i]) - (gram_row_[j] - head_.product(i, j));
       });
-  if (block.make_active_together(margins_, max_iterations_ - set_.iterations, set_)) return true;
-  ending_ =
-      block.make_active_in_turn(margins_, slack_.data(), rounding_.data(), max_iterations_, set_);
+  if (block.add_together(margins_, max_iterations_ - set_.iterations, set_)) return true;
+  ending_ = block.add_in_turn(margins_, slack_.data(), rounding_.data(), max_iterations_, set_);
   return ending_ == Ending::kSolved;
 }
 

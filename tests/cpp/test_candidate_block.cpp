@@ -31,7 +31,7 @@ struct Constraints {
   }
   Ending add_in_turn(CandidateBlock block, ActiveSet& set, std::int64_t most = 1000) const {
     const VectorXd left = slack(set), rounding = VectorXd::Constant(margins.size(), 1.0);
-    return block.make_active_in_turn(margins.data(), left.data(), rounding.data(), most, set);
+    return block.add_in_turn(margins.data(), left.data(), rounding.data(), most, set);
   }
 };
 
@@ -85,8 +85,7 @@ TEST(CandidateBlock, TogetherEqualsInTurn) {
     ActiveFactor together, in_turn;
     ActiveSet left, right;
     for (const auto& constraints : {range(0, 40), range(40, 40 + size)}) {
-      ASSERT_TRUE(
-          c.block(together, left, constraints).make_active_together(c.margins.data(), 1000, left));
+      ASSERT_TRUE(c.block(together, left, constraints).add_together(c.margins.data(), 1000, left));
       ASSERT_EQ(c.add_in_turn(c.block(in_turn, right, constraints), right), Ending::kSolved);
     }
     expect_consistent(c, together, left);
@@ -108,8 +107,7 @@ TEST(CandidateBlock, TogetherLeavesOutWhatDependsOrTurnsNegative) {
   c.rows.row(3) = c.rows.row(0) + 0.1 * c.rows.row(4);  // m = 1 there holds once 0 and 4 do
   ActiveFactor factor;
   ActiveSet set;
-  ASSERT_TRUE(
-      c.block(factor, set, {0, 1, 2, 4, 3}).make_active_together(c.margins.data(), 10, set));
+  ASSERT_TRUE(c.block(factor, set, {0, 1, 2, 4, 3}).add_together(c.margins.data(), 10, set));
   EXPECT_EQ(sorted(set.active), (std::vector<std::int64_t>{0, 1, 4}));
   expect_consistent(c, factor, set);
 }
@@ -118,9 +116,9 @@ TEST(CandidateBlock, TogetherLeavesAllAsItWasWhereAnActiveOneMustGo) {
   Constraints c{MatrixXd{{1, 0}, {2, 1}}, VectorXd{{1, 9}}};  // the second makes the first slack
   ActiveFactor factor;
   ActiveSet set;
-  ASSERT_TRUE(c.block(factor, set, {0}).make_active_together(c.margins.data(), 10, set));
+  ASSERT_TRUE(c.block(factor, set, {0}).add_together(c.margins.data(), 10, set));
   CandidateBlock block = c.block(factor, set, {1});
-  EXPECT_FALSE(block.make_active_together(c.margins.data(), 10, set));
+  EXPECT_FALSE(block.add_together(c.margins.data(), 10, set));
   EXPECT_EQ(set.active, std::vector<std::int64_t>{0});
   EXPECT_EQ(set.iterations, 1);
   expect_consistent(c, factor, set);
@@ -133,10 +131,10 @@ TEST(CandidateBlock, TogetherTakesNoMoreThanAllowed) {
   const Constraints c = random_constraints(20, 300, 0, 3);
   ActiveFactor factor;
   ActiveSet set;
-  ASSERT_TRUE(c.block(factor, set, range(0, 20)).make_active_together(c.margins.data(), 5, set));
+  ASSERT_TRUE(c.block(factor, set, range(0, 20)).add_together(c.margins.data(), 5, set));
   EXPECT_EQ(set.active.size(), 5u);
   EXPECT_EQ(set.iterations, 5);
-  EXPECT_FALSE(c.block(factor, set, {9}).make_active_together(c.margins.data(), 0, set));
+  EXPECT_FALSE(c.block(factor, set, {9}).add_together(c.margins.data(), 0, set));
 }
 
 TEST(CandidateBlock, InTurnDropsWhatTurnsNegative) {
