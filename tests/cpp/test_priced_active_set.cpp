@@ -103,8 +103,9 @@ TEST(PricedActiveSet, AShortListWithoutTheGramMatrixAgrees) {
   }
 }
 
-// Fused multiply-adds round once where the baseline rounds twice: not the same bits, but as good.
-TEST(PricedActiveSet, EveryInstructionSetSolvesToRounding) {
+// Matrix products of every width (simd_width), with the other functions of this machine. Fused
+// multiply-adds round once where the baseline rounds twice: not the same bits, but as good.
+TEST(PricedActiveSet, KernelsOfEveryWidthSolveToRounding) {
   for (const NamedHead& named : larger_heads()) {
     SCOPED_TRACE(named.name);
     const TestSolution wanted = test::solve(named.head);
@@ -117,6 +118,110 @@ TEST(PricedActiveSet, EveryInstructionSetSolvesToRounding) {
         EXPECT_LE(std::max({got.primal[k], got.dual[k], got.gap[k]}), 1e-12) << k;
       }
     });
+  }
+}
+
+/// Runs a method to its end, with products of W itself; returns how many checks it took.
+int run(PricedActiveSet& method, const HeadGeometry& geometry) {
+  method.solve();
+  for (int checks = 1;; ++checks) {
+    Values s(geometry.latents(), 0.0), products(geometry.classes());
+    for (std::size_t i = 0; i < method.set().active.size(); ++i)
+      for (std::int64_t d = 0; d < geometry.latents(); ++d)
+        s[d] += method.set().multipliers[i] *
+                (geometry.row(method.target())[d] - geometry.row(method.set().active[i])[d]);
+    geometry.packed().multiply(s.data(), 1, geometry.classes(), products.data(),
+                               geometry.classes());
+    if (method.check(s.data(), products.data())) return checks;
+  }
+}
+
+/// Some rows, on a grid, are the exact mean of 64 others: no perturbation leads there.
+TestHead hull_head(const std::vector<std::int64_t>& inside) {
+  const std::int64_t classes = 160, latents = 40;
+  TestHead head = test::random_head(classes, latents, 100, 54);
+  for (double& w : head.weight) w = std::ldexp(std::round(std::ldexp(w, 20)), -20);
+  for (std::size_t i = 0; i < inside.size(); ++i)
+    for (std::int64_t d = 0; d < latents; ++d) {
+      double sum = 0;
+      for (std::int64_t n = 0; n < 64; ++n)
+        sum += head.weight[(10 + 40 * static_cast<std::int64_t>(i) + n) * latents + d];
+      head.weight[inside[i] * latents + d] = sum / 64;
+    }
+  head.margins = test::random_margins(head.weight, classes, latents, 100, 55);
+  return head;
+}
+
+TEST(PricedActiveSet, ProvesUnreachableOverSeveralRounds) {
+  const std::vector<std::int64_t> inside{0, 7, 159};
+  const TestHead head = hull_head(inside);
+  for (const bool listed : {false, true}) {  // a short list goes without K
+    SCOPED_TRACE(listed);
+    const HeadGeometry geometry(problem_of(head, listed ? &inside : nullptr), serial_for);
+    ASSERT_EQ(geometry.has_gram(), !listed);
+    const TestSolution solution = test::solve(head, {}, nullptr, listed ? &inside : nullptr);
+    for (std::size_t i = 0; i < inside.size(); ++i) {
+      SCOPED_TRACE(inside[i]);
+      const std::int64_t k = inside[i];
+      const double* const margins = head.margins.data() + k * head.classes;
+      Values row(head.classes);
+      geometry.packed().multiply(geometry.row(k), 1, head.classes, row.data(), head.classes);
+      PricedActiveSet method(geometry, k, margins, row.data(), 10000);
+      const int checks = run(method, geometry);
+      EXPECT_EQ(method.ending(), Ending::kUnreachable);
+      EXPECT_GT(method.set().iterations, 32) << "more than one block";
+      if (listed) {
+        EXPECT_GT(checks, 2);
+      }
+      test::expect_unreachable(head, solution, listed ? static_cast<std::int64_t>(i) : k, k);
+    }
+    if (listed) continue;
+    for (std::int64_t k = 0; k < head.classes; ++k)
+      EXPECT_EQ(solution.is(k, Status::kUnreachable),
+                std::count(inside.begin(), inside.end(), k) > 0)
+          << k;
+  }
+}
+
+// Without K a check works one round: rounds that gain must not count against it.
+TEST(PricedActiveSet, TakesAsManyChecksAsThereAreRounds) {
+  const TestHead head = collapsed_head(140, 53);
+  const std::vector<std::int64_t> targets{3, 90};
+  const HeadGeometry geometry(problem_of(head, &targets), serial_for);
+  ASSERT_FALSE(geometry.has_gram());
+  for (const std::int64_t k : targets) {
+    Values row(head.classes);
+    geometry.packed().multiply(geometry.row(k), 1, head.classes, row.data(), head.classes);
+    PricedActiveSet method(geometry, k, head.margins.data() + k * head.classes, row.data(), 10000);
+    EXPECT_GT(run(method, geometry), 3);
+    EXPECT_EQ(method.ending(), Ending::kSolved);
+  }
+}
+
+// An equal row that must be beaten cannot be: found at once, however far others are from holding.
+TEST(PricedActiveSet, AConstraintThatCannotHoldEndsTheMethod) {
+  TestHead head = test::random_head(40, 20, 30, 56);
+  std::copy_n(head.weight.begin() + 2 * 20, 20, head.weight.begin() + 6 * 20);
+  head.margins = test::random_margins(head.weight, 40, 20, 30, 57);
+  head.margins[2 * 40 + 6] = 1e-3;
+  const HeadGeometry geometry(problem_of(head, nullptr), serial_for);
+  PricedActiveSet method(geometry, 2, head.margins.data() + 2 * 40, geometry.gram_row(2), 10000);
+  method.solve();
+  EXPECT_EQ(method.ending(), Ending::kUnreachable);
+  EXPECT_EQ(method.set().active, std::vector<std::int64_t>{6});
+}
+
+TEST(PricedActiveSet, LeavesOutWhatOverflows) {
+  TestHead head = test::random_head(40, 20, 30, 58);
+  for (const std::int64_t j : {5, 11, 17})
+    for (std::int64_t d = 0; d < 20; ++d) head.weight[j * 20 + d] *= 1e200;
+  for (double& margin : head.margins) margin = std::fabs(margin);
+  const HeadGeometry geometry(problem_of(head, nullptr), serial_for);
+  for (const std::int64_t k : {0, 5, 30}) {
+    PricedActiveSet method(geometry, k, head.margins.data() + k * 40, geometry.gram_row(k), 10000);
+    method.solve();
+    for (const std::int64_t j : {5, 11, 17})
+      EXPECT_EQ(std::count(method.set().active.begin(), method.set().active.end(), j), 0) << k;
   }
 }
 
