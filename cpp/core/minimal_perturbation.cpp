@@ -119,7 +119,6 @@ class Solver {
     const double largest = *std::max_element(m.begin(), m.end());
     if (largest > 0) margins.exponent = std::ilogb(largest);
     multiply_by_power_of_two(m.data(), classes, -margins.exponent, m.data());
-    for (double& value : m) value = std::max(value, std::numeric_limits<double>::lowest());
     return margins;
   }
 
@@ -167,7 +166,7 @@ class Solver {
     if (p.by_closed_form) {
       lengths = head_.squared_lengths(p.target, head_.gram_row(p.target));
     } else {
-      if (!p.method->check(p.candidate.perturbation.data(), products)) {
+      if (!p.method->check(products)) {
         adopt(*p.method, p.candidate);
         return;
       }

@@ -38,9 +38,9 @@ void PricedActiveSet::solve() {
   }
 }
 
-bool PricedActiveSet::check(const double* s, const double* products) {
+bool PricedActiveSet::check(const double* products) {
   if (ending_ != Ending::kSolved) return true;
-  if (refine(s, products)) return false;
+  if (refine(products)) return false;
   take_prices(products, std::sqrt(objective()));
   std::vector<std::int64_t> violated = most_violated();
   if (violated.empty()) return true;
@@ -59,18 +59,13 @@ bool PricedActiveSet::check(const double* s, const double* products) {
 
 /// One step of iterative refinement, l += (A A^T)^-1 (m - A s) over the active constraints, unless
 /// they hold to rounding already or the last step did not help.
-bool PricedActiveSet::refine(const double* s, const double* products) {
-  double size = 0;
-  for (std::int64_t j : set_.active) size = std::max(size, std::fabs(margins_[j]));
-  const double length = std::sqrt(objective());
+bool PricedActiveSet::refine(const double* products) {
   std::vector<double> residual;
-  double worst = 0;
+  double worst = 0, size = 0;
   for (std::int64_t j : set_.active) {
-    const bool noisy = head_.difference_noise(target_, j) * length > active_set::kViolated * size;
-    const double product =
-        noisy ? head_.constraint_dot(target_, j, s) : products[target_] - products[j];
-    residual.push_back(margins_[j] - product);
+    residual.push_back(margins_[j] - (products[target_] - products[j]));
     worst = std::max(worst, std::fabs(residual.back()));
+    size = std::max(size, std::fabs(margins_[j]));
   }
   if (worst <= kRefined * size || refinements_ == kMostRefinements) return false;
   if (refinements_ > 0 && !(worst <= 0.5 * residual_before_)) return false;

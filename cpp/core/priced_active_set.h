@@ -29,10 +29,10 @@ class PricedActiveSet {
   /// where the head has not all of K.
   void solve();
 
-  /// Checks the answer with s, the sum that the multipliers make, and products[j] = w_j . s of W
-  /// itself. Refines the multipliers or goes on with what is still violated, and returns false;
-  /// true where nothing is left to do.
-  bool check(const double* s, const double* products);
+  /// Checks the answer with products of W itself, products[j] = w_j . s of the s that the
+  /// multipliers make. Refines the multipliers or goes on with what is still violated, and returns
+  /// false; true where nothing is left to do.
+  bool check(const double* products);
 
   Ending ending() const { return ending_; }
   std::int64_t target() const { return target_; }
@@ -40,7 +40,7 @@ class PricedActiveSet {
   const std::vector<double>& squared_lengths() const { return squared_lengths_; }
 
  private:
-  bool refine(const double* s, const double* products);
+  bool refine(const double* products);
   void price_by_gram();
   void take_prices(const double* products, double reach);
   double objective() const;

@@ -199,6 +199,15 @@ TEST(CandidateBlock, InTurnProvesWhatIsUnreachable) {
   EXPECT_LT(sum.norm(), 1e-15);
 }
 
+TEST(CandidateBlock, TogetherLeavesOutWhatIsNoNumber) {
+  Constraints c = random_constraints(4, 30, 0, 7);
+  c.rows(2, 0) = std::numeric_limits<double>::quiet_NaN();
+  ActiveFactor factor;
+  ActiveSet set;
+  ASSERT_TRUE(c.block(factor, set, range(0, 4)).add_together(c.margins.data(), 10, set));
+  EXPECT_EQ(set.active, (std::vector<std::int64_t>{0, 1, 3}));
+}
+
 /// Products that overflowed, as `satisfy` meets them.
 struct Overflowed {
   static constexpr double kDependent = 1e-12;

@@ -199,6 +199,16 @@ TEST(MinimalPerturbation, EqualRowsAreUnreachableOnlyAgainstEachOther) {
   }
 }
 
+TEST(MinimalPerturbation, ARayIsInTheUnitOfTheMargins) {
+  TestHead head{4, 2, {1, 0, -1, 1, -1, -1, 0, 0}, Values(16, 1.0)};
+  for (const double unit : {1e-200, 3.0, 1e200}) {
+    for (double& margin : head.margins) margin = unit;
+    const TestSolution solution = solve(head);
+    ASSERT_TRUE(solution.is(3, Status::kUnreachable));
+    expect_unreachable(head, solution, 3, 3);
+  }
+}
+
 TEST(MinimalPerturbation, AClassInsideTheHullOfOthersIsUnreachable) {
   TestHead head{4, 2, {1, 0, -1, 1, -1, -1, 0, 0}, test::Values(16, 1.0)};
   const TestSolution solution = solve(head);

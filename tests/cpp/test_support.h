@@ -166,6 +166,7 @@ inline void expect_unreachable(const TestHead& head, const TestSolution& solutio
   }
   EXPECT_NEAR(sum, 1, 1e-12);
   EXPECT_GT(value, 0);
+  EXPECT_NEAR(solution.gap[row], -value, 1e-9 * value);
   for (std::int64_t d = 0; d < head.latents; ++d) {
     double total = 0, size = 0;
     for (std::int64_t j = 0; j < head.classes; ++j) {
