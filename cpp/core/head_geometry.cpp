@@ -2,43 +2,48 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 
 namespace tacext {
 namespace {
 
-/// The exponent of the middle one of the rows' largest entries: squares of what lies within 1e150
-/// of it then fit into a double, on either side.
+/// The exponent of the middle one of the rows' largest entries: squares of what lies within 1e140
+/// of it then fit into a double, on either side. 0 where the rows are near 1 as they are.
 int middle_exponent(const std::vector<double>& rows, std::int64_t classes, std::int64_t latents) {
+  constexpr std::int64_t kLookedAt = 64;  // rows, at equal distances
+  constexpr int kNear = 32;
   std::vector<double> largest;
-  for (std::int64_t j = 0; j < classes; ++j)
+  for (std::int64_t j = 0; j < classes; j += (classes + kLookedAt - 1) / kLookedAt)
     if (const double entry = largest_magnitude(rows.data() + j * latents, latents); entry > 0)
       largest.push_back(entry);
   if (largest.empty()) return 0;
   const auto middle = largest.begin() + static_cast<std::ptrdiff_t>(largest.size() / 2);
   std::nth_element(largest.begin(), middle, largest.end());
-  return std::isfinite(*middle) ? std::ilogb(*middle) : 0;
+  const int exponent = std::isfinite(*middle) ? std::ilogb(*middle) : 0;
+  return std::abs(exponent) <= kNear ? 0 : exponent;
 }
 
 /// w - mean is exact where w lies between mean / 2 and 2 mean (Sterbenz): latents in which all
 /// entries do are centred. Others keep their small entries, which a mean of huge ones would blur.
-void centre(std::vector<double>& rows, std::int64_t classes, std::int64_t latents, int exponent) {
+void centre(std::vector<double>& rows, std::int64_t classes, std::int64_t latents) {
+  constexpr std::int64_t kStrip = 8;  // rows after which most heads have no such latent left
   const auto size = static_cast<std::size_t>(latents);
   std::vector<double> mean(size, 0.0), low(size, HUGE_VAL), high(size, -HUGE_VAL);
-  for (std::int64_t j = 0; j < classes; ++j) {
-    double* const row = rows.data() + j * latents;
-    multiply_by_power_of_two(row, latents, -exponent, row);
-    gather_range(row, latents, mean.data(), low.data(), high.data());
+  for (std::int64_t begin = 0; begin < classes; begin += kStrip) {
+    for (std::int64_t j = begin; j < std::min(begin + kStrip, classes); ++j)
+      gather_range(rows.data() + j * latents, latents, mean.data(), low.data(), high.data());
+    bool possible = false;
+    for (std::size_t d = 0; d < size && !possible; ++d)
+      possible = low[d] > 0 ? high[d] < 4 * low[d] : low[d] > 4 * high[d];
+    if (!possible) return;
   }
-  bool any = false;
   for (std::size_t d = 0; d < size; ++d) {
     mean[d] /= static_cast<double>(classes);
     const double half = 0.5 * mean[d], twice = 2 * mean[d];
-    const bool exact = std::min(half, twice) <= low[d] && high[d] <= std::max(half, twice);
-    if (!exact) mean[d] = 0;
-    any = any || mean[d] != 0;
+    if (!(std::min(half, twice) <= low[d] && high[d] <= std::max(half, twice))) mean[d] = 0;
   }
-  for (std::int64_t j = 0; any && j < classes; ++j)
+  for (std::int64_t j = 0; j < classes; ++j)
     add_scaled(-1.0, mean.data(), latents, rows.data() + j * latents);
 }
 
@@ -53,9 +58,11 @@ std::vector<double> scaled_rows(const PerturbationProblem& p, int& exponent) {
     for (std::int64_t j = 0; j < p.classes; ++j)
       for (std::int64_t d = 0; d < p.latents; ++d) rows[j * p.latents + d] *= scale[d];
   }
-  const int middle = middle_exponent(rows, p.classes, p.latents);
-  centre(rows, p.classes, p.latents, middle);
-  exponent += middle;
+  if (const int middle = middle_exponent(rows, p.classes, p.latents); middle != 0) {
+    multiply_by_power_of_two(rows.data(), p.classes * p.latents, -middle, rows.data());
+    exponent += middle;
+  }
+  centre(rows, p.classes, p.latents);
   return rows;
 }
 

@@ -84,15 +84,11 @@ TACEXT_SIMD_CLONES double dot(const double* a, const double* b, std::int64_t cou
 }
 
 TACEXT_SIMD_CLONES double largest_magnitude(const double* a, std::int64_t count) {
-  double largest[kSums] = {};
-  std::int64_t i = 0;
-  for (; i + kSums <= count; i += kSums)
-    for (int lane = 0; lane < kSums; ++lane) {
-      const double magnitude = std::fabs(a[i + lane]);
-      largest[lane] = magnitude > largest[lane] ? magnitude : largest[lane];
-    }
-  for (; i < count; ++i) largest[0] = std::max(largest[0], std::fabs(a[i]));
-  return *std::max_element(largest, largest + kSums);
+  double largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (std::int64_t i = 0; i < count; ++i)
+    largest = std::fabs(a[i]) > largest ? std::fabs(a[i]) : largest;
+  return largest;
 }
 
 TACEXT_SIMD_CLONES double dot_difference(const double* a, const double* b, const double* s,

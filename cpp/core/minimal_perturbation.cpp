@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <memory>
 #include <stdexcept>
@@ -24,6 +25,7 @@ constexpr std::int64_t kSharedFrom = 400'000;   // count * C * D; less is done b
 constexpr std::int64_t kClosedFormAlways = 64;  // up to here its factor costs nothing
 constexpr std::int64_t kClosedFormLargest = 2048;
 constexpr std::int64_t kClosedFormProbes = 4;
+constexpr int kNearOne = 32;  // margins up to 2^32 or above 2^-32 need no other unit
 // Beyond this the normwise residuals of the fast path no longer bound the norm to 1e-9.
 constexpr double kTrustedCollinearity = 1e5;
 
@@ -61,6 +63,10 @@ struct Pending {
 
 /// values * 2^exponent; false where what they lose by it is more than rounding.
 bool store(const std::vector<double>& values, int exponent, double* to) {
+  if (exponent == 0) {
+    std::copy(values.begin(), values.end(), to);
+    return true;
+  }
   const auto count = static_cast<std::int64_t>(values.size());
   multiply_by_power_of_two(values.data(), count, exponent, to);
   const double largest = largest_magnitude(values.data(), count);
@@ -118,7 +124,9 @@ class Solver {
     // The largest one decides how long s is, however far below zero others are.
     const double largest = *std::max_element(m.begin(), m.end());
     if (largest > 0) margins.exponent = std::ilogb(largest);
-    multiply_by_power_of_two(m.data(), classes, -margins.exponent, m.data());
+    if (std::abs(margins.exponent) <= kNearOne) margins.exponent = 0;
+    if (margins.exponent != 0)
+      multiply_by_power_of_two(m.data(), classes, -margins.exponent, m.data());
     return margins;
   }
 

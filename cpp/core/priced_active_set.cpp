@@ -23,8 +23,10 @@ PricedActiveSet::PricedActiveSet(const HeadGeometry& head, std::int64_t target,
       gram_row_(gram_row),
       max_iterations_(max_iterations),
       squared_lengths_(head.squared_lengths(target, gram_row)),
+      lengths_(squared_lengths_),
       slack_(margins, margins + head.classes()),  // at s = 0
       rounding_(slack_.size()) {
+  for (double& length : lengths_) length = std::sqrt(length);
   for (std::size_t j = 0; j < slack_.size(); ++j) rounding_[j] = std::fabs(slack_[j]);
 }
 
@@ -93,11 +95,11 @@ void PricedActiveSet::price_by_gram() {
 
 /// `reach` is the length that the rounding of the products is relative to.
 void PricedActiveSet::take_prices(const double* products, double reach) {
-  const double length = std::sqrt(objective());
-  for (std::size_t j = 0; j < slack_.size(); ++j) {
+  const double length = std::sqrt(objective()), noise = reach / active_set::kViolated;
+  for (std::int64_t j = 0; j < head_.classes(); ++j) {
     slack_[j] = margins_[j] - (products[target_] - products[j]);
-    rounding_[j] = std::fabs(margins_[j]) + std::sqrt(squared_lengths_[j]) * length +
-                   head_.difference_noise(target_, j) * reach / active_set::kViolated;
+    rounding_[j] =
+        std::fabs(margins_[j]) + lengths_[j] * length + head_.difference_noise(target_, j) * noise;
   }
   for (std::int64_t j : set_.active) slack_[j] = 0;  // complementary slackness, free of rounding
 }
@@ -118,7 +120,7 @@ std::vector<std::int64_t> PricedActiveSet::most_violated() const {
     if (j == target_ || !(slack_[j] > active_set::kViolated * rounding_[j])) continue;
     if (squared_lengths_[j] == 0) return {j};
     if (!(squared_lengths_[j] < std::numeric_limits<double>::infinity())) continue;
-    violated.emplace_back(-slack_[j] / std::sqrt(squared_lengths_[j]), j);
+    violated.emplace_back(-slack_[j] / lengths_[j], j);
   }
   const std::size_t most =
       static_cast<std::size_t>(std::max(kBlock, static_cast<std::int64_t>(set_.active.size()) / 2));

@@ -51,7 +51,7 @@ class PricedActiveSet {
   std::int64_t target_;
   const double *margins_, *gram_row_;
   std::int64_t max_iterations_;
-  std::vector<double> squared_lengths_;
+  std::vector<double> squared_lengths_, lengths_;  // |a_j|^2, |a_j|
   std::vector<double> slack_, rounding_;  // m_j - a_j.s, and what its rounding is relative to
   ActiveSet set_;
   ActiveFactor factor_;
