@@ -39,7 +39,7 @@ struct Choice {
   }
 };
 
-/// The scaled rows of W (minus their mean where that pays) and K = W W^T.
+/// The scaled rows of W, centred, and K = W W^T.
 struct Head {
   const double* rows;
   const double* gram;
@@ -47,16 +47,24 @@ struct Head {
 
   TACEXT_DEVICE const double* row(std::int64_t j) const { return rows + j * latents; }
   TACEXT_DEVICE const double* gram_row(std::int64_t j) const { return gram + j * classes; }
+
+  /// How far w_k . x - w_j . x may be from a_j . x, in units of |x|; as in
+  /// cpp/core/head_geometry.h.
+  TACEXT_DEVICE double difference_noise(std::int64_t k, std::int64_t j) const {
+    constexpr double kEpsilon = std::numeric_limits<double>::epsilon();
+    return kEpsilon * (4 + 0.5 * std::sqrt(static_cast<double>(latents))) *
+           (std::sqrt(gram_row(k)[k]) + std::sqrt(gram_row(j)[j]));
+  }
 };
 
 /// One class's workspace; `capacity` bounds the active set.
 struct Slot {
   std::int64_t capacity;
-  double* slack;          // m_j - a_j . s, [classes]
-  double* squared_norms;  // |a_j|^2, [classes]
-  double* perturbation;   // s, [latents]
-  double* factor;         // L of A A^T = L L^T, rows packed, [capacity (capacity + 1) / 2]
-  double* projection;     // [capacity], as the next three
+  double* slack;            // m_j - a_j . s, [classes]
+  double* squared_lengths;  // |a_j|^2, [classes]
+  double* perturbation;     // s, [latents]
+  double* factor;           // L of A A^T = L L^T, rows packed, [capacity (capacity + 1) / 2]
+  double* projection;       // [capacity], as the next three
   double* coefficients;
   double* multipliers;
   double* residual;
@@ -83,7 +91,7 @@ class ActiveSetSolver {
   /// From the empty set to the solution, refined against W. Ends unsolved where the CPU must
   /// decide: too many active constraints or steps, or no way to satisfy a constraint.
   TACEXT_DEVICE Outcome solve(std::int64_t max_iterations) {
-    squared_norms();
+    squared_lengths();
     for (std::int64_t j = first(); j < head_.classes; j += step()) slot_.slack[j] = margins_[j];
     block_.barrier();
     while (outcome_.ending == Ending::kUnsolved) {
@@ -107,7 +115,7 @@ class ActiveSetSolver {
   // ---- geometry ----
 
   /// |a_j|^2 from K, or from W where K's differences cancel.
-  TACEXT_DEVICE void squared_norms() {
+  TACEXT_DEVICE void squared_lengths() {
     constexpr double kCancelled = 1e-6;
     const double* const target = head_.gram_row(target_);
     for (std::int64_t j = block_.group(); j < head_.classes; j += block_.groups()) {
@@ -121,7 +129,7 @@ class ActiveSetSolver {
         }
         norm = block_.group_sum(norm);
       }
-      if (block_.lane() == 0) slot_.squared_norms[j] = norm;
+      if (block_.lane() == 0) slot_.squared_lengths[j] = norm;
     }
   }
 
@@ -138,7 +146,7 @@ class ActiveSetSolver {
     for (std::int64_t j = first(); j < head_.classes; j += step()) {
       const double slack = slot_.slack[j];
       if (j == target_ || slack <= 0) continue;
-      const double length = std::sqrt(slot_.squared_norms[j]);
+      const double length = std::sqrt(slot_.squared_lengths[j]);
       double distance = slack / length;
       if (length == 0)
         distance = margins_[j] > 0 ? kInfinity : 0.0;
@@ -161,7 +169,7 @@ class ActiveSetSolver {
       ++outcome_.iterations;
       const double curvature = project(p);
       // Negated, so that a NaN, of a K that overflowed, takes no step and removes no constraint -1.
-      const bool dependent = !(curvature > kDependent * slot_.squared_norms[p]);
+      const bool dependent = !(curvature > kDependent * slot_.squared_lengths[p]);
       const Choice blocking = first_blocking();
       if (dependent && blocking.index < 0) return false;  // a Farkas ray, for the CPU to prove
 
@@ -169,6 +177,8 @@ class ActiveSetSolver {
       const double full_step = dependent ? kInfinity : slot_.slack[p] / curvature;
       const double blocking_step = -blocking.value;
       const double length = full_step <= blocking_step ? full_step : blocking_step;
+      // Overflowed: no step, and no constraint -1 to remove.
+      if (!(std::fabs(length) < kInfinity) || !(full_step <= kInfinity)) return false;
       for (std::int64_t i = first(); i < outcome_.count; i += step()) {
         const double moved = slot_.multipliers[i] - length * slot_.coefficients[i];
         slot_.multipliers[i] = moved > 0 ? moved : 0.0;
@@ -198,7 +208,7 @@ class ActiveSetSolver {
     }
     squared = block_.sum(squared);
     solve_upper(slot_.coefficients);
-    return slot_.squared_norms[p] - squared;
+    return slot_.squared_lengths[p] - squared;
   }
 
   /// How far the multipliers can move along -coefficients before one of them reaches zero, negated.

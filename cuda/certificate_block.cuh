@@ -47,7 +47,9 @@ class Certifier {
       answer.perturbation[d] =
           solved ? slot_.perturbation[d] * (scale_ != nullptr ? scale_[d] : 1.0) : 0.0;
     if (block_.thread() != 0) return;
-    const bool proven = residuals.collinearity <= kTrustedCollinearity &&
+    // Squares that underflow prove nothing.
+    const bool in_range = residuals.length > kSmallest || outcome.count == 0;
+    const bool proven = in_range && residuals.collinearity <= kTrustedCollinearity &&
                         residuals.primal <= tolerance && residuals.dual <= tolerance &&
                         residuals.gap <= tolerance;
     *answer.status = proven ? kStatusOptimal : kStatusIterationLimit;
@@ -63,12 +65,14 @@ class Certifier {
   struct Residuals {
     double length = 0;  // |s|
     double primal = kInfinity, dual = kInfinity, gap = kInfinity;
-    double collinearity = kInfinity;  // sum_j l_j |a_j| / |s|: how much the sum cancels
+    double collinearity = kInfinity;  // (|s| + sum_j l_j |a_j|) / |s|: how much the sum cancels
   };
 
   // Beyond this the residuals no longer bound the norm to 1e-9; as in cpp/core, such a class is for
   // the careful solver, which only the CPU has.
   static constexpr double kTrustedCollinearity = 1e5;
+  static constexpr double kNoisy = 1e-13;      // as in cpp/core/certificate.cpp
+  static constexpr double kSmallest = 1e-140;  // |s|
 
   /// residual / size, infinite where a NaN or an overflow leaves nothing proven.
   TACEXT_DEVICE static double share_of(double residual, double size) {
@@ -87,10 +91,13 @@ class Certifier {
     Choice worst{0.0, -1};  // max_j (m_j - a_j.s)+ / (|m_j| + |a_j| |s|)
     for (std::int64_t j = block_.thread(); j < head_.classes; j += block_.threads()) {
       if (j == target_) continue;
-      const double violation = margins_[j] - (products_[target_] - products_[j]);
+      double violation = margins_[j] - (products_[target_] - products_[j]);
+      const double size =
+          std::fabs(margins_[j]) + std::sqrt(slot_.squared_lengths[j]) * residuals.length;
+      const double noise = head_.difference_noise(target_, j) * residuals.length;
+      if (noise > kNoisy * size) violation += noise;  // it could hide that much
       if (violation <= 0) continue;
-      const double share = share_of(
-          violation, std::fabs(margins_[j]) + std::sqrt(slot_.squared_norms[j]) * residuals.length);
+      const double share = share_of(violation, size);
       if (share > worst.value) worst = {share, j};
     }
     residuals.primal = block_.largest(worst).value;
@@ -98,7 +105,7 @@ class Certifier {
     double value = 0, terms = 0;  // m.l and sum_j l_j |a_j|
     for (std::int64_t i = block_.thread(); i < count; i += block_.threads()) {
       value += margins_[slot_.active[i]] * slot_.multipliers[i];
-      terms += slot_.multipliers[i] * std::sqrt(slot_.squared_norms[slot_.active[i]]);
+      terms += slot_.multipliers[i] * std::sqrt(slot_.squared_lengths[slot_.active[i]]);
     }
     value = block_.sum(value);
     terms = block_.sum(terms) + residuals.length;

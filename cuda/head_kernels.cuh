@@ -3,62 +3,50 @@
 #include "cuda_block.cuh"
 #include "launch.cuh"
 
-// What all classes of one head share, as cpp/core/head_geometry.cpp: the scaled rows, minus their
-// mean where that removes most of their length, and products of rows. For minimal_perturbation.cu
-// alone.
+// What all classes of one head share, as cpp/core/head_geometry.cpp: the scaled rows, centred where
+// that is exact, and products of rows. Unlike there, rows are not brought near 1 by a power of two:
+// a head whose squares overflow or underflow is not certified here and goes to the CPU. For
+// minimal_perturbation.cu alone.
 namespace tacext::cuda {
 namespace {
 
 constexpr int kHeadThreads = 256;
 
-/// Arrays that scale_and_centre fills; `centred` is 1 where the mean was taken off, else 0.
+/// Arrays that scale_and_centre fills.
 struct ScaledHead {
-  double *rows, *mean, *row_squares, *centred;
+  double *rows, *mean;
 };
 
-// Block j scales row j, its threads side by side along the latents, and sums its squares.
+// Block j scales row j, its threads side by side along the latents.
 __global__ void __launch_bounds__(kHeadThreads)
     scale_row_kernel(const double* __restrict__ weight, const double* __restrict__ scale,
                      std::int64_t latents, ScaledHead head) {
-  const CudaBlock<kHeadThreads> block;
   const std::int64_t j = blockIdx.x;
-  double squares = 0;
-  for (std::int64_t d = threadIdx.x; d < latents; d += kHeadThreads) {
-    const double value = weight[j * latents + d] * (scale != nullptr ? scale[d] : 1.0);
-    head.rows[j * latents + d] = value;
-    squares += value * value;
-  }
-  squares = block.sum(squares);
-  if (threadIdx.x == 0) head.row_squares[j] = squares;
+  for (std::int64_t d = threadIdx.x; d < latents; d += kHeadThreads)
+    head.rows[j * latents + d] = weight[j * latents + d] * (scale != nullptr ? scale[d] : 1.0);
 }
 
-// Thread d averages column d, row after row.
+// Thread d averages column d, row after row. The mean is kept where all entries lie between half
+// and twice of it, so that taking it off rounds nothing, and is 0 elsewhere.
 __global__ void __launch_bounds__(kHeadThreads)
     column_mean_kernel(std::int64_t classes, std::int64_t latents, ScaledHead head) {
   const std::int64_t d = static_cast<std::int64_t>(blockIdx.x) * kHeadThreads + threadIdx.x;
   if (d >= latents) return;
-  double sum = 0;
-  for (std::int64_t j = 0; j < classes; ++j) sum += head.rows[j * latents + d];
-  head.mean[d] = sum / static_cast<double>(classes);
+  double sum = 0, low = kInfinity, high = -kInfinity;
+  for (std::int64_t j = 0; j < classes; ++j) {
+    const double value = head.rows[j * latents + d];
+    sum += value;
+    low = value < low ? value : low;
+    high = value > high ? value : high;
+  }
+  const double mean = sum / static_cast<double>(classes);
+  const double near = mean > 0 ? 0.5 * mean : 2 * mean, far = mean > 0 ? 2 * mean : 0.5 * mean;
+  head.mean[d] = near <= low && high <= far ? mean : 0.0;
 }
 
-// One block decides: sum |w_j - mean|^2 = sum |w_j|^2 - C |mean|^2, and centring must pay.
-__global__ void __launch_bounds__(kHeadThreads)
-    decide_centring_kernel(std::int64_t classes, std::int64_t latents, ScaledHead head) {
-  const CudaBlock<kHeadThreads> block;
-  double common = 0, total = 0;
-  for (std::int64_t d = threadIdx.x; d < latents; d += kHeadThreads)
-    common += head.mean[d] * head.mean[d];
-  for (std::int64_t j = threadIdx.x; j < classes; j += kHeadThreads) total += head.row_squares[j];
-  common = static_cast<double>(classes) * block.sum(common);
-  total = block.sum(total);
-  if (threadIdx.x == 0) *head.centred = common > 0.75 * total ? 1.0 : 0.0;
-}
-
-// Block j takes the mean off row j, if so decided.
+// Block j takes the mean off row j.
 __global__ void __launch_bounds__(kHeadThreads)
     centre_row_kernel(std::int64_t latents, ScaledHead head) {
-  if (*head.centred == 0) return;
   double* const row = head.rows + blockIdx.x * latents;
   for (std::int64_t d = threadIdx.x; d < latents; d += kHeadThreads) row[d] -= head.mean[d];
 }
@@ -69,7 +57,6 @@ void scale_and_centre(Launcher& launcher, const double* weight, const double* sc
   launcher.run(scale_row_kernel, grid(classes), threads, weight, scale, latents, head);
   launcher.run(column_mean_kernel, grid(ceil_div(latents, kHeadThreads)), threads, classes, latents,
                head);
-  launcher.run(decide_centring_kernel, grid(1), threads, classes, latents, head);
   launcher.run(centre_row_kernel, grid(classes), threads, latents, head);
 }
 

@@ -18,8 +18,8 @@ constexpr std::int64_t kCapacity = 256;  // largest active set; heads of 1000 cl
 /// The workspace, cut into arrays of 8-byte values.
 struct Layout {
   std::int64_t slots, capacity, total = 0;
-  std::int64_t rows, mean, row_squares, centred, gram;
-  std::int64_t slack, squared_norms, products, perturbation, factor;
+  std::int64_t rows, mean, gram;
+  std::int64_t slack, squared_lengths, products, perturbation, factor;
   std::int64_t projection, coefficients, multipliers, residual, active, outcomes;
 
   Layout(std::int64_t count, std::int64_t classes, std::int64_t latents)
@@ -27,11 +27,9 @@ struct Layout {
         capacity(std::min({classes - 1, latents, kCapacity})) {
     rows = take(classes * latents);
     mean = take(latents);
-    row_squares = take(classes);
-    centred = take(1);
     gram = take(classes * classes);
     slack = take(slots * classes);
-    squared_norms = take(slots * classes);
+    squared_lengths = take(slots * classes);
     products = take(slots * classes);
     perturbation = take(slots * latents);
     factor = take(slots * factor_size());
@@ -58,7 +56,7 @@ struct Layout {
 
 /// Where the slots of one batch lie.
 struct Slots {
-  double *slack, *squared_norms, *products, *perturbation, *factor;
+  double *slack, *squared_lengths, *products, *perturbation, *factor;
   double *projection, *coefficients, *multipliers, *residual;
   std::int64_t* active;
   Outcome* outcomes;
@@ -66,7 +64,7 @@ struct Slots {
 
   Slots(const Layout& at, double* workspace)
       : slack(workspace + at.slack),
-        squared_norms(workspace + at.squared_norms),
+        squared_lengths(workspace + at.squared_lengths),
         products(workspace + at.products),
         perturbation(workspace + at.perturbation),
         factor(workspace + at.factor),
@@ -81,7 +79,7 @@ struct Slots {
   __device__ Slot slot(const Head& head, std::int64_t i) const {
     return {capacity,
             slack + i * head.classes,
-            squared_norms + i * head.classes,
+            squared_lengths + i * head.classes,
             perturbation + i * head.latents,
             factor + i * (capacity * (capacity + 1) / 2),
             projection + i * capacity,
@@ -142,8 +140,7 @@ void solve(Launcher& launcher, const tacext_cuda_perturbation_problem& problem,
   const Head head{workspace + at.rows, workspace + at.gram, classes, latents};
   const Slots slots(at, workspace);
   scale_and_centre(launcher, problem.weight, problem.scale, classes, latents,
-                   {workspace + at.rows, workspace + at.mean, workspace + at.row_squares,
-                    workspace + at.centred});
+                   {workspace + at.rows, workspace + at.mean});
   gram(launcher, head.rows, classes, latents, workspace + at.gram);
 
   // A class that needs many more steps than it can have active constraints is cycling or close to

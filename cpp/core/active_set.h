@@ -48,11 +48,11 @@ constexpr double kViolated = 1e-13;
 ///   project(p, r)    splits a_p = sum_i r[i] a_active[i] + z, returns |z|^2
 ///   slack(p), squared_length(p)
 ///   advance(step)    s += step * z, with the z of the last project
-///   add_projected(), remove(index)
+///   append_projected()  extends its factor by the p of the last project
+///   remove(index)
 ///   constraint(p)    the class j of its constraint p
 template <class Geometry>
-Ending make_active(Geometry& geometry, std::int64_t p, std::int64_t max_iterations,
-                   ActiveSet& set) {
+Ending satisfy(Geometry& geometry, std::int64_t p, std::int64_t max_iterations, ActiveSet& set) {
   std::vector<double>& multipliers = set.multipliers;
   std::vector<double> coefficients;
   double candidate_multiplier = 0;
@@ -60,7 +60,8 @@ Ending make_active(Geometry& geometry, std::int64_t p, std::int64_t max_iteratio
     if (set.iterations == max_iterations) return Ending::kIterationLimit;
     ++set.iterations;
     const double curvature = geometry.project(p, coefficients);
-    const bool dependent = curvature <= Geometry::kDependent * geometry.squared_length(p);
+    // Negated, so that the NaN of products that overflowed counts as dependent.
+    const bool dependent = !(curvature > Geometry::kDependent * geometry.squared_length(p));
     const active_set::Blocking blocking = active_set::first_blocking(multipliers, coefficients);
     if (dependent && blocking.index == active_set::kNone) {
       // a_p = sum r_i a_i with all r_i <= 0: weighing the violated a_p with 1 and the active ones
@@ -76,13 +77,15 @@ Ending make_active(Geometry& geometry, std::int64_t p, std::int64_t max_iteratio
     const double full_step =
         dependent ? std::numeric_limits<double>::infinity() : geometry.slack(p) / curvature;
     const double step = std::min(full_step, blocking.step);
+    // Overflowed: no step, and no constraint kNone to remove.
+    if (!std::isfinite(step)) return Ending::kIterationLimit;
     for (std::size_t i = 0; i < multipliers.size(); ++i)
       multipliers[i] = std::max(0.0, multipliers[i] - step * coefficients[i]);
     candidate_multiplier += step;
     if (!dependent && step > 0) geometry.advance(step);
 
     if (full_step <= blocking.step) {
-      geometry.add_projected();
+      geometry.append_projected();
       set.active.push_back(geometry.constraint(p));
       multipliers.push_back(candidate_multiplier);
       return Ending::kSolved;

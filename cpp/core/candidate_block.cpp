@@ -22,7 +22,7 @@ void CandidateBlock::reserve(std::int64_t active) {
   gram_.assign(static_cast<std::size_t>(round_up(size(), kProductRows) * stride_), 0.0);
 }
 
-/// Y = L^-1 G[active, block], four rows at a time.
+/// Y = L^-1 G[active, block], kProductRows rows at a time.
 void CandidateBlock::eliminate_active() {
   const std::int64_t active = factor_.size();
   for (std::int64_t i0 = 0; i0 < active; i0 += kProductRows) {
@@ -41,12 +41,11 @@ void CandidateBlock::eliminate_active() {
   }
 }
 
-bool CandidateBlock::make_active_together(const double* margins, std::int64_t most,
-                                          ActiveSet& set) {
+bool CandidateBlock::add_together(const double* margins, std::int64_t most, ActiveSet& set) {
   const std::int64_t active = factor_.size();
   // S = G[block, block] - Y^T Y: the block's Gram matrix beside the active constraints' span.
   std::vector<double> schur = gram_;
-  for (std::int64_t b = 0; b < size(); b += kProductRows) {
+  for (std::int64_t b = 0; active > 0 && b < size(); b += kProductRows) {
     const double* left[kProductRows];
     for (std::int64_t r = 0; r < kProductRows; ++r)
       left[r] = rows_.data() + std::min(b + r, size() - 1);
@@ -71,7 +70,7 @@ bool CandidateBlock::make_active_together(const double* margins, std::int64_t mo
       lower.solve_lower(entries.data());
       const double pivot =
           schur[b * stride_ + b] - dot(entries.data(), entries.data(), lower.size());
-      if (pivot <= kDependent * squared_length(b)) {
+      if (!(pivot > kDependent * squared_length(b))) {  // NaN, too
         left_out[b] = true;
         continue;
       }
@@ -86,7 +85,7 @@ bool CandidateBlock::make_active_together(const double* margins, std::int64_t mo
     lower.solve_upper(multipliers.data());
     bool negative = false;
     for (std::size_t b = 0; b < kept.size(); ++b)
-      if (multipliers[b] < 0) negative = left_out[kept[b]] = true;
+      if (!(multipliers[b] >= 0)) negative = left_out[kept[b]] = true;
     if (negative) continue;
 
     // l_active = L^-T (z - Y l_block)
@@ -95,7 +94,7 @@ bool CandidateBlock::make_active_together(const double* margins, std::int64_t mo
     for (std::size_t b = 0; b < kept.size(); ++b) of_block[kept[b]] = multipliers[b];
     for (std::int64_t i = 0; i < active; ++i) all[i] -= dot(row(i), of_block.data(), size());
     factor_.lower.solve_upper(all.data());
-    if (std::any_of(all.begin(), all.end(), [](double l) { return l < 0; })) return false;
+    if (std::any_of(all.begin(), all.end(), [](double l) { return !(l >= 0); })) return false;
 
     std::vector<double> column(static_cast<std::size_t>(active));
     for (std::size_t b = 0; b < kept.size(); ++b) {
@@ -115,9 +114,9 @@ bool CandidateBlock::make_active_together(const double* margins, std::int64_t mo
   return false;
 }
 
-Ending CandidateBlock::make_active_in_turn(const double* margins, const double* slack,
-                                           const double* rounding, std::int64_t max_iterations,
-                                           ActiveSet& set) {
+Ending CandidateBlock::add_in_turn(const double* margins, const double* slack,
+                                   const double* rounding, std::int64_t max_iterations,
+                                   ActiveSet& set) {
   std::vector<double> lengths, allowed;
   for (std::int64_t b = 0; b < size(); ++b) {
     margins_.push_back(margins[constraints_[b]]);
@@ -134,7 +133,7 @@ Ending CandidateBlock::make_active_in_turn(const double* margins, const double* 
         worst = b;
       }
     if (worst == active_set::kNone) return Ending::kSolved;
-    const Ending ending = make_active(*this, worst, max_iterations, set);
+    const Ending ending = satisfy(*this, worst, max_iterations, set);
     if (ending != Ending::kSolved) return ending;
     slack_[worst] = -std::numeric_limits<double>::infinity();  // active: no candidate any more
   }
@@ -159,7 +158,7 @@ void CandidateBlock::advance(double step) {
   add_scaled(-step, rates_.data(), size(), slack_.data());
 }
 
-void CandidateBlock::add_projected() {
+void CandidateBlock::append_projected() {
   const std::int64_t active = factor_.size();
   const double length = std::sqrt(residual_);
   factor_.z.push_back((margins_[candidate_] - dot(projection_.data(), factor_.z.data(), active)) /

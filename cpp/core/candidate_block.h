@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "active_set.h"
@@ -48,19 +49,19 @@ class CandidateBlock {
 
   /// Makes as many of the block active at once as keep all multipliers positive, at most `most`.
   /// Leaves everything as it was and returns false where that takes one at a time.
-  bool make_active_together(const double* margins, std::int64_t most, ActiveSet& set);
+  bool add_together(const double* margins, std::int64_t most, ActiveSet& set);
 
   /// One at a time, the furthest from holding first, until none is violated.
-  Ending make_active_in_turn(const double* margins, const double* slack, const double* rounding,
-                             std::int64_t max_iterations, ActiveSet& set);
+  Ending add_in_turn(const double* margins, const double* slack, const double* rounding,
+                     std::int64_t max_iterations, ActiveSet& set);
 
-  // ---- what make_active asks for ----
+  // ---- what satisfy asks for ----
   double project(std::int64_t p, std::vector<double>& coefficients);
   double slack(std::int64_t p) const { return slack_[p]; }
   double squared_length(std::int64_t p) const { return gram_[p * stride_ + p]; }
   std::int64_t constraint(std::int64_t p) const { return constraints_[p]; }
   void advance(double step);
-  void add_projected();
+  void append_projected();
   void remove(std::int64_t index);
 
  private:

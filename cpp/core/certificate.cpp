@@ -10,6 +10,9 @@ namespace {
 // unreachable has a huge perturbation, and that is its answer.
 constexpr double kRayTolerance = 1e-13;
 
+// Residuals below this need no digits.
+constexpr double kNoisy = 1e-13;
+
 // residual / size, infinite where a NaN or an overflow leaves nothing proven.
 double share_of(double residual, double size) {
   if (residual == 0 && size == 0) return 0;
@@ -97,11 +100,18 @@ void certify(const HeadGeometry& head, std::int64_t k, const double* margins,
              const std::vector<double>& squared_lengths, const double* row_products,
              double tolerance, Candidate& candidate) {
   const double length = norm(candidate.perturbation);
-  std::vector<double> products, sizes;
-  for (std::int64_t j = 0; j < head.classes(); ++j) {
-    products.push_back(row_products[k] - row_products[j]);
-    sizes.push_back(std::sqrt(squared_lengths[j]) * length);
+  const auto classes = static_cast<std::size_t>(head.classes());
+  std::vector<double> products(classes), sizes(classes), noise(classes);
+  for (std::size_t j = 0; j < classes; ++j) {
+    products[j] = row_products[k] - row_products[j];
+    sizes[j] = std::sqrt(squared_lengths[j]) * length;
+    noise[j] = head.difference_noise(k, static_cast<std::int64_t>(j)) * length;
   }
+  for (std::size_t j = 0; j < classes; ++j)
+    if (noise[j] > kNoisy * (std::fabs(margins[j]) + sizes[j]) &&
+        products[j] < margins[j] + noise[j])
+      products[j] =
+          head.constraint_dot(k, static_cast<std::int64_t>(j), candidate.perturbation.data());
   certify(head, k, margins, squared_lengths, products.data(), sizes.data(), tolerance, candidate);
 }
 

@@ -16,7 +16,9 @@ struct Candidate {
   std::vector<double> multipliers;   // l >= 0, [classes]; a Farkas ray where unreachable
   std::int64_t iterations = 0;
   double primal = 0, dual = 0, gap = 0;
-  double collinearity = 1;  // sum_j l_j |a_j| / |s|: how much the sum that makes s cancels
+  // (|s| + sum_j l_j |a_j|) / |s|: how much the sum that makes s cancels; 1 where s = 0.
+  double collinearity = 1;
+  bool ray = false;  // the multipliers are meant as a Farkas ray, proven or not
 
   double worst_residual() const { return std::max({primal, dual, gap}); }
 };
@@ -35,7 +37,8 @@ void certify(const HeadGeometry& head, std::int64_t k, const double* margins,
              const std::vector<double>& squared_lengths, const double* products,
              const double* sizes, double tolerance, Candidate& candidate);
 
-/// The same with row_products[j] = w_j . s, and violations measured against |a_j| |s|.
+/// The same with row_products[j] = w_j . s, and violations measured against |a_j| |s|. Where the
+/// rounding of the products could hide a violation, a_j . s is taken anew, differences first.
 void certify(const HeadGeometry& head, std::int64_t k, const double* margins,
              const std::vector<double>& squared_lengths, const double* row_products,
              double tolerance, Candidate& candidate);

@@ -11,9 +11,9 @@ namespace tacext {
 /// What all classes of one head share: the scaled rows of W and, where it pays, their Gram matrix
 /// K.
 ///
-/// Rows are W diag(scale), minus their mean where that removes most of their length: adding a
-/// vector to every w_j changes no problem, and a large common component would drown K's
-/// differences.
+/// Rows are W diag(scale) 2^-exponent, so that their squares stay within the range of a double, and
+/// centred: adding a vector to every w_j changes no problem, and a large common component would
+/// drown K's differences. Both are exact: a latent is centred only where no entry of it rounds.
 ///
 /// K costs C^2 D / 2 multiplications and C^2 doubles, so a large head goes without: its products
 /// are computed as they are needed. So does a head of which few classes are asked.
@@ -23,7 +23,9 @@ class HeadGeometry {
 
   std::int64_t classes() const { return classes_; }
   std::int64_t latents() const { return latents_; }
+  int exponent() const { return exponent_; }
   const double* row(std::int64_t j) const { return weight_.data() + j * latents_; }
+  double row_length(std::int64_t j) const { return row_lengths_[j]; }
   const PackedRows& packed() const { return packed_; }
 
   bool has_gram() const { return !gram_.empty(); }
@@ -32,6 +34,12 @@ class HeadGeometry {
   /// w_i . w_j
   double product(std::int64_t i, std::int64_t j) const {
     return has_gram() ? gram_row(i)[j] : dot(row(i), row(j), latents_);
+  }
+
+  /// How far w_k . x - w_j . x may be from a_j . x by the rounding of the two products, in units of
+  /// |x|: where rows lie close together, that is much more than the rounding of constraint_dot.
+  double difference_noise(std::int64_t k, std::int64_t j) const {
+    return product_noise_ * (row_lengths_[k] + row_lengths_[j]);
   }
 
   /// a_j . s = (w_k - w_j) . s
@@ -47,9 +55,11 @@ class HeadGeometry {
 
  private:
   std::int64_t classes_, latents_;
+  int exponent_ = 0;
   std::vector<double> weight_;
   PackedRows packed_;
-  std::vector<double> row_squares_;  // |w_j|^2
+  std::vector<double> row_squares_, row_lengths_;  // |w_j|^2, |w_j|
+  double product_noise_;                           // rounding of w_j . x, as a share of |w_j| |x|
   std::vector<double> gram_;
 };
 

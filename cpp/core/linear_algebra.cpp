@@ -1,7 +1,7 @@
 #include "linear_algebra.h"
 
 #include <algorithm>
-#include <cstring>
+#include <cmath>
 
 #include "balanced_for.h"
 #include "simd.h"
@@ -83,6 +83,14 @@ TACEXT_SIMD_CLONES double dot(const double* a, const double* b, std::int64_t cou
   return fold(sums);
 }
 
+TACEXT_SIMD_CLONES double largest_magnitude(const double* a, std::int64_t count) {
+  double largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (std::int64_t i = 0; i < count; ++i)
+    largest = std::fabs(a[i]) > largest ? std::fabs(a[i]) : largest;
+  return largest;
+}
+
 TACEXT_SIMD_CLONES double dot_difference(const double* a, const double* b, const double* s,
                                          std::int64_t count) {
   double sums[kSums] = {};
@@ -96,6 +104,27 @@ TACEXT_SIMD_CLONES double dot_difference(const double* a, const double* b, const
 
 TACEXT_SIMD_CLONES void add_scaled(double factor, const double* x, std::int64_t count, double* y) {
   for (std::int64_t i = 0; i < count; ++i) y[i] += factor * x[i];
+}
+
+TACEXT_SIMD_CLONES void multiply_by_power_of_two(const double* from, std::int64_t count,
+                                                 int exponent, double* to) {
+  constexpr int kFactor = 1000;  // up to here 2^exponent is itself a double
+  if (exponent >= -kFactor && exponent <= kFactor) {
+    const double factor = std::ldexp(1.0, exponent);
+    for (std::int64_t i = 0; i < count; ++i) to[i] = factor * from[i];
+  } else {
+    for (std::int64_t i = 0; i < count; ++i) to[i] = std::ldexp(from[i], exponent);
+  }
+}
+
+TACEXT_SIMD_CLONES void gather_range(const double* x, std::int64_t count, double* sum, double* low,
+                                     double* high) {
+#pragma omp simd
+  for (std::int64_t i = 0; i < count; ++i) {
+    sum[i] += x[i];
+    low[i] = x[i] < low[i] ? x[i] : low[i];
+    high[i] = x[i] > high[i] ? x[i] : high[i];
+  }
 }
 
 // Four rows a pass: as many streams as the prefetcher follows, and a quarter of the result's

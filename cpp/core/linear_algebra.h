@@ -10,11 +10,20 @@ namespace tacext {
 
 double dot(const double* a, const double* b, std::int64_t count);
 
+/// The largest |a_i|, 0 without any; a NaN is passed over.
+double largest_magnitude(const double* a, std::int64_t count);
+
 /// y += factor * x
 void add_scaled(double factor, const double* x, std::int64_t count, double* y);
 
 /// sum_d (a_d - b_d) * s_d: differences first, so that a component common to a and b costs nothing.
 double dot_difference(const double* a, const double* b, const double* s, std::int64_t count);
+
+/// to = from * 2^exponent: exact, but for what leaves the range of a double. `to` may be `from`.
+void multiply_by_power_of_two(const double* from, std::int64_t count, int exponent, double* to);
+
+/// Entry by entry: sum += x, low = min(low, x), high = max(high, x).
+void gather_range(const double* x, std::int64_t count, double* sum, double* low, double* high);
 
 /// out[j] = sum_i weights[i] * (base[j] - rows[i][j]), j in [0, count)
 void weighted_differences(const double* base, const std::vector<const double*>& rows,

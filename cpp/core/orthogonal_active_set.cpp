@@ -28,7 +28,7 @@ Ending OrthogonalActiveSet::solve(std::int64_t max_iterations) {
       set_.multipliers = {1.0};
       return Ending::kUnreachable;
     }
-    const Ending ending = make_active(*this, p, max_iterations, set_);
+    const Ending ending = satisfy(*this, p, max_iterations, set_);
     if (ending != Ending::kSolved) return ending;
   }
 }
@@ -92,7 +92,7 @@ void OrthogonalActiveSet::advance(double step) {
   add_scaled(step, orthogonal_.data(), head_.latents(), s_.data());
 }
 
-void OrthogonalActiveSet::add_projected() {
+void OrthogonalActiveSet::append_projected() {
   const double length = std::sqrt(residual_);
   factor_.append(projection_.data(), length);
   for (double& value : orthogonal_) value /= length;

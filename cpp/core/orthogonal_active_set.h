@@ -31,13 +31,13 @@ class OrthogonalActiveSet {
   /// never sums l_j a_j, which cancels where the active constraints are nearly dependent.
   void add_step(std::vector<double> residual, std::vector<double>& s) const;
 
-  // ---- what make_active asks for ----
+  // ---- what satisfy asks for ----
   double project(std::int64_t p, std::vector<double>& coefficients);
   double slack(std::int64_t p) const { return slack_[p]; }
   double squared_length(std::int64_t p) const { return squared_lengths_[p]; }
   std::int64_t constraint(std::int64_t p) const { return p; }
   void advance(double step);
-  void add_projected();
+  void append_projected();
   void remove(std::int64_t index);
 
  private:

@@ -11,7 +11,6 @@ namespace {
 constexpr std::int64_t kBlock = 32;  // candidates of a round, at least
 constexpr double kRefined = 2e-14;   // residual of the active constraints that needs no refinement
 constexpr int kMostRefinements = 4;
-constexpr int kMostLooks = 200;  // at exact prices: far beyond what sound heads need
 
 }  // namespace
 
@@ -24,27 +23,36 @@ PricedActiveSet::PricedActiveSet(const HeadGeometry& head, std::int64_t target,
       gram_row_(gram_row),
       max_iterations_(max_iterations),
       squared_lengths_(head.squared_lengths(target, gram_row)),
+      lengths_(squared_lengths_),
       slack_(margins, margins + head.classes()),  // at s = 0
       rounding_(slack_.size()) {
+  for (double& length : lengths_) length = std::sqrt(length);
   for (std::size_t j = 0; j < slack_.size(); ++j) rounding_[j] = std::fabs(slack_[j]);
 }
 
 void PricedActiveSet::solve() {
-  while (add(most_violated()) && head_.has_gram()) price_by_gram();
+  double before = objective();
+  while (work_round(most_violated()) && head_.has_gram()) {
+    price_by_gram();
+    const double now = objective();
+    if (!(now > before)) return;
+    before = now;
+  }
 }
 
-bool PricedActiveSet::settle(const double* products) {
+bool PricedActiveSet::check(const double* products) {
   if (ending_ != Ending::kSolved) return true;
   if (refine(products)) return false;
-  take_prices(products);
+  take_prices(products, std::sqrt(objective()));
   std::vector<std::int64_t> violated = most_violated();
   if (violated.empty()) return true;
-  if (++looks_ > kMostLooks) {
+  if (!(objective() > checked_objective_)) {
     ending_ = Ending::kIterationLimit;
     return true;
   }
+  checked_objective_ = objective();
   refinements_ = 0;
-  if (add(std::move(violated)) && head_.has_gram()) {
+  if (work_round(std::move(violated)) && head_.has_gram()) {
     price_by_gram();
     solve();
   }
@@ -75,22 +83,33 @@ bool PricedActiveSet::refine(const double* products) {
 /// W s = sum_i l_i (K_k - K_i), a row of K for each active constraint.
 void PricedActiveSet::price_by_gram() {
   std::vector<const double*> rows;
-  for (std::int64_t j : set_.active) rows.push_back(head_.gram_row(j));
+  double reach = 0;
+  for (std::size_t i = 0; i < set_.active.size(); ++i) {
+    rows.push_back(head_.gram_row(set_.active[i]));
+    reach += set_.multipliers[i] * (head_.row_length(target_) + head_.row_length(set_.active[i]));
+  }
   std::vector<double> products(slack_.size());
   weighted_differences(gram_row_, rows, set_.multipliers.data(), head_.classes(), products.data());
-  take_prices(products.data());
+  take_prices(products.data(), reach);
 }
 
-void PricedActiveSet::take_prices(const double* products) {
-  double squared = 0;  // s.s = l.G l = l.m on the active set
-  for (std::size_t i = 0; i < set_.active.size(); ++i)
-    squared += set_.multipliers[i] * margins_[set_.active[i]];
-  const double length = std::sqrt(std::max(squared, 0.0));
-  for (std::size_t j = 0; j < slack_.size(); ++j) {
+/// `reach` is the length that the rounding of the products is relative to.
+void PricedActiveSet::take_prices(const double* products, double reach) {
+  const double length = std::sqrt(objective()), noise = reach / active_set::kViolated;
+  for (std::int64_t j = 0; j < head_.classes(); ++j) {
     slack_[j] = margins_[j] - (products[target_] - products[j]);
-    rounding_[j] = std::fabs(margins_[j]) + std::sqrt(squared_lengths_[j]) * length;
+    rounding_[j] =
+        std::fabs(margins_[j]) + lengths_[j] * length + head_.difference_noise(target_, j) * noise;
   }
   for (std::int64_t j : set_.active) slack_[j] = 0;  // complementary slackness, free of rounding
+}
+
+/// m.l, on the active set the same as s.s = l.G l.
+double PricedActiveSet::objective() const {
+  double sum = 0;
+  for (std::size_t i = 0; i < set_.active.size(); ++i)
+    sum += set_.multipliers[i] * margins_[set_.active[i]];
+  return std::max(sum, 0.0);
 }
 
 /// The constraints furthest (in distance) from holding, that one first; a constraint that cannot
@@ -100,7 +119,8 @@ std::vector<std::int64_t> PricedActiveSet::most_violated() const {
   for (std::int64_t j = 0; j < head_.classes(); ++j) {
     if (j == target_ || !(slack_[j] > active_set::kViolated * rounding_[j])) continue;
     if (squared_lengths_[j] == 0) return {j};
-    violated.emplace_back(-slack_[j] / std::sqrt(squared_lengths_[j]), j);
+    if (!(squared_lengths_[j] < std::numeric_limits<double>::infinity())) continue;
+    violated.emplace_back(-slack_[j] / lengths_[j], j);
   }
   const std::size_t most =
       static_cast<std::size_t>(std::max(kBlock, static_cast<std::int64_t>(set_.active.size()) / 2));
@@ -115,23 +135,22 @@ std::vector<std::int64_t> PricedActiveSet::most_violated() const {
 }
 
 /// A round's work on its candidates; false where there were none or the method ended.
-bool PricedActiveSet::add(std::vector<std::int64_t> constraints) {
-  if (constraints.empty()) return false;
-  if (squared_lengths_[constraints[0]] == 0) {  // 0 . s >= m with m > 0
-    set_.active = {constraints[0]};
+bool PricedActiveSet::work_round(std::vector<std::int64_t> candidates) {
+  if (candidates.empty()) return false;
+  if (squared_lengths_[candidates[0]] == 0) {  // 0 . s >= m with m > 0
+    set_.active = {candidates[0]};
     set_.multipliers = {1.0};
     ending_ = Ending::kUnreachable;
     return false;
   }
   CandidateBlock block(
-      factor_, set_.active, std::move(constraints), [this](std::int64_t i, std::int64_t j) {
+      factor_, set_.active, std::move(candidates), [this](std::int64_t i, std::int64_t j) {
         // G[i, j] = K[k, k] - K[k, i] - K[k, j] + K[i, j]
         return i == j ? squared_lengths_[i]
                       : (gram_row_[target_] - gram_row_[i]) - (gram_row_[j] - head_.product(i, j));
       });
-  if (block.make_active_together(margins_, max_iterations_ - set_.iterations, set_)) return true;
-  ending_ =
-      block.make_active_in_turn(margins_, slack_.data(), rounding_.data(), max_iterations_, set_);
+  if (block.add_together(margins_, max_iterations_ - set_.iterations, set_)) return true;
+  ending_ = block.add_in_turn(margins_, slack_.data(), rounding_.data(), max_iterations_, set_);
   return ending_ == Ending::kSolved;
 }
 

@@ -65,12 +65,13 @@ class MinimalPerturbation:
 
     Attributes:
         classes: int64 [R], the classes k that were solved.
-        perturbation: float64 [R, D], s_k; NaN where unreachable.
-        norm: float64 [R], |s_k / scale|; infinite where unreachable.
+        perturbation: float64 [R, D], s_k; NaN where unreachable. With `Status.ITERATION_LIMIT`
+            what was reached, not proven minimal; NaN where that was nothing.
+        norm: float64 [R], |s_k / scale|; infinite where unreachable, NaN where nothing was reached.
         multipliers: float64 [R, C], l >= 0 with s_k = scale^2 * sum_j l_j (w_k - w_j); where
             unreachable a Farkas ray: sum_j l_j (w_k - w_j) = 0 although sum_j l_j M[k, j] > 0.
         status: int32 [R], values of `Status`.
-        iterations: int64 [R], active-set steps; 0 where the closed form held.
+        iterations: int64 [R], active-set steps, all told; 0 where the closed form held.
         active: int64 [R], constraints with a positive multiplier.
         primal_residual: float64 [R], the worst violation
             (M[k, j] - a_j.s)+ / (|M[k, j]| + |a_j| |s|), a_j = w_k - w_j in the metric of `scale`;
@@ -263,8 +264,9 @@ def minimal_perturbation(
 
     Solves s_k = argmin 1/2 |s / scale|^2 subject to (w_k - w_j).s >= M[k, j] for all j != k
     (arXiv 2511.08944, its optimisation problem): in closed form where every constraint is active,
-    else by a dual active-set method; all classes from one Gram matrix, in float64. A class that no
-    perturbation can reach is `Status.UNREACHABLE`, with a proof, and not an error.
+    else by a dual active-set method; in float64, from one Gram matrix of all classes where that
+    pays. A class that no perturbation can reach is `Status.UNREACHABLE`, with a proof, and not an
+    error.
 
     Args:
         weight: W, [C, D] with C >= 2, the head's weight; any floating dtype, finite.

@@ -27,13 +27,14 @@ class BlockSolver {
 
   void solve(std::int64_t k, std::int64_t max_iterations) {
     const std::size_t classes = head_.classes, latents = head_.latents, capacity = capacity_;
-    Values slack(classes), squared_norms(classes), perturbation(latents), products(classes);
+    Values slack(classes), squared_lengths(classes), perturbation(latents), products(classes);
     Values factor(capacity * (capacity + 1) / 2), vectors[4];
     for (Values& vector : vectors) vector.resize(capacity);
     std::vector<std::int64_t> active(capacity);
-    const Slot slot{capacity_,         slack.data(),      squared_norms.data(), perturbation.data(),
-                    factor.data(),     vectors[0].data(), vectors[1].data(),    vectors[2].data(),
-                    vectors[3].data(), active.data()};
+    const Slot slot{capacity_,           slack.data(),      squared_lengths.data(),
+                    perturbation.data(), factor.data(),     vectors[0].data(),
+                    vectors[1].data(),   vectors[2].data(), vectors[3].data(),
+                    active.data()};
     const Head head{geometry_.row(0), geometry_.gram_row(0), head_.classes, head_.latents};
     const double* const margins = head_.margins.data() + k * head_.classes;
     SerialBlock block;
@@ -47,6 +48,13 @@ class BlockSolver {
                     {to.perturbation + k * head_.latents, to.norm + k,
                      to.multipliers + k * head_.classes, to.status + k, to.iterations + k,
                      to.active + k, to.primal_residual + k, to.dual_residual + k, to.gap + k});
+    // The geometry's rows are 2^-e times the head's.
+    const int exponent = -geometry_.exponent();
+    to.norm[k] = std::ldexp(to.norm[k], exponent);
+    multiply_by_power_of_two(solution.s(k), head_.latents, exponent,
+                             to.perturbation + k * head_.latents);
+    multiply_by_power_of_two(solution.l(k), head_.classes, 2 * exponent,
+                             to.multipliers + k * head_.classes);
   }
 
  private:

@@ -31,7 +31,7 @@ struct Constraints {
   }
   Ending add_in_turn(CandidateBlock block, ActiveSet& set, std::int64_t most = 1000) const {
     const VectorXd left = slack(set), rounding = VectorXd::Constant(margins.size(), 1.0);
-    return block.make_active_in_turn(margins.data(), left.data(), rounding.data(), most, set);
+    return block.add_in_turn(margins.data(), left.data(), rounding.data(), most, set);
   }
 };
 
@@ -85,8 +85,7 @@ TEST(CandidateBlock, TogetherEqualsInTurn) {
     ActiveFactor together, in_turn;
     ActiveSet left, right;
     for (const auto& constraints : {range(0, 40), range(40, 40 + size)}) {
-      ASSERT_TRUE(
-          c.block(together, left, constraints).make_active_together(c.margins.data(), 1000, left));
+      ASSERT_TRUE(c.block(together, left, constraints).add_together(c.margins.data(), 1000, left));
       ASSERT_EQ(c.add_in_turn(c.block(in_turn, right, constraints), right), Ending::kSolved);
     }
     expect_consistent(c, together, left);
@@ -108,19 +107,51 @@ TEST(CandidateBlock, TogetherLeavesOutWhatDependsOrTurnsNegative) {
   c.rows.row(3) = c.rows.row(0) + 0.1 * c.rows.row(4);  // m = 1 there holds once 0 and 4 do
   ActiveFactor factor;
   ActiveSet set;
-  ASSERT_TRUE(
-      c.block(factor, set, {0, 1, 2, 4, 3}).make_active_together(c.margins.data(), 10, set));
+  ASSERT_TRUE(c.block(factor, set, {0, 1, 2, 4, 3}).add_together(c.margins.data(), 10, set));
   EXPECT_EQ(sorted(set.active), (std::vector<std::int64_t>{0, 1, 4}));
   expect_consistent(c, factor, set);
+}
+
+// Leaving out one negative multiplier makes another negative: up to six attempts here.
+TEST(CandidateBlock, TogetherLeavesOutAgainAndAgain) {
+  for (const double common : {10.0, 20.0, 30.0})
+    for (const std::int64_t size : {8, 32, 60})
+      for (unsigned seed = 0; seed < 6; ++seed) {
+        SCOPED_TRACE(testing::Message() << common << " " << size << " " << seed);
+        Constraints c = random_constraints(size, 200, common, seed);
+        const test::Values noise = test::normal_values(size, seed + 50, 0.3);
+        for (std::int64_t i = 0; i < size; ++i) c.margins[i] += noise[i];
+        ActiveFactor factor;
+        ActiveSet set;
+        ASSERT_TRUE(c.block(factor, set, range(0, size)).add_together(c.margins.data(), 100, set));
+        expect_consistent(c, factor, set);
+      }
+}
+
+// A sum of the others is dependent although rounding leaves it a tiny pivot.
+TEST(CandidateBlock, TogetherLeavesOutWhatDependsToRounding) {
+  int tiny = 0;
+  for (unsigned seed = 0; seed < 40; ++seed) {
+    Constraints c = random_constraints(5, 20, 0, seed);
+    c.rows.row(4) = 0.1 * c.rows.row(0) + 0.7 * c.rows.row(1) + 0.3 * c.rows.row(3);
+    c.margins[4] = 1.1 + 1e-9;  // a little more than its parts give
+    ActiveFactor factor;
+    ActiveSet set;
+    if (!c.block(factor, set, range(0, 5)).add_together(c.margins.data(), 10, set)) continue;
+    ++tiny;
+    EXPECT_EQ(std::count(set.active.begin(), set.active.end(), 4), 0) << seed;
+    expect_consistent(c, factor, set);
+  }
+  EXPECT_GT(tiny, 20);
 }
 
 TEST(CandidateBlock, TogetherLeavesAllAsItWasWhereAnActiveOneMustGo) {
   Constraints c{MatrixXd{{1, 0}, {2, 1}}, VectorXd{{1, 9}}};  // the second makes the first slack
   ActiveFactor factor;
   ActiveSet set;
-  ASSERT_TRUE(c.block(factor, set, {0}).make_active_together(c.margins.data(), 10, set));
+  ASSERT_TRUE(c.block(factor, set, {0}).add_together(c.margins.data(), 10, set));
   CandidateBlock block = c.block(factor, set, {1});
-  EXPECT_FALSE(block.make_active_together(c.margins.data(), 10, set));
+  EXPECT_FALSE(block.add_together(c.margins.data(), 10, set));
   EXPECT_EQ(set.active, std::vector<std::int64_t>{0});
   EXPECT_EQ(set.iterations, 1);
   expect_consistent(c, factor, set);
@@ -133,10 +164,10 @@ TEST(CandidateBlock, TogetherTakesNoMoreThanAllowed) {
   const Constraints c = random_constraints(20, 300, 0, 3);
   ActiveFactor factor;
   ActiveSet set;
-  ASSERT_TRUE(c.block(factor, set, range(0, 20)).make_active_together(c.margins.data(), 5, set));
+  ASSERT_TRUE(c.block(factor, set, range(0, 20)).add_together(c.margins.data(), 5, set));
   EXPECT_EQ(set.active.size(), 5u);
   EXPECT_EQ(set.iterations, 5);
-  EXPECT_FALSE(c.block(factor, set, {9}).make_active_together(c.margins.data(), 0, set));
+  EXPECT_FALSE(c.block(factor, set, {9}).add_together(c.margins.data(), 0, set));
 }
 
 TEST(CandidateBlock, InTurnDropsWhatTurnsNegative) {
@@ -166,6 +197,47 @@ TEST(CandidateBlock, InTurnProvesWhatIsUnreachable) {
   for (std::size_t i = 0; i < set.active.size(); ++i)
     sum += set.multipliers[i] * c.rows.row(set.active[i]).transpose();
   EXPECT_LT(sum.norm(), 1e-15);
+}
+
+TEST(CandidateBlock, TogetherLeavesOutWhatIsNoNumber) {
+  Constraints c = random_constraints(4, 30, 0, 7);
+  c.rows(2, 0) = std::numeric_limits<double>::quiet_NaN();
+  ActiveFactor factor;
+  ActiveSet set;
+  ASSERT_TRUE(c.block(factor, set, range(0, 4)).add_together(c.margins.data(), 10, set));
+  EXPECT_EQ(set.active, (std::vector<std::int64_t>{0, 1, 3}));
+}
+
+/// Products that overflowed, as `satisfy` meets them.
+struct Overflowed {
+  static constexpr double kDependent = 1e-12;
+  double curvature, gap;
+  bool touched = false;
+
+  double project(std::int64_t, std::vector<double>& coefficients) const {
+    coefficients.clear();
+    return curvature;
+  }
+  double slack(std::int64_t) const { return gap; }
+  double squared_length(std::int64_t) const { return 1; }
+  std::int64_t constraint(std::int64_t p) const { return p; }
+  void advance(double) { touched = true; }
+  void append_projected() { touched = true; }
+  void remove(std::int64_t) { touched = true; }
+};
+
+TEST(Satisfy, TakesNoStepThatIsNoNumber) {
+  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+  for (const double gap : {kNaN, HUGE_VAL, -HUGE_VAL}) {
+    Overflowed geometry{1.0, gap};
+    ActiveSet set;
+    EXPECT_EQ(satisfy(geometry, 0, 10, set), Ending::kIterationLimit) << gap;
+    EXPECT_FALSE(geometry.touched);
+  }
+  Overflowed geometry{kNaN, 1.0};  // an unknown curvature counts as none: a ray, to be certified
+  ActiveSet set;
+  EXPECT_EQ(satisfy(geometry, 0, 10, set), Ending::kUnreachable);
+  EXPECT_FALSE(geometry.touched);
 }
 
 TEST(CandidateBlock, InTurnStopsAtTheIterationLimit) {

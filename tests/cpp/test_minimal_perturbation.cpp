@@ -3,6 +3,7 @@
 #include <Eigen/Dense>
 #include <limits>
 #include <optional>
+#include <stdexcept>
 
 #include "tacext/minimal_perturbation.h"
 #include "test_support.h"
@@ -12,9 +13,11 @@ namespace {
 
 using Eigen::MatrixXd;
 using Eigen::VectorXd;
+using test::expect_unreachable;
 using test::solve;
 using test::TestHead;
 using test::TestSolution;
+using test::Values;
 
 MatrixXd constraints(const TestHead& head, std::int64_t k, const std::vector<std::int64_t>& js) {
   MatrixXd rows(js.size(), head.latents);
@@ -89,30 +92,6 @@ void expect_optimal(const TestHead& head, const TestSolution& solution, std::int
   for (double value : rest) left += value * value;
   EXPECT_LE(std::sqrt(left), 1e-8 * (std::sqrt(energy) + longest)) << "stationarity";
   EXPECT_LE(std::max({solution.primal[row], solution.dual[row], solution.gap[row]}), 1e-9);
-}
-
-// No s satisfies the constraints if sum_j l_j a_j = 0 although m.l > 0.
-void expect_unreachable(const TestHead& head, const TestSolution& solution, std::int64_t row,
-                        std::int64_t k) {
-  EXPECT_EQ(solution.norm[row], HUGE_VAL);
-  EXPECT_TRUE(std::isnan(solution.s(row)[0]));
-  const double* const l = solution.l(row);
-  double sum = 0, value = 0;
-  for (std::int64_t j = 0; j < head.classes; ++j) {
-    EXPECT_GE(l[j], 0);
-    sum += l[j];
-    value += j == k ? 0 : l[j] * head.margin(k, j);
-  }
-  EXPECT_NEAR(sum, 1, 1e-12);
-  EXPECT_GT(value, 0);
-  for (std::int64_t d = 0; d < head.latents; ++d) {
-    double total = 0, size = 0;
-    for (std::int64_t j = 0; j < head.classes; ++j) {
-      total += l[j] * head.constraint(k, j, d);
-      size += l[j] * std::fabs(head.constraint(k, j, d));
-    }
-    EXPECT_LE(std::fabs(total), 1e-11 * (1 + size));
-  }
 }
 
 void expect_proven(const TestHead& head, const TestSolution& solution) {
@@ -220,6 +199,16 @@ TEST(MinimalPerturbation, EqualRowsAreUnreachableOnlyAgainstEachOther) {
   }
 }
 
+TEST(MinimalPerturbation, ARayIsInTheUnitOfTheMargins) {
+  TestHead head{4, 2, {1, 0, -1, 1, -1, -1, 0, 0}, Values(16, 1.0)};
+  for (const double unit : {1e-200, 3.0, 1e200}) {
+    for (double& margin : head.margins) margin = unit;
+    const TestSolution solution = solve(head);
+    ASSERT_TRUE(solution.is(3, Status::kUnreachable));
+    expect_unreachable(head, solution, 3, 3);
+  }
+}
+
 TEST(MinimalPerturbation, AClassInsideTheHullOfOthersIsUnreachable) {
   TestHead head{4, 2, {1, 0, -1, 1, -1, -1, 0, 0}, test::Values(16, 1.0)};
   const TestSolution solution = solve(head);
@@ -261,6 +250,189 @@ TEST(MinimalPerturbation, AnOverflowProvesNothing) {
       }
     }
   }
+}
+
+/// The largest violation of class k by its stored s, and the norm, in extended precision.
+struct Wide {
+  long double violation = 0, relative = 0, norm = 0;
+};
+Wide violation_of(const TestHead& head, const TestSolution& solution, std::int64_t k) {
+  Wide wide;
+  for (std::int64_t d = 0; d < head.latents; ++d)
+    wide.norm += static_cast<long double>(solution.s(k)[d]) * solution.s(k)[d];
+  wide.norm = std::sqrt(wide.norm);
+  for (std::int64_t j = 0; j < head.classes; ++j) {
+    if (j == k) continue;
+    long double left = head.margin(k, j), length = 0;
+    for (std::int64_t d = 0; d < head.latents; ++d) {
+      const long double a = static_cast<long double>(head.weight[k * head.latents + d]) -
+                            head.weight[j * head.latents + d];
+      left -= a * solution.s(k)[d];
+      length += a * a;
+    }
+    const long double size = std::fabs(head.margin(k, j)) + std::sqrt(length) * wide.norm;
+    wide.violation = std::max(wide.violation, left);
+    if (left > 0) wide.relative = std::max(wide.relative, left / size);
+  }
+  return wide;
+}
+
+// Most rows huge and alike: what is certified must be the small rows themselves.
+TEST(MinimalPerturbation, HugeRowsDoNotBlurSmallOnes) {
+  for (const double huge : {1e8, 1e12, 1e16}) {
+    SCOPED_TRACE(huge);
+    TestHead head{10, 2, Values(20, 0.0), Values(100, -1.0)};
+    for (std::int64_t j = 0; j < 8; ++j) {
+      head.weight[j * 2] = huge;
+      head.weight[j * 2 + 1] = static_cast<double>(j) / 3;
+      head.margins[9 * 10 + j] = -100 * huge;
+    }
+    const Values small{0.1, 0.3, 0.4, 0.2};
+    std::copy(small.begin(), small.end(), head.weight.begin() + 16);
+    head.margins[9 * 10 + 8] = 1;  // only 9 against 8 counts: (0.3, -0.1) . s >= 1
+    const TestSolution solution = solve(head);
+    ASSERT_TRUE(solution.is(9, Status::kOptimal));
+    EXPECT_NEAR(solution.norm[9], std::sqrt(10.0), 1e-14);
+    EXPECT_LE(violation_of(head, solution, 9).violation, 1e-15);
+  }
+}
+
+TestHead clustered_head(std::int64_t classes, std::int64_t latents, double apart, unsigned seed) {
+  TestHead head{classes, latents, test::normal_values(classes * latents, seed, apart), {}};
+  for (std::int64_t j = 0; j < classes; ++j)
+    for (std::int64_t d = 0; d < latents; ++d) head.weight[j * latents + d] += j % 2 ? 1 : -1;
+  head.margins = test::random_margins(head.weight, classes, latents, 100, seed + 1000);
+  return head;
+}
+
+// Rows in two tight clusters: products of the rows themselves say nothing about differences within
+// a cluster. Nothing may come and go for their rounding, and no residual may be lost in it.
+TEST(MinimalPerturbation, TightClustersNeitherCycleNorHideViolations) {
+  for (const double apart : {1e-5, 1e-6, 3e-7, 1e-7, 1e-8})
+    for (unsigned seed = 0; seed < 25; ++seed) {
+      SCOPED_TRACE(testing::Message() << apart << ", seed " << seed);
+      const TestHead head = clustered_head(20, 10, apart, seed);
+      const TestSolution solution = solve(head);
+      for (std::int64_t k = 0; k < head.classes; ++k) {
+        ASSERT_FALSE(solution.is(k, Status::kIterationLimit)) << k;
+        EXPECT_LE(solution.iterations[k], 200) << k;
+        if (solution.is(k, Status::kOptimal)) {
+          EXPECT_LE(violation_of(head, solution, k).relative, 1.01 * solution.primal[k] + 1e-12)
+              << k;
+        }
+      }
+    }
+}
+
+// A power of two changes no digit: only s, the multipliers and the norm carry it.
+TEST(MinimalPerturbation, UnitsChangeNoDigit) {
+  for (const std::int64_t classes : {9, 40}) {
+    const TestHead head = test::random_head(classes, 12, 40, 60);
+    const TestSolution plain = solve(head);
+    struct Units {
+      int weight, margins;
+    };
+    for (const Units units : {Units{-530, -530},
+                              {530, 530},
+                              {-350, 0},
+                              {350, 0},
+                              {0, 900},
+                              {0, -900},
+                              {-900, -900},
+                              {900, 900}}) {
+      SCOPED_TRACE(testing::Message() << units.weight << " " << units.margins);
+      TestHead scaled = head;
+      for (double& w : scaled.weight) w = std::ldexp(w, units.weight);
+      for (double& m : scaled.margins) m = std::ldexp(m, units.margins);
+      const int s_unit = units.margins - units.weight, l_unit = s_unit - units.weight;
+      const TestSolution solution = solve(scaled);
+      for (std::int64_t k = 0; k < classes; ++k) {
+        ASSERT_TRUE(solution.is(k, Status::kOptimal)) << k;
+        EXPECT_EQ(solution.norm[k], std::ldexp(plain.norm[k], s_unit));
+        EXPECT_EQ(solution.s(k)[3], std::ldexp(plain.s(k)[3], s_unit));
+        for (std::int64_t j = 0; j < classes; ++j)
+          EXPECT_EQ(solution.l(k)[j], std::ldexp(plain.l(k)[j], l_unit));
+        EXPECT_EQ(solution.primal[k], plain.primal[k]);
+      }
+    }
+  }
+}
+
+TEST(MinimalPerturbation, AnExtremeScaleKeepsTheAnswer) {
+  const TestHead head = test::random_head(9, 12, 40, 61);
+  const TestSolution plain = solve(head);
+  for (const int exponent : {-400, 400, -997, 997}) {
+    SCOPED_TRACE(exponent);
+    const Values scale(12, std::ldexp(1.0, exponent));
+    const TestSolution solution = solve(head, {}, scale.data());
+    for (std::int64_t k = 0; k < 9; ++k) {
+      // Multipliers are scale^-2: where they are no doubles, the answer lacks its proof.
+      EXPECT_EQ(solution.is(k, Status::kOptimal), std::abs(exponent) == 400) << k;
+      EXPECT_EQ(solution.primal[k] <= 1e-9, std::abs(exponent) == 400) << k;
+      EXPECT_EQ(solution.norm[k], std::ldexp(plain.norm[k], -exponent)) << k;
+      EXPECT_EQ(solution.s(k)[5], plain.s(k)[5]) << k;
+    }
+  }
+}
+
+TEST(MinimalPerturbation, AMarginFarBelowZeroDoesNotHideTheOthers) {
+  TestHead head = test::random_head(9, 12, 40, 62);
+  const TestSolution plain = solve(head);
+  for (const double below : {-1e200, -1e308}) {
+    TestHead changed = head;
+    for (double& m : changed.margins) m *= 1e-200;
+    for (std::int64_t k = 0; k < 9; ++k) changed.margins[k * 9 + (k + 1) % 9] = below;
+    const TestSolution solution = solve(changed);
+    for (std::int64_t k = 0; k < 9; ++k) {
+      ASSERT_TRUE(solution.is(k, Status::kOptimal));
+      if (plain.l(k)[(k + 1) % 9] == 0) {
+        EXPECT_NEAR(solution.norm[k] * 1e200, plain.norm[k], 1e-12 * plain.norm[k]);
+      }
+    }
+  }
+}
+
+TEST(MinimalPerturbation, WithoutAnAnswerThereIsNoNorm) {
+  TestHead head = test::random_head(6, 8, 20, 37);
+  for (std::int64_t d = 0; d < 8; ++d) head.weight[4 * 8 + d] *= 1e160;
+  const TestSolution solution = solve(head);
+  ASSERT_TRUE(solution.is(4, Status::kIterationLimit));
+  EXPECT_TRUE(std::isnan(solution.norm[4]));
+  EXPECT_TRUE(std::isnan(solution.s(4)[0]));
+}
+
+// Rows and margins whose products overflow: every class ends, and the sanitizers see no write
+// elsewhere.
+TEST(MinimalPerturbation, FiniteInputsOfAnySizeEnd) {
+  const double sizes[] = {1, 1, 1, 1, 1e100, 1e100, 1e140, 1e150, 1e153, 1e153};
+  for (const unsigned seed : {13, 25, 117, 133}) {
+    TestHead head{40, 28, test::normal_values(40 * 28, seed),
+                  test::normal_values(40 * 40, seed + 1, 1e150)};
+    std::mt19937 engine(seed);
+    for (std::int64_t j = 0; j < 40; ++j) {
+      const double size = sizes[engine() % 10];
+      for (std::int64_t d = 0; d < 28; ++d) head.weight[j * 28 + d] *= size;
+    }
+    const TestSolution solution = solve(head);
+    for (std::int64_t k = 0; k < 40; ++k) {
+      if (!solution.is(k, Status::kOptimal)) continue;
+      EXPECT_TRUE(std::isfinite(solution.norm[k])) << seed << " " << k;
+      EXPECT_LE(violation_of(head, solution, k).relative, 1e-9L) << seed << " " << k;
+    }
+  }
+}
+
+TEST(MinimalPerturbation, MarginsComeInOneType) {
+  const TestHead head = test::random_head(4, 3, 5, 63);
+  TestSolution solution(4, 4, 3);
+  const std::vector<float> single(16, 1.0f);
+  PerturbationProblem problem{head.weight.data(), nullptr, nullptr, nullptr, 4, 4, 3};
+  EXPECT_THROW(minimal_perturbation(problem, {}, solution.pointers(), serial_for),
+               std::invalid_argument);
+  problem.margins = head.margins.data();
+  problem.margins_single = single.data();
+  EXPECT_THROW(minimal_perturbation(problem, {}, solution.pointers(), serial_for),
+               std::invalid_argument);
 }
 
 TEST(MinimalPerturbation, TheDiagonalIsNotRead) {

@@ -103,8 +103,9 @@ TEST(PricedActiveSet, AShortListWithoutTheGramMatrixAgrees) {
   }
 }
 
-// Fused multiply-adds round once where the baseline rounds twice: not the same bits, but as good.
-TEST(PricedActiveSet, EveryInstructionSetSolvesToRounding) {
+// Matrix products of every width (simd_width), with the other functions of this machine. Fused
+// multiply-adds round once where the baseline rounds twice: not the same bits, but as good.
+TEST(PricedActiveSet, KernelsOfEveryWidthSolveToRounding) {
   for (const NamedHead& named : larger_heads()) {
     SCOPED_TRACE(named.name);
     const TestSolution wanted = test::solve(named.head);
@@ -118,6 +119,158 @@ TEST(PricedActiveSet, EveryInstructionSetSolvesToRounding) {
       }
     });
   }
+}
+
+/// Runs a method to its end, with products of W itself; returns how many checks it took.
+int run(PricedActiveSet& method, const HeadGeometry& geometry) {
+  method.solve();
+  for (int checks = 1;; ++checks) {
+    Values s(geometry.latents(), 0.0), products(geometry.classes());
+    for (std::size_t i = 0; i < method.set().active.size(); ++i)
+      for (std::int64_t d = 0; d < geometry.latents(); ++d)
+        s[d] += method.set().multipliers[i] *
+                (geometry.row(method.target())[d] - geometry.row(method.set().active[i])[d]);
+    geometry.packed().multiply(s.data(), 1, geometry.classes(), products.data(),
+                               geometry.classes());
+    if (method.check(products.data())) return checks;
+  }
+}
+
+/// Some rows, on a grid, are the exact mean of 64 others: no perturbation leads there.
+TestHead hull_head(const std::vector<std::int64_t>& inside) {
+  const std::int64_t classes = 160, latents = 40;
+  TestHead head = test::random_head(classes, latents, 100, 54);
+  for (double& w : head.weight) w = std::ldexp(std::round(std::ldexp(w, 20)), -20);
+  for (std::size_t i = 0; i < inside.size(); ++i)
+    for (std::int64_t d = 0; d < latents; ++d) {
+      double sum = 0;
+      for (std::int64_t n = 0; n < 64; ++n)
+        sum += head.weight[(10 + 40 * static_cast<std::int64_t>(i) + n) * latents + d];
+      head.weight[inside[i] * latents + d] = sum / 64;
+    }
+  head.margins = test::random_margins(head.weight, classes, latents, 100, 55);
+  return head;
+}
+
+TEST(PricedActiveSet, ProvesUnreachableOverSeveralRounds) {
+  const std::vector<std::int64_t> inside{0, 7, 159};
+  const TestHead head = hull_head(inside);
+  for (const bool listed : {false, true}) {  // a short list goes without K
+    SCOPED_TRACE(listed);
+    const HeadGeometry geometry(problem_of(head, listed ? &inside : nullptr), serial_for);
+    ASSERT_EQ(geometry.has_gram(), !listed);
+    const TestSolution solution = test::solve(head, {}, nullptr, listed ? &inside : nullptr);
+    for (std::size_t i = 0; i < inside.size(); ++i) {
+      SCOPED_TRACE(inside[i]);
+      const std::int64_t k = inside[i];
+      const double* const margins = head.margins.data() + k * head.classes;
+      Values row(head.classes);
+      geometry.packed().multiply(geometry.row(k), 1, head.classes, row.data(), head.classes);
+      PricedActiveSet method(geometry, k, margins, row.data(), 10000);
+      const int checks = run(method, geometry);
+      EXPECT_EQ(method.ending(), Ending::kUnreachable);
+      EXPECT_GT(method.set().iterations, 32) << "more than one block";
+      if (listed) {
+        EXPECT_GT(checks, 2);
+      }
+      test::expect_unreachable(head, solution, listed ? static_cast<std::int64_t>(i) : k, k);
+    }
+    if (listed) continue;
+    for (std::int64_t k = 0; k < head.classes; ++k)
+      EXPECT_EQ(solution.is(k, Status::kUnreachable),
+                std::count(inside.begin(), inside.end(), k) > 0)
+          << k;
+  }
+}
+
+// Without K a check works one round: rounds that gain must not count against it.
+TEST(PricedActiveSet, TakesAsManyChecksAsThereAreRounds) {
+  const TestHead head = collapsed_head(140, 53);
+  const std::vector<std::int64_t> targets{3, 90};
+  const HeadGeometry geometry(problem_of(head, &targets), serial_for);
+  ASSERT_FALSE(geometry.has_gram());
+  for (const std::int64_t k : targets) {
+    Values row(head.classes);
+    geometry.packed().multiply(geometry.row(k), 1, head.classes, row.data(), head.classes);
+    PricedActiveSet method(geometry, k, head.margins.data() + k * head.classes, row.data(), 10000);
+    EXPECT_GT(run(method, geometry), 3);
+    EXPECT_EQ(method.ending(), Ending::kSolved);
+  }
+}
+
+// An equal row that must be beaten cannot be: found at once, however far others are from holding.
+TEST(PricedActiveSet, AConstraintThatCannotHoldEndsTheMethod) {
+  TestHead head = test::random_head(40, 20, 30, 56);
+  std::copy_n(head.weight.begin() + 2 * 20, 20, head.weight.begin() + 6 * 20);
+  head.margins = test::random_margins(head.weight, 40, 20, 30, 57);
+  head.margins[2 * 40 + 6] = 1e-3;
+  const HeadGeometry geometry(problem_of(head, nullptr), serial_for);
+  PricedActiveSet method(geometry, 2, head.margins.data() + 2 * 40, geometry.gram_row(2), 10000);
+  method.solve();
+  EXPECT_EQ(method.ending(), Ending::kUnreachable);
+  EXPECT_EQ(method.set().active, std::vector<std::int64_t>{6});
+}
+
+/// The classes whose constraints one round makes active, most violated first.
+std::vector<std::int64_t> first_round(const TestHead& head, std::int64_t target) {
+  const std::vector<std::int64_t> targets{target};
+  const HeadGeometry geometry(problem_of(head, &targets), serial_for);
+  Values row(head.classes);
+  geometry.packed().multiply(geometry.row(target), 1, head.classes, row.data(), head.classes);
+  PricedActiveSet method(geometry, target, head.margins.data() + target * head.classes, row.data(),
+                         10000);
+  method.solve();
+  return method.set().active;
+}
+
+// Lengths that overflowed to NaN would spoil the order of the candidates.
+TEST(PricedActiveSet, ConstraintsThatOverflowAreNoCandidates) {
+  TestHead head = test::random_head(200, 60, 100, 58);
+  const auto overflows = [](std::int64_t j) { return j % 5 == 2; };
+  for (std::int64_t j = 0; j < 200; ++j)
+    for (std::int64_t d = 0; d < 60; ++d)
+      head.weight[j * 60 + d] *= overflows(j) ? 1e170 : j < 60 ? 1e150 : 1.0;
+  TestHead without = head;
+  for (std::int64_t k = 0; k < 60; ++k)
+    for (std::int64_t j = 0; j < 200; ++j) {  // the small rows, all alike beside row k, hold
+      const double wanted = 1e150 * (1 + std::fabs(head.margin(k, j)));
+      head.margins[k * 200 + j] = j < 60 || overflows(j) ? wanted : -1;
+      without.margins[k * 200 + j] = overflows(j) ? -1 : head.margin(k, j);
+    }
+  for (std::int64_t k = 0; k < 60; k += 5) {
+    const std::vector<std::int64_t> active = first_round(head, k);
+    EXPECT_GT(active.size(), 3u) << k;
+    EXPECT_EQ(active, first_round(without, k)) << k;
+  }
+}
+
+// Nearly of rank 3: prices from K lose what a round gains, and only the check can tell.
+TEST(PricedActiveSet, RoundingOfTheGramMatrixEndsNoClassAtItsLimit) {
+  TestHead head{100, 64, test::normal_values(100 * 64, 60, 1e-6), {}};
+  const Values left = test::normal_values(100 * 3, 61), right = test::normal_values(3 * 64, 62);
+  for (std::int64_t j = 0; j < 100; ++j)
+    for (std::int64_t d = 0; d < 64; ++d)
+      for (std::int64_t r = 0; r < 3; ++r)
+        head.weight[j * 64 + d] += left[j * 3 + r] * right[r * 64 + d];
+  head.margins = test::random_margins(head.weight, 100, 64, 100, 63);
+  const TestSolution solution = test::solve(head);
+  for (std::int64_t k = 0; k < 100; ++k) {
+    EXPECT_FALSE(solution.is(k, Status::kIterationLimit)) << k;
+    EXPECT_LE(solution.iterations[k], 400) << k;
+  }
+}
+
+// A row just outside the hull of two others: its terms nearly cancel, so that both ways are gone.
+TEST(PricedActiveSet, StepsOfBothWaysAreCounted) {
+  const TestHead head{3, 2, {1, 0, -1, 0, 0, 1e-6}, Values(9, 1.0)};
+  const HeadGeometry geometry(problem_of(head, nullptr), serial_for);
+  const double* const margins = head.margins.data() + 2 * 3;
+  PricedActiveSet priced(geometry, 2, margins, geometry.gram_row(2), 1000);
+  run(priced, geometry);
+  OrthogonalActiveSet orthogonal(geometry, 2, margins, priced.squared_lengths());
+  ASSERT_EQ(orthogonal.solve(1000), Ending::kSolved);
+  EXPECT_EQ(test::solve(head, {1e-9, 0, false}).iterations[2],
+            priced.set().iterations + orthogonal.set().iterations);
 }
 
 TEST(PricedActiveSet, StopsAtTheIterationLimitInsideABlock) {

@@ -1,10 +1,13 @@
 #pragma once
 
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <random>
+#include <string>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -149,6 +152,31 @@ inline TestSolution solve(const TestHead& head, const SolverSettings& settings =
   return solution;
 }
 
+// No s satisfies the constraints if sum_j l_j a_j = 0 although m.l > 0.
+inline void expect_unreachable(const TestHead& head, const TestSolution& solution, std::int64_t row,
+                               std::int64_t k) {
+  EXPECT_EQ(solution.norm[row], HUGE_VAL);
+  EXPECT_TRUE(std::isnan(solution.s(row)[0]));
+  const double* const l = solution.l(row);
+  double sum = 0, value = 0;
+  for (std::int64_t j = 0; j < head.classes; ++j) {
+    EXPECT_GE(l[j], 0);
+    sum += l[j];
+    value += j == k ? 0 : l[j] * head.margin(k, j);
+  }
+  EXPECT_NEAR(sum, 1, 1e-12);
+  EXPECT_GT(value, 0);
+  EXPECT_NEAR(solution.gap[row], -value, 1e-9 * value);
+  for (std::int64_t d = 0; d < head.latents; ++d) {
+    double total = 0, size = 0;
+    for (std::int64_t j = 0; j < head.classes; ++j) {
+      total += l[j] * head.constraint(k, j, d);
+      size += l[j] * std::fabs(head.constraint(k, j, d));
+    }
+    EXPECT_LE(std::fabs(total), 1e-11 * (1 + size));
+  }
+}
+
 /// The heads on which every version of the solver is tried.
 struct NamedHead {
   const char* name;
@@ -206,8 +234,8 @@ inline std::vector<NamedHead> various_heads() {
   return heads;
 }
 
-/// Runs body with the vector registers of every instruction set that is compiled for, as far as
-/// this machine has them.
+/// Runs body with the kernels of every vector width that is compiled for, as far as this machine
+/// has them. Functions that the loader picks (TACEXT_SIMD_CLONES) stay those of this machine.
 template <class Body>
 void with_each_simd_width(const Body& body) {
   for (const int width : {16, 32, 64}) {

@@ -11,7 +11,7 @@ namespace tacext {
 enum class Status : std::int32_t {
   kOptimal = 0,         ///< the certificate holds within the tolerance
   kUnreachable = 1,     ///< no perturbation satisfies the constraints; the multipliers prove it
-  kIterationLimit = 2,  ///< stopped before the certificate held
+  kIterationLimit = 2,  ///< ended before the certificate held
 };
 
 struct SolverSettings {
@@ -40,13 +40,15 @@ struct PerturbationProblem {
 ///
 /// An optimal class carries the KKT residuals of what is stored, recomputed from W, not from the
 /// Gram matrix. An unreachable class has a NaN perturbation, an infinite norm and, as multipliers,
-/// a Farkas ray l >= 0 with sum_j l_j (w_k - w_j) = 0 and m.l > 0, scaled to sum 1.
+/// a Farkas ray l >= 0 with sum_j l_j (w_k - w_j) = 0 and m.l > 0, scaled to sum 1. A class that
+/// ended before its certificate held keeps the s it came to, or NaN and a NaN norm where it came to
+/// none; so ends, too, a class whose multipliers no double can hold (a scale beyond 1e150).
 struct PerturbationResult {
   double* perturbation;      ///< s_k, [count, latents]
   double* norm;              ///< |s_k / scale|, [count]
   double* multipliers;       ///< l >= 0, [count, classes]; s_k = scale^2 * sum_j l_j (w_k - w_j)
   std::int32_t* status;      ///< Status, [count]
-  std::int64_t* iterations;  ///< active-set steps, 0 for the closed form, [count]
+  std::int64_t* iterations;  ///< active-set steps, all told, 0 for the closed form, [count]
   std::int64_t* active;      ///< constraints with a positive multiplier, [count]
   /// max_j (M[k,j] - a_j.s)+ / (|M[k,j]| + |a_j| |s|), a_j = scaled w_k - w_j; where the active
   /// constraints nearly cancel, against the smaller |M[k,j]| + sum_d |a_jd s_d|, [count]
@@ -58,10 +60,11 @@ struct PerturbationResult {
   double* gap;
 };
 
-/// Solves every listed class from one Gram matrix, in double. Inputs must be finite, with at least
-/// 2 classes and 1 latent. The same input gives the same bits for any `parallel_for`. A class's
-/// answer does not depend on which others are listed with it beyond rounding, which may differ
-/// where a list is so short that it is solved without the Gram matrix.
+/// Solves every listed class, in double: from one Gram matrix where that pays, else from W. Inputs
+/// must be finite, with at least 2 classes and 1 latent, and margins given in one of their two
+/// types, or it throws std::invalid_argument. The same input gives the same bits for any
+/// `parallel_for`. A class's answer does not depend on which others are listed with it beyond
+/// rounding, which may differ where a list is so short that it is solved without the Gram matrix.
 TACEXT_API void minimal_perturbation(const PerturbationProblem& problem,
                                      const SolverSettings& settings,
                                      const PerturbationResult& result,
