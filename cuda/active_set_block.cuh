@@ -27,6 +27,7 @@
 namespace tacext::cuda {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kEpsilon = std::numeric_limits<double>::epsilon();
 
 /// A value and where it was found; of equal values the one with the smaller index wins.
 struct Choice {
@@ -51,7 +52,6 @@ struct Head {
   /// How far w_k . x - w_j . x may be from a_j . x, in units of |x|; as in
   /// cpp/core/head_geometry.h.
   TACEXT_DEVICE double difference_noise(std::int64_t k, std::int64_t j) const {
-    constexpr double kEpsilon = std::numeric_limits<double>::epsilon();
     return kEpsilon * (4 + 0.5 * std::sqrt(static_cast<double>(latents))) *
            (std::sqrt(gram_row(k)[k]) + std::sqrt(gram_row(j)[j]));
   }

@@ -334,6 +334,68 @@ TEST(CudaPerturbation, OverflowIsLeftToTheCpu) {
     }
 }
 
+// Most rows huge and alike: a mean of them would blur the small ones.
+TEST(CudaPerturbation, HugeRowsDoNotBlurSmallOnes) {
+  for (double huge : {1e8, 1e12, 1e16}) {
+    SCOPED_TRACE(huge);
+    TestHead head{10, 2, Values(20, 0.0), Values(100, -1.0)};
+    for (std::int64_t j = 0; j < 8; ++j) {
+      head.weight[j * 2] = huge;
+      head.weight[j * 2 + 1] = static_cast<double>(j) / 3;
+      head.margins[9 * 10 + j] = -100 * huge;
+    }
+    const Values small{0.1, 0.3, 0.4, 0.2};
+    std::copy(small.begin(), small.end(), head.weight.begin() + 16);
+    head.margins[9 * 10 + 8] = 1;  // only 9 against 8 counts: (0.3, -0.1) . s >= 1
+    const TestSolution device = solve_on_device(head);
+    ASSERT_TRUE(device.is(9, Status::kOptimal));
+    EXPECT_NEAR(device.norm[9], std::sqrt(10.0), 1e-14);
+    EXPECT_GE(head.constraint(9, 8, 0) * device.s(9)[0] + head.constraint(9, 8, 1) * device.s(9)[1],
+              1 - 1e-14);
+  }
+}
+
+// Rows that differ by a common component alone are as good as those without it.
+TEST(CudaPerturbation, ACommonComponentIsTakenOff) {
+  TestHead head = test::random_head(10, 16, 30, 55);
+  for (double& w : head.weight) w = std::ldexp(std::round(std::ldexp(w, 20)), -20);
+  TestHead shifted = head;
+  for (std::int64_t i = 0; i < 160; ++i) shifted.weight[i] += i % 16 < 8 ? 1e8 : -1e8;
+  const TestSolution plain = solve_on_device(head), device = solve_on_device(shifted);
+  for (std::int64_t k = 0; k < 10; ++k) {
+    ASSERT_TRUE(device.is(k, Status::kOptimal)) << k;
+    EXPECT_NEAR(device.norm[k], plain.norm[k], 1e-12 * plain.norm[k]);
+  }
+}
+
+// What the products of close rows cannot tell is left to the CPU.
+TEST(CudaPerturbation, CertifiesNothingWithinItsRounding) {
+  std::int64_t open = 0;
+  for (unsigned seed = 56; seed < 60; ++seed) {
+    TestHead head{12, 10, test::normal_values(120, seed, 1e-7), {}};
+    for (std::int64_t i = 0; i < 120; ++i) head.weight[i] += i / 10 % 2 ? 1 : -1;
+    head.margins = test::random_margins(head.weight, 12, 10, 50, seed + 100);
+    const TestSolution device = solve_on_device(head);
+    for (std::int64_t k = 0; k < 12; ++k)
+      if (device.is(k, Status::kOptimal))
+        EXPECT_LE(test::violation_of(head, device, k).relative, 1e-9L) << seed << " " << k;
+      else
+        ++open;
+  }
+  EXPECT_GT(open, 30);
+}
+
+// s.s underflows: no residual means anything.
+TEST(CudaPerturbation, UnderflowIsLeftToTheCpu) {
+  TestHead head = test::random_head(8, 5, 20, 58);
+  for (double& margin : head.margins) margin = 1e-200 * (0.1 + std::fabs(margin));
+  const TestSolution device = solve_on_device(head), core = test::solve(head);
+  for (std::int64_t k = 0; k < 8; ++k) {
+    EXPECT_TRUE(device.is(k, Status::kIterationLimit)) << k;
+    EXPECT_FALSE(core.is(k, Status::kIterationLimit)) << k;
+  }
+}
+
 TEST(CudaPerturbation, ScaleIsAMetric) {
   const TestHead head = test::random_head(11, 70, 40, 51);
   Values scale = test::normal_values(70, 52);

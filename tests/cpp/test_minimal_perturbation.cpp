@@ -18,6 +18,7 @@ using test::solve;
 using test::TestHead;
 using test::TestSolution;
 using test::Values;
+using test::violation_of;
 
 MatrixXd constraints(const TestHead& head, std::int64_t k, const std::vector<std::int64_t>& js) {
   MatrixXd rows(js.size(), head.latents);
@@ -250,31 +251,6 @@ TEST(MinimalPerturbation, AnOverflowProvesNothing) {
       }
     }
   }
-}
-
-/// The largest violation of class k by its stored s, and the norm, in extended precision.
-struct Wide {
-  long double violation = 0, relative = 0, norm = 0;
-};
-Wide violation_of(const TestHead& head, const TestSolution& solution, std::int64_t k) {
-  Wide wide;
-  for (std::int64_t d = 0; d < head.latents; ++d)
-    wide.norm += static_cast<long double>(solution.s(k)[d]) * solution.s(k)[d];
-  wide.norm = std::sqrt(wide.norm);
-  for (std::int64_t j = 0; j < head.classes; ++j) {
-    if (j == k) continue;
-    long double left = head.margin(k, j), length = 0;
-    for (std::int64_t d = 0; d < head.latents; ++d) {
-      const long double a = static_cast<long double>(head.weight[k * head.latents + d]) -
-                            head.weight[j * head.latents + d];
-      left -= a * solution.s(k)[d];
-      length += a * a;
-    }
-    const long double size = std::fabs(head.margin(k, j)) + std::sqrt(length) * wide.norm;
-    wide.violation = std::max(wide.violation, left);
-    if (left > 0) wide.relative = std::max(wide.relative, left / size);
-  }
-  return wide;
 }
 
 // Most rows huge and alike: what is certified must be the small rows themselves.
