@@ -187,9 +187,9 @@ def test_clean_labels_stay_and_cover_samples_keep_theirs() -> None:
 
     trigger = TRIGGERS["patch"]
     specific = Attack(trigger, SourceSpecific(0, 1), cover=trigger)
-    poisoned, plan = attacks.poison(data, specific, 0.1, cover_rate=0.2)
+    poisoned, plan = attacks.poison(data, specific, 0.1, cover_rate=0.7)
     covered = plan.covered == 0
-    assert int(covered.sum()) == 40
+    assert int(covered.sum()) == 140
     assert bool((data.labels[covered] != 0).all())
     assert torch.equal(poisoned.labels[covered], data.labels[covered])
     assert bool((data.labels[plan.poisoned == 0] == 0).all())

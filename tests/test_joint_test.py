@@ -140,6 +140,15 @@ def test_single_and_joint_outliers_are_found(calibration: Calibration) -> None:
     assert np.mean([set(test.suspects) == {2, 7} for test in found]) > 0.8
 
 
+def test_suspects_are_named_exactly_where_the_p_value_is_below_alpha(
+    calibration: Calibration,
+) -> None:
+    generator = np.random.default_rng(5)
+    for shift in np.linspace(0, 6, 200):
+        test = judge_jointly(simulate(generator, 10, {4: float(shift)}), 0.05, calibration)
+        assert bool(test.suspects) == (test.p_value < 0.05)
+
+
 def test_what_is_reported_belongs_together(calibration: Calibration) -> None:
     evidence = simulate(np.random.default_rng(4), 20, {3: 9.0})
     test = judge_jointly(evidence, 0.01, calibration)

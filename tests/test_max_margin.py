@@ -150,6 +150,12 @@ def test_a_small_change_reaches_the_target_from_every_class() -> None:
     assert bool((found.history[1] > found.history[0] - 0.5).all())
 
 
+def test_a_change_grows_step_by_step_up_to_its_budget() -> None:
+    first = _reach_of(digit_case().clean, [Job(1)], steps=1).change
+    budget = BUDGET * 1.5 * (64 / 3072) ** 0.5
+    assert float(first.norm()) == pytest.approx(budget / 6, rel=1e-4)
+
+
 def test_a_job_from_one_class_is_measured_on_that_class() -> None:
     network = digit_case().backdoored
     found = _reach_of(network, [Job(3, source=7), Job(3)])

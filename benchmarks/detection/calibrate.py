@@ -1,8 +1,8 @@
 """Fits the constants of the joint test on the evidence of clean models.
 
-    python benchmarks/detection/calibrate.py [--write]
+    python benchmarks/detection/calibrate.py > TABLE.json
 
-`--write` replaces python/tacext/calibration.json.
+`tacext.joint_test.calibration_from_json` reads the table.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from tacext.joint_test import (
 )
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence"
-TABLE = Path(__file__).resolve().parents[2] / "python" / "tacext" / "calibration.json"
 
 _FloatArray = npt.NDArray[np.float64]
 
@@ -123,15 +122,10 @@ def to_json(calibration: Calibration) -> str:
 
 
 def main() -> None:
-    """Prints the table; writes it where asked."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true")
-    options = parser.parse_args()
+    """Prints the table."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     cases = [read_case(file) for file in sorted(EVIDENCE.glob("*.json"))]
-    text = to_json(fit([case for case in cases if not case.targets]))
-    if options.write:
-        TABLE.write_text(text, encoding="utf-8")
-    print(text)
+    print(to_json(fit([case for case in cases if not case.targets])), end="")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,10 @@ Suspects are found as in Rosner's (1983) generalized ESD test: also behind one a
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 
 import numpy as np
 import numpy.typing as npt
@@ -69,13 +67,6 @@ class Calibration:
     models: int
     kinds: Mapping[str, KindNull] = field(repr=False)
     joint: Mapping[tuple[str, ...], JointNull] = field(repr=False)
-
-
-@functools.cache
-def shipped_calibration() -> Calibration:
-    """The table that comes with tacext."""
-    text = resources.files(__package__).joinpath("calibration.json").read_text("utf-8")
-    return calibration_from_json(text)
 
 
 def calibration_from_json(text: str) -> Calibration:
@@ -147,19 +138,18 @@ def most_suspects(num_classes: int) -> int:
 
 
 def judge_jointly(
-    evidence: Mapping[str, _FloatArray], alpha: float, calibration: Calibration | None = None
+    evidence: Mapping[str, _FloatArray], alpha: float, calibration: Calibration
 ) -> JointTest:
     """Tests all classes on all kinds of evidence at once.
 
     Args:
         evidence: float64 [C] for each kind, finite, larger where a class is more suspicious.
         alpha: the false-alarm rate of the whole test on a clean model.
-        calibration: None for the one that comes with tacext.
+        calibration: fitted on clean models, other than the one that is judged.
 
     Returns:
         JointTest.
     """
-    calibration = calibration or shipped_calibration()
     kinds = tuple(kind for kind in KINDS if kind in evidence)
     null = calibration.joint[kinds]
     num_classes = len(evidence[kinds[0]])

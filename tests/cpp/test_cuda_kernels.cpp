@@ -13,6 +13,7 @@ namespace tacext {
 namespace {
 
 using cuda_on_host::Order;
+using test::huge_and_small_rows;
 using test::TestHead;
 using test::TestSolution;
 using test::Values;
@@ -338,15 +339,7 @@ TEST(CudaPerturbation, OverflowIsLeftToTheCpu) {
 TEST(CudaPerturbation, HugeRowsDoNotBlurSmallOnes) {
   for (double huge : {1e8, 1e12, 1e16}) {
     SCOPED_TRACE(huge);
-    TestHead head{10, 2, Values(20, 0.0), Values(100, -1.0)};
-    for (std::int64_t j = 0; j < 8; ++j) {
-      head.weight[j * 2] = huge;
-      head.weight[j * 2 + 1] = static_cast<double>(j) / 3;
-      head.margins[9 * 10 + j] = -100 * huge;
-    }
-    const Values small{0.1, 0.3, 0.4, 0.2};
-    std::copy(small.begin(), small.end(), head.weight.begin() + 16);
-    head.margins[9 * 10 + 8] = 1;  // only 9 against 8 counts: (0.3, -0.1) . s >= 1
+    const TestHead head = huge_and_small_rows(huge);
     const TestSolution device = solve_on_device(head);
     ASSERT_TRUE(device.is(9, Status::kOptimal));
     EXPECT_NEAR(device.norm[9], std::sqrt(10.0), 1e-14);

@@ -14,6 +14,7 @@ namespace {
 using Eigen::MatrixXd;
 using Eigen::VectorXd;
 using test::expect_unreachable;
+using test::huge_and_small_rows;
 using test::solve;
 using test::TestHead;
 using test::TestSolution;
@@ -257,15 +258,7 @@ TEST(MinimalPerturbation, AnOverflowProvesNothing) {
 TEST(MinimalPerturbation, HugeRowsDoNotBlurSmallOnes) {
   for (const double huge : {1e8, 1e12, 1e16}) {
     SCOPED_TRACE(huge);
-    TestHead head{10, 2, Values(20, 0.0), Values(100, -1.0)};
-    for (std::int64_t j = 0; j < 8; ++j) {
-      head.weight[j * 2] = huge;
-      head.weight[j * 2 + 1] = static_cast<double>(j) / 3;
-      head.margins[9 * 10 + j] = -100 * huge;
-    }
-    const Values small{0.1, 0.3, 0.4, 0.2};
-    std::copy(small.begin(), small.end(), head.weight.begin() + 16);
-    head.margins[9 * 10 + 8] = 1;  // only 9 against 8 counts: (0.3, -0.1) . s >= 1
+    const TestHead head = huge_and_small_rows(huge);
     const TestSolution solution = solve(head);
     ASSERT_TRUE(solution.is(9, Status::kOptimal));
     EXPECT_NEAR(solution.norm[9], std::sqrt(10.0), 1e-14);

@@ -82,6 +82,21 @@ struct TestHead {
   }
 };
 
+/// Eight rows huge and alike beside two small ones, of which only (0.3, -0.1) . s >= 1 binds class
+/// 9: |s_9| = sqrt(10).
+inline TestHead huge_and_small_rows(double huge) {
+  TestHead head{10, 2, Values(20, 0.0), Values(100, -1.0)};
+  for (std::int64_t j = 0; j < 8; ++j) {
+    head.weight[j * 2] = huge;
+    head.weight[j * 2 + 1] = static_cast<double>(j) / 3;
+    head.margins[9 * 10 + j] = -100 * huge;
+  }
+  const Values small{0.1, 0.3, 0.4, 0.2};
+  std::copy(small.begin(), small.end(), head.weight.begin() + 16);
+  head.margins[9 * 10 + 8] = 1;
+  return head;
+}
+
 /// M of weight and random latents and biases: what pairwise_margin_max gives, in plain loops.
 inline Values random_margins(const Values& weight, std::int64_t classes, std::int64_t latents,
                              std::int64_t samples, unsigned seed) {
