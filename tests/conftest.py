@@ -42,6 +42,12 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """No test may depend on the random numbers that another one drew."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def restore_threads() -> Iterator[None]:
     """For tests that change torch's number of threads."""
