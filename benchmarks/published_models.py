@@ -1,6 +1,6 @@
-"""Scans and repairs published classifiers and prints the tables of docs/method.md.
+"""Scans and repairs published classifiers and prints the tables of docs/detection.md and docs/method.md.
 
-    python benchmarks/published_models.py --models FOLDER [--quantile Q] [--repair NAME ...]
+    python benchmarks/published_models.py --models FOLDER [--depth fast] [--quantile Q] [--repair NAME ...]
 
 FOLDER holds a zoo.py with MODELS and load(name, n, clean); the models are not part of this project.
 """
@@ -36,6 +36,21 @@ def scan_row(name: str, case: Any, report: ScanReport) -> str:
     )
 
 
+def thorough_row(name: str, case: Any, report: ScanReport) -> str:
+    """One line of the table of thorough scans."""
+    assert report.evidence is not None
+    joint, look = report.evidence.joint, report.evidence.look
+    k = joint.most_suspicious
+    kinds = " | ".join(f"{p[k]:.1g}" for p in joint.kind_p_values.values())
+    verdict = report.verdict + "".join(f" {suspect}" for suspect in report.suspects)
+    target = "none" if case.target is None else str(case.target)
+    shuffled = "-" if look.shuffle is None else f"{look.shuffle.share:.2f}"
+    return (
+        f"| {name} | {target} | {k} | {kinds} | {shuffled} | {report.p_value:.2g} | {verdict} | "
+        f"{report.timings.forward:.1f} s | {look.seconds:.1f} s |"
+    )
+
+
 def repair_rows(zoo: Any, name: str, settings: FinetuneSettings) -> list[str]:
     """Lines of the repair table: as published, plain fine-tuning, repaired."""
     case = zoo.load(name, n=None, clean=CLEAN_IMAGES)
@@ -64,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", required=True, help="folder of zoo.py")
     parser.add_argument("--repair", nargs="*", default=None, help="names to repair, not scan")
+    parser.add_argument("--depth", choices=("fast", "thorough"), default="thorough")
     parser.add_argument("--quantile", type=float, default=1.0, help="of the scans")
     options = parser.parse_args()
     sys.path.insert(0, options.models)
@@ -73,12 +89,24 @@ def main() -> None:
         for name in options.repair:
             print(*repair_rows(zoo, name, FinetuneSettings()), sep="\n", flush=True)
         return
-    print("| model | classes | target | verdict | certificate | forward | analysis |")
-    print("|---|---|---|---|---|---|---|")
+    if options.depth == "fast":
+        print("| model | classes | target | verdict | certificate | forward | analysis |")
+        print("|---|---|---|---|---|---|---|")
+    else:
+        print(
+            "| model | target | first | norm | max margin | reach | shuffle | p | verdict | forward | look |"
+        )
+        print("|---|---|---|---|---|---|---|---|---|---|---|")
+    row = scan_row if options.depth == "fast" else thorough_row
     for name in zoo.MODELS:
         case = zoo.load(name, n=10, clean=CLEAN_IMAGES)
-        report = scan(case.model, (case.x_clean, case.y_clean), quantile=options.quantile)
-        print(scan_row(name, case, report), flush=True)
+        report = scan(
+            case.model,
+            (case.x_clean, case.y_clean),
+            depth=options.depth,
+            quantile=options.quantile,
+        )
+        print(row(name, case, report), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Max margins and reach: against linear models, where both are known, and on real digits."""
+"""Max margins: against linear models, where they are known, and on real digits."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from digits import digit_case
-from tacext import InputError
+from tacext.errors import NoGradientError
 from tacext.heads import find_head
 from tacext.max_margin import DifferentiableModel, InputBox, class_margin, max_margin, unit_gradient
-from tacext.reach import Job, reach
 
 SHAPE = (1, 6, 6)
 
@@ -74,6 +73,17 @@ def test_the_same_seed_gives_the_same_bits_and_the_model_is_left_alone() -> None
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+def test_a_choice_of_classes_is_driven_as_among_all() -> None:
+    model = with_gradients(linear_model())
+    some = max_margin(model, InputBox.unit(SHAPE), classes=(3, 1), steps=60, progress=False)
+    everything = max_margin(model, InputBox.unit(SHAPE), steps=60, progress=False)
+    assert some.classes == (3, 1)
+    assert some.margin.shape == (2, 8)
+    torch.testing.assert_close(
+        some.margin.mean(1), everything.margin.mean(1)[[3, 1]], rtol=0.1, atol=0.1
+    )
+
+
 def test_the_box_follows_the_data() -> None:
     inside = InputBox.around(torch.tensor([[[[0.2]], [[0.9]]]]))
     assert (float(inside.low), float(inside.high)) == (0, 1)
@@ -103,7 +113,7 @@ def test_a_model_without_gradients_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.head(x.detach().round().flatten(1))  # type: ignore[no-any-return]
 
-    with pytest.raises(InputError, match=r'scan: model: .* gradients .*use depth="fast"'):
+    with pytest.raises(NoGradientError, match=r'scan: model: .* gradients .*depth="fast"'):
         max_margin(with_gradients(Detached()), InputBox.unit(SHAPE), progress=False)
 
 
@@ -116,62 +126,3 @@ def test_the_target_of_a_real_backdoor_leads_further_than_without_it() -> None:
         leads[name] = float(margin[0] / margin[1:].max())
         assert bool((margin > 0).all())
     assert leads["backdoored"] > 1.2 * leads["clean"]
-
-
-# ---- reach ---------------------------------------------------------------------------------------
-
-
-BUDGET = 4.0  # a trigger of four of 64 pixels takes more of the diagonal than one of 32x32
-
-
-def _reach_of(network: nn.Module, jobs: list[Job], steps: int = 20):  # type: ignore[no-untyped-def]
-    images, labels = digit_case().data.defender
-    return reach(
-        with_gradients(network, (1, 8, 8)),
-        InputBox.unit((1, 8, 8)),
-        (images[:300], labels[:300]),
-        (images[300:], labels[300:]),
-        jobs,
-        budget=BUDGET,
-        steps=steps,
-        marks=(5,),
-        progress=False,
-    )
-
-
-def test_a_small_change_reaches_the_target_from_every_class() -> None:
-    found = _reach_of(digit_case().backdoored, [Job(k) for k in range(10)])
-    assert int(found.margin.argmax()) == 0
-    assert int(found.rate.argmax()) == 0
-    torch.testing.assert_close(found.moved.sum(2), torch.ones(10, 10, dtype=torch.float64))
-    length = found.change.flatten(1).norm(dim=1)
-    budget = BUDGET * 1.5 * (64 / 3072) ** 0.5
-    torch.testing.assert_close(length, torch.full((10,), budget), rtol=0.02, atol=0)
-    assert bool((found.history[1] > found.history[0] - 0.5).all())
-
-
-def test_a_change_grows_step_by_step_up_to_its_budget() -> None:
-    first = _reach_of(digit_case().clean, [Job(1)], steps=1).change
-    budget = BUDGET * 1.5 * (64 / 3072) ** 0.5
-    assert float(first.norm()) == pytest.approx(budget / 6, rel=1e-4)
-
-
-def test_a_job_from_one_class_is_measured_on_that_class() -> None:
-    network = digit_case().backdoored
-    found = _reach_of(network, [Job(3, source=7), Job(3)])
-    images, labels = digit_case().data.defender
-    images, labels = images[300:], labels[300:]
-    with torch.no_grad():
-        predicted = network((images[labels == 7] + found.change[0]).clamp(0, 1)).argmax(1)
-    assert float(found.rate[0]) == pytest.approx(
-        float((predicted == 3).double().mean()), abs=0.05
-    )  # bfloat16
-    assert float(found.moved[0, 7, 3]) == pytest.approx(float(found.rate[0]))
-    assert float(found.margin[0]) != float(found.margin[1])
-
-
-def test_jobs_do_not_depend_on_their_neighbours() -> None:
-    network = digit_case().clean
-    alone = _reach_of(network, [Job(2)], steps=5)
-    among = _reach_of(network, [Job(1), Job(2), Job(5)], steps=5)
-    torch.testing.assert_close(among.margin[1], alone.margin[0], rtol=0.05, atol=0.05)

@@ -24,10 +24,11 @@ from tacext import (
     SolverSettings,
     Status,
     demo,
+    observation,
     ops,
     scan,
-    scanning,
 )
+from tacext.attacks import AllToAll, Attack, plan_poisoning
 from tacext.plots import plot_norms
 from tacext.report import scan_to_dict, write_json
 from tacext.tables import scan_table
@@ -258,7 +259,7 @@ def test_a_quantile_of_a_known_number_of_samples_keeps_no_logits(
         made.append(MarginQuantile(*arguments))  # type: ignore[arg-type]
         return made[-1]
 
-    monkeypatch.setattr(scanning, "MarginQuantile", noting)
+    monkeypatch.setattr(observation, "MarginQuantile", noting)
     case = digit_case()
     images, labels = case.data.defender
     pairs = zip(images.split(100), labels.split(100), strict=True)
@@ -345,6 +346,7 @@ def test_bad_data_is_refused_with_the_way_out(case: str) -> None:
         ({"alpha": 0.0}, "alpha: expected a rate between 0 and 1"),
         ({"alpha": 1.0}, "alpha"),
         ({"metric": "cosine"}, "metric: expected 'standardized' or 'l2'"),
+        ({"depth": "deep"}, "depth: expected 'fast' or 'thorough', got 'deep'"),
         ({"head": "nowhere"}, "head: expected the name"),
         ({"batch_size": 0}, "batch_size"),
     ],
@@ -378,3 +380,79 @@ def test_margins_of_the_report_are_those_of_the_operator() -> None:
         logits = case.clean(images)
     report = scan(case.clean, [(images, labels)])
     assert torch.allclose(report.margins, ops.pairwise_margin_max(logits), atol=1e-4)
+
+
+# ---- depth ---------------------------------------------------------------------------------------
+
+
+def test_a_fast_scan_has_the_norms_and_nothing_else() -> None:
+    case = digit_case()
+    fast = scan(case.backdoored, case.data.defender, depth="fast")
+    thorough = scan(case.backdoored, case.data.defender)
+    assert fast.evidence is None
+    assert fast.timings.look < 0.01 < thorough.timings.look
+    assert (fast.p_value, fast.reason) == (fast.test.p_value, fast.test.reason)
+    assert torch.equal(fast.norm, thorough.norm)
+    assert thorough.evidence is not None
+    assert thorough.evidence.joint.kinds == ("norm", "noise_margin", "reach")
+    assert (fast.depth, thorough.depth) == ("fast", "thorough")
+
+
+def test_the_same_seed_gives_the_same_report() -> None:
+    case = digit_case()
+    first, again, other = (
+        scan(case.clean, case.data.defender, seed=seed).evidence for seed in (5, 5, 6)
+    )
+    assert first is not None
+    assert again is not None
+    assert other is not None
+    for kind, p_values in first.joint.kind_p_values.items():
+        assert np.array_equal(p_values, again.joint.kind_p_values[kind])
+    assert not torch.equal(first.look.noise.margin, other.look.noise.margin)
+
+
+def test_a_model_without_gradients_is_judged_by_its_norms_and_says_so() -> None:
+    class Detached(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                return self.inner(images)  # type: ignore[no-any-return]
+
+    case = digit_case()
+    report = scan(Detached(case.clean), case.data.defender)
+    assert report.evidence is None
+    assert [w for w in report.warnings if "only the norms were tested" in w]
+    assert report.verdict == report.test.verdict
+
+
+def test_of_many_classes_some_are_looked_at() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 200))
+    inputs = torch.rand(2000, 20)
+    report = scan(model, (inputs, model(inputs).argmax(1)))
+    assert report.evidence is not None
+    assert len(report.evidence.look.classes) == 64
+    assert report.evidence.look.shuffle is None
+    assert len(report.evidence.joint.class_p_values) == 200
+    content = scan_to_dict(report)
+    assert content["shuffle"] is None
+    looked = [row["evidence"]["reach"] is not None for row in content["classes"]]
+    assert sum(looked) == 64
+
+
+def test_an_all_to_all_backdoor_is_named_and_written(tmp_path: Path) -> None:
+    images, labels = digit_case().data.training
+    attack = Attack(demo.white_corner, AllToAll(10))
+    plan = plan_poisoning(labels, [attack], 0.3, seed=0)
+    model = demo.train(*plan.apply(images, labels, torch.arange(len(labels))), epochs=40)
+    report = scan(model, digit_case().data.defender)
+    assert report.verdict == "backdoored"
+    assert report.suspects == tuple(range(10))
+    assert "a backdoor from all classes to all" in report.reason
+    content = scan_to_dict(report)
+    assert content["shuffle"]["share"] > 0.6
+    assert sorted(content["shuffle"]["destinations"]) == list(range(10))
+    write_json(tmp_path / "scan.json", content, operation="scan")

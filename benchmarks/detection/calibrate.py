@@ -1,8 +1,8 @@
 """Fits the constants of the joint test on the evidence of clean models.
 
-    python benchmarks/detection/calibrate.py > TABLE.json
+    python benchmarks/detection/calibrate.py
 
-`tacext.joint_test.calibration_from_json` reads the table.
+Writes python/tacext/calibration.json, which comes with the package.
 """
 
 from __future__ import annotations
@@ -17,19 +17,29 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import optimize, special
+from scipy import optimize, special, stats
 
 from tacext.joint_test import (
     KINDS,
     Calibration,
     JointNull,
     KindNull,
+    ShuffleNull,
     calibration_from_json,
-    fisher_sums,
+    joint_scores,
     moderated_p_values,
 )
+from tacext.second_look import margin_evidence, norm_evidence, reach_evidence
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence"
+TABLE = Path(__file__).resolve().parents[2] / "python" / "tacext" / "calibration.json"
+VERSION = 1
+
+# The norms that the constants are fitted on: those of a scan by default.
+NORM = "standardized 1 2500"
+
+# Moments of a few dozen logits are known no better than so.
+_SMALLEST_SPREAD = 1e-3
 
 _FloatArray = npt.NDArray[np.float64]
 
@@ -44,36 +54,26 @@ class Case:
     dataset: str
     targets: tuple[int, ...]
     evidence: dict[str, _FloatArray]
+    shuffle: float | None
     raw: dict[str, Any]
 
 
-def read_case(file: Path) -> Case:
+def read_case(file: Path, norm: str = NORM) -> Case:
     """Of evidence/NAME.json."""
     raw = json.loads(file.read_text(encoding="utf-8"))
     dataset, network, attack = file.stem.split("-")[:3]
-    return Case(file.stem, attack, network, dataset, tuple(raw["targets"]), of_class(raw), raw)
-
-
-def of_class(
-    raw: dict[str, Any], norm: str = "standardized 0.99 2500", steps: int = 20
-) -> dict[str, _FloatArray]:
-    """One number a class and kind, larger where it is more suspicious."""
-
-    def at(part: dict[str, Any], values: str) -> _FloatArray:
-        return np.array(part[values][part["marks"].index(steps)])
-
-    return {
-        "norm": -np.log(np.array(raw["norms"][norm])),
-        "noise_margin": np.log(np.maximum(at(raw["noise"], "mean"), 1e-2)),
-        "clean_margin": np.log(np.maximum(at(raw["clean"], "mean"), 1e-2)),
-        "reach": at(raw["reach"], "margin") / typical_margin(raw),
+    evidence = {
+        "norm": norm_evidence(np.array(raw["norms"][norm])),
+        "noise_margin": margin_evidence(np.array(raw["noise"]["margin"])),
+        "reach": reach_evidence(np.array(raw["reach"]["gain"])),
     }
+    shuffled = raw["shuffle"]["share"] if raw["shuffle"] else None
+    return Case(file.stem, attack, network, dataset, tuple(raw["targets"]), evidence, shuffled, raw)
 
 
-def typical_margin(raw: dict[str, Any]) -> float:
-    """What margins of this model are like: the median over the classes of those from noise."""
-    part = raw["noise"]
-    return float(np.median(part["mean"][part["marks"].index(20)]))
+def read_cases() -> list[Case]:
+    """All of them."""
+    return [read_case(file) for file in sorted(EVIDENCE.glob("*.json"))]
 
 
 def fit_kind(models: Sequence[_FloatArray]) -> KindNull:
@@ -91,6 +91,28 @@ def fit_kind(models: Sequence[_FloatArray]) -> KindNull:
     return KindNull(float(np.exp(log_spread / 2)), weight)
 
 
+def fit_joint(largest: _FloatArray, classes: _FloatArray) -> JointNull:
+    """The gamma law whose largest of C draws is most likely to give these largest scores."""
+
+    def surprise(parameters: _FloatArray) -> float:
+        shape, scale = np.exp(parameters)
+        single = stats.gamma(shape, scale=scale)
+        likelihood = single.logpdf(largest) + (classes - 1) * single.logcdf(largest)
+        return -float(likelihood.sum())
+
+    start = np.log([1.0, 2.0])
+    found = optimize.minimize(surprise, start, method="Nelder-Mead", options={"xatol": 1e-6})
+    shape, scale = np.exp(found.x)
+    return JointNull(float(shape), float(scale), len(largest))
+
+
+def fit_shuffle(shares: Sequence[float]) -> ShuffleNull:
+    """Mean and spread of the logits."""
+    logits = special.logit(np.clip(shares, 1e-3, 1 - 1e-3))
+    spread = max(float(logits.std(ddof=1)), _SMALLEST_SPREAD)
+    return ShuffleNull(float(logits.mean()), spread, len(logits))
+
+
 def fit(cases: Sequence[Case]) -> Calibration:
     """All constants, from clean models."""
     kinds = {kind: fit_kind([case.evidence[kind] for case in cases]) for kind in KINDS}
@@ -98,23 +120,29 @@ def fit(cases: Sequence[Case]) -> Calibration:
         {kind: moderated_p_values(case.evidence[kind], kinds[kind]) for kind in KINDS}
         for case in cases
     ]
+    classes = np.array([float(len(case.evidence["norm"])) for case in cases])
     joint = {}
     for size in range(1, len(KINDS) + 1):
         for chosen in itertools.combinations(KINDS, size):
-            sums = np.concatenate([fisher_sums([p[kind] for kind in chosen]) for p in p_values])
-            mean, variance = max(sums.mean(), 2.0 * size), max(sums.var(), 4.0 * size)
-            joint[chosen] = JointNull(float(mean**2 / variance), float(variance / mean))
-    return Calibration(1, len(cases), kinds, joint)
+            largest = [joint_scores([p[kind] for kind in chosen]).max() for p in p_values]
+            joint[chosen] = fit_joint(np.array(largest), classes)
+    shares = [case.shuffle for case in cases if case.shuffle is not None]
+    return Calibration(VERSION, len(cases), kinds, joint, fit_shuffle(shares))
 
 
 def to_json(calibration: Calibration) -> str:
     """As `calibration_from_json` reads it."""
+
+    def rounded(null: KindNull | JointNull | ShuffleNull) -> dict[str, float]:
+        return {name: float(f"{value:.4g}") for name, value in vars(null).items()}
+
     table = {
         "version": calibration.version,
         "models": calibration.models,
         "made_by": "benchmarks/detection/calibrate.py",
-        "kinds": {name: vars(null) for name, null in calibration.kinds.items()},
-        "joint": {"+".join(name): vars(null) for name, null in calibration.joint.items()},
+        "kinds": {name: rounded(null) for name, null in calibration.kinds.items()},
+        "joint": {"+".join(name): rounded(null) for name, null in calibration.joint.items()},
+        "shuffle": rounded(calibration.shuffle),
     }
     text = json.dumps(table, indent=1)
     assert calibration_from_json(text).models == calibration.models
@@ -122,10 +150,11 @@ def to_json(calibration: Calibration) -> str:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Writes the table."""
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
-    cases = [read_case(file) for file in sorted(EVIDENCE.glob("*.json"))]
-    print(to_json(fit([case for case in cases if not case.targets])), end="")
+    clean = [case for case in read_cases() if not case.targets]
+    TABLE.write_text(to_json(fit(clean)), encoding="utf-8")
+    print(f"fitted on {len(clean)} clean models: {TABLE}")
 
 
 if __name__ == "__main__":

@@ -25,21 +25,21 @@ from make_zoo import Record, load_model, read_record
 from torch import Tensor, nn
 
 from tacext import ImageSet
+from tacext.data import as_batches
 from tacext.heads import find_head
-from tacext.max_margin import DifferentiableModel, InputBox, MaxMargin, max_margin
-from tacext.reach import Job, Reach, reach
-from tacext.scanning import Metric, observe, solve
+from tacext.max_margin import InputBox
+from tacext.observation import Metric, observe, solve
+from tacext.second_look import SampleKeeper, look_again
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence"
 SAMPLES = 2500
-MARKS = (5, 10, 20, 40)
 NORMS: tuple[tuple[Metric, float, int], ...] = (
     ("standardized", 1.0, SAMPLES),
     ("standardized", 0.99, SAMPLES),
     ("l2", 1.0, SAMPLES),
     ("l2", 0.99, SAMPLES),
-    ("standardized", 0.99, 500),
-    ("standardized", 0.99, 100),
+    ("standardized", 1.0, 500),
+    ("standardized", 1.0, 100),
 )
 
 
@@ -67,76 +67,50 @@ def _norms(model: nn.Module, data: ImageSet) -> dict[str, list[float]]:
     return found
 
 
-def _ascent(found: MaxMargin) -> dict[str, Any]:
+def _look(model: nn.Module, data: ImageSet, seed: int) -> dict[str, Any]:
+    """What a thorough scan sees beside the norms."""
+    keeper = SampleKeeper(seed)
+    for inputs, labels in as_batches(data, operation="scan", batch_size=256):
+        keeper.add(inputs, labels)
+    inputs, labels = keeper.samples()
+    head = find_head(model, inputs[:4])
+    found = look_again(
+        model,
+        head,
+        (inputs, labels),
+        InputBox.around(inputs),
+        tuple(range(head.num_classes)),
+        seed=seed,
+        progress=False,
+    )
+    assert found.reach is not None
+    shuffled = found.shuffle
     return {
-        "marks": found.marks,
-        "mean": _rounded(found.history.mean(2)),
-        "max": _rounded(found.history.amax(2)),
-        "seconds": round(found.seconds, 2),
-    }
-
-
-def _reach(found: Reach) -> dict[str, Any]:
-    to_target, elsewhere = [], []
-    for job, moved in zip(found.jobs, found.moved, strict=True):
-        others = [c for c in range(len(moved)) if c not in (job.source, job.target)]
-        to_target.append(moved[others, job.target].mean())
-        away = moved[others].clone()
-        away[range(len(others)), others] = 0
-        away[:, job.target] = 0
-        elsewhere.append(away.amax(1).mean())
-    return {
-        "jobs": [[job.source, job.target] for job in found.jobs],
-        "marks": found.marks,
-        "margin": _rounded(found.history),
-        "rate": _rounded(found.rate),
-        "others_to_target": _rounded(torch.stack(to_target)),
-        "others_elsewhere": _rounded(torch.stack(elsewhere)),
-        "seconds": round(found.seconds, 2),
+        "noise": {
+            "margin": _rounded(found.noise.margin.mean(1)),
+            "seconds": round(found.noise.seconds, 2),
+        },
+        "reach": {
+            "budgets": found.reach.budgets,
+            "gain": _rounded(found.reach.gain),
+            "rate": _rounded(found.reach.rate),
+            "scale": float(f"{found.reach.scale:.4g}"),
+            "seconds": round(found.reach.seconds, 2),
+        },
+        "shuffle": shuffled
+        and {
+            "share": float(f"{shuffled.share:.4g}"),
+            "budget": shuffled.budget,
+            "destinations": shuffled.destinations,
+            "seconds": round(shuffled.seconds, 2),
+        },
     }
 
 
 def collect(model: nn.Module, data: ImageSet, seed: int = 0) -> dict[str, Any]:
     """All evidence of one model, on clean images that it was not trained on."""
     part = data.sample(min(SAMPLES, len(data)), seed=1)
-    inputs, labels = part.images[:1000].float() / 255, part.labels[:1000]
-    head = find_head(model, inputs[:4])
-    model_with_gradients = DifferentiableModel(model, head, "scan")
-    box = InputBox.unit(inputs.shape[1:])
-    fit, held_out = (inputs[:600], labels[:600]), (inputs[600:800], labels[600:800])
-    classes = [k for k in range(head.num_classes) if bool((fit[1] == k).any())]
-    quiet: dict[str, Any] = {"progress": False, "seed": seed}
-    evidence: dict[str, Any] = {
-        "norms": _norms(model, data),
-        "noise": _ascent(max_margin(model_with_gradients, box, steps=40, marks=MARKS, **quiet)),
-        "clean": _ascent(
-            max_margin(model_with_gradients, box, steps=40, marks=MARKS, first=inputs[:8], **quiet)
-        ),
-        "reach": _reach(
-            reach(
-                model_with_gradients,
-                box,
-                fit,
-                held_out,
-                [Job(k) for k in range(head.num_classes)],
-                images=16,
-                marks=(10,),
-                **quiet,
-            )
-        ),
-    }
-    if head.num_classes <= 10:
-        pairs = [Job(b, a) for a in classes for b in classes if a != b]
-        evidence["pairs"] = _reach(
-            reach(model_with_gradients, box, fit, held_out, pairs, steps=12, images=10, **quiet)
-        )
-    weight = head.weight.detach()
-    evidence["head"] = {
-        "row_norm": _rounded(weight.norm(dim=1)),
-        "row_mean": _rounded(weight.mean(1)),
-        "bias": _rounded(head.module.bias.detach()) if head.module.bias is not None else None,
-    }
-    return evidence
+    return {"norms": _norms(model, data), **_look(model, part, seed)}
 
 
 def _collect_one(record: Record, data_folder: Path, zoo: Path) -> tuple[str, float]:

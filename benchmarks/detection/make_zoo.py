@@ -30,9 +30,10 @@ from training import train
 
 from tacext import load_state_dict, save_weights
 
-# Below these a model is not one that anybody would deliver, or not backdoored.
+# Below these a model has not learned its task, or not its backdoor. Small transformers and networks
+# without batch norm get no further than this on so few images.
 FEWEST_ASR = 0.9
-FEWEST_ACC = {"cifar10": 0.65, "gtsrb": 0.9, "mnist": 0.95, "tinyimagenet": 0.25}
+FEWEST_ACC = {"cifar10": 0.6, "gtsrb": 0.8, "mnist": 0.95, "tinyimagenet": 0.25}
 
 
 @dataclasses.dataclass(frozen=True)

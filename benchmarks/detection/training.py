@@ -100,11 +100,22 @@ def attacks_index(spec: Spec) -> int:
     return sum(map(ord, spec.attack))
 
 
+def _only_source(planned: tuple[Attack, ...]) -> int | None:
+    """The class that all poisoned images come from, if there is only one."""
+    if not planned:
+        return None
+    if planned[0].clean_label:
+        return planned[0].goal.targets[0]
+    goal = planned[0].goal
+    return goal.source if isinstance(goal, attacks.SourceSpecific) else None
+
+
 def _train_with_fixed_trigger(run: _Training, planned: tuple[Attack, ...]) -> None:
     spec, labels = run.spec, run.data.train.labels
     rate = spec.rate
-    if planned and planned[0].clean_label:  # at most so many images of the target there are
-        rate = min(rate, 0.8 * float((labels == planned[0].goal.targets[0]).double().mean()))
+    source = _only_source(planned)
+    if source is not None:  # there are no more candidates than its images
+        rate = min(rate, 0.8 * float((labels == source).double().mean()))
     plan = attacks.plan_poisoning(
         labels, planned, rate, cover_rate=COVER.get(spec.attack, 0.0) * rate, seed=spec.seed
     )

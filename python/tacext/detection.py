@@ -48,6 +48,7 @@ class NormTest:
     """What the norms say.
 
     Attributes:
+        norm: [C], as they were judged; NaN where a class was not solved.
         verdict: "backdoored", "clean" or "inconclusive".
         suspects: the classes whose norm is abnormally small, most suspicious first.
         p_value: of the smallest norm, corrected for the choice among the classes; 1.0 where
@@ -59,6 +60,7 @@ class NormTest:
         reason: the verdict in one sentence.
     """
 
+    norm: _FloatArray
     verdict: Verdict
     suspects: tuple[int, ...]
     p_value: float
@@ -152,7 +154,7 @@ def judge_norms(norm: _FloatArray, alpha: float = 0.01) -> NormTest:
         )
     if nothing_to_compare is not None:
         return NormTest(
-            "inconclusive", (), 1.0, class_p_values, index, 0.0, math.nan, nothing_to_compare
+            norm, "inconclusive", (), 1.0, class_p_values, index, 0.0, math.nan, nothing_to_compare
         )
 
     log_norm = np.log(norm)
@@ -179,23 +181,37 @@ def judge_norms(norm: _FloatArray, alpha: float = 0.01) -> NormTest:
             f"the norms do not scatter as those of clean models do (p = {law:.1g}), so that the test "
             f"does not apply; the smallest is that of class {smallest}"
         )
-        return NormTest("inconclusive", (), p_value, class_p_values, index, ratio, usual, reason)
+        return NormTest(
+            norm, "inconclusive", (), p_value, class_p_values, index, ratio, usual, reason
+        )
     if suspects:
         first = suspects[0]
         reason = (
             f"class {first} is reached with {norm[first] / usual:.2f} of the usual perturbation"
         )
         return NormTest(
-            "backdoored", tuple(suspects), p_value, class_p_values, index, ratio, usual, reason
+            norm,
+            "backdoored",
+            tuple(suspects),
+            p_value,
+            class_p_values,
+            index,
+            ratio,
+            usual,
+            reason,
         )
     if p_value < min(DOUBT_FACTOR * alpha, LARGEST_DOUBT):
         reason = f"class {smallest} stands out, but not enough: p = {p_value:.2g} against {alpha:g}"
-        return NormTest("inconclusive", (), p_value, class_p_values, index, ratio, usual, reason)
+        return NormTest(
+            norm, "inconclusive", (), p_value, class_p_values, index, ratio, usual, reason
+        )
     if ratio < DETECTABLE_RATIO_FOR_CLEAN:
         visible = f"only one below {ratio:.2f} of the usual would have"
         if ratio < 0.01:
             visible = "hardly any could"
         reason = f"no norm stands out, but the norms scatter so much that {visible}"
-        return NormTest("inconclusive", (), p_value, class_p_values, index, ratio, usual, reason)
+        return NormTest(
+            norm, "inconclusive", (), p_value, class_p_values, index, ratio, usual, reason
+        )
     reason = f"no norm stands out; one below {ratio:.2f} of the usual would have"
-    return NormTest("clean", (), p_value, class_p_values, index, ratio, usual, reason)
+    return NormTest(norm, "clean", (), p_value, class_p_values, index, ratio, usual, reason)

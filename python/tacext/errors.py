@@ -45,3 +45,7 @@ class HeadNotFoundError(InputError):
 
 class NotFiniteError(InputError):
     """Logits of NaN or infinity."""
+
+
+class NoGradientError(InputError):
+    """The model has no gradient with respect to its inputs."""

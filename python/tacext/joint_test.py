@@ -3,16 +3,22 @@
 Each kind of evidence is one number a class, larger where the class is more suspicious. A class is
 compared with the others of its model by a moderated t statistic (Smyth, 2004): the spread of the
 others is shrunk towards what clean models usually show, since ten classes alone say little of it.
-The kinds are joined by Fisher's method, with Brown's (1975) correction for their correlation.
-Suspects are found as in Rosner's (1983) generalized ESD test: also behind one another.
+The kinds are joined as Fisher's method does, but by the squares of the logarithms: a backdoor that
+one kind shows clearly is not drowned by two kinds that see nothing. The law of such scores is a
+gamma distribution with two constants fitted on clean models: not on all their classes but on the
+most suspicious one of each, so that it holds in the tail where it is used, whatever correlates. As
+few models leave the scale of that tail uncertain, the p-value is that of the law with an uncertain
+scale, an F distribution.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +27,14 @@ from scipy import special, stats
 _FloatArray = npt.NDArray[np.float64]
 
 # Kinds of evidence, by where they come from; `Calibration.kinds` has a null for each.
-KINDS = ("norm", "noise_margin", "clean_margin", "reach")
+KINDS = ("norm", "noise_margin", "reach")
 
-# A single p-value below this adds no more to the sum: far tails of a t law are not that well known.
+# A single p-value below this adds no more to the score: far tails of a t law are not that well known.
 SMALLEST_P = 1e-8
+
+# One target may hide behind another: the most suspicious of the others is left out of the
+# comparison, where enough of them are left.
+FEWEST_CLASSES_TO_TRIM = 8
 
 
 @dataclass(frozen=True)
@@ -42,14 +52,36 @@ class KindNull:
 
 @dataclass(frozen=True)
 class JointNull:
-    """The law of Fisher's sum over some kinds of evidence, for the classes of clean models.
+    """The law of the joint score of some kinds of evidence, for the classes of clean models.
 
     Attributes:
-        shape, scale: of the gamma distribution with its mean and variance (Brown).
+        shape, scale: of a gamma distribution, such that the largest of C draws behaves as the
+            largest score of a clean model's C classes.
+        models: how many clean models the scale is known from.
     """
 
     shape: float
     scale: float
+    models: int
+
+
+@dataclass(frozen=True)
+class ShuffleNull:
+    """The law of the logit of the share that `shuffle` reaches on clean models: a t distribution.
+
+    Attributes:
+        mean, spread: of the logits.
+        models: how many they were estimated from.
+    """
+
+    mean: float
+    spread: float
+    models: int
+
+    def p_value(self, share: float) -> float:
+        """P(a clean model gives such a share or a larger one)."""
+        z = (special.logit(min(max(share, 1e-3), 1 - 1e-3)) - self.mean) / self.spread
+        return float(stats.t.sf(z / math.sqrt(1 + 1 / self.models), self.models - 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,12 +93,14 @@ class Calibration:
         models: how many clean models it was fitted on.
         kinds: the null of each kind.
         joint: the null of each combination of kinds, named by them in the order of `KINDS`.
+        shuffle: the null of the shuffle.
     """
 
     version: int
     models: int
     kinds: Mapping[str, KindNull] = field(repr=False)
     joint: Mapping[tuple[str, ...], JointNull] = field(repr=False)
+    shuffle: ShuffleNull = field(repr=False)
 
 
 def calibration_from_json(text: str) -> Calibration:
@@ -77,6 +111,15 @@ def calibration_from_json(text: str) -> Calibration:
         table["models"],
         {name: KindNull(**values) for name, values in table["kinds"].items()},
         {tuple(name.split("+")): JointNull(**values) for name, values in table["joint"].items()},
+        ShuffleNull(**table["shuffle"]),
+    )
+
+
+@functools.cache
+def shipped_calibration() -> Calibration:
+    """The table that comes with tacext."""
+    return calibration_from_json(
+        resources.files(__package__).joinpath("calibration.json").read_text("utf-8")
     )
 
 
@@ -85,101 +128,116 @@ class JointTest:
     """What all evidence together says.
 
     Attributes:
-        order: classes from the most to the least suspicious, as far as they were tested.
-        step_p_values: of each class in `order`, with those before it left out.
-        p_value: of the model: the smallest of these, corrected for their number.
+        kinds: the kinds of evidence that were joined.
+        p_value: of the most suspicious class, corrected for the choice among all.
         suspects: classes that are outliers at `alpha`, most suspicious first.
-        class_p_values: [C], of every class against all others; not corrected for the choice.
-        kind_p_values: [C] for each kind, likewise.
+        most_suspicious: the class with the smallest p-value.
+        class_p_values: [C], of every class against the others, each corrected for the choice.
+        kind_p_values: [C] for each kind, not corrected; NaN where it was not measured.
         alpha: the false-alarm rate asked for.
     """
 
-    order: tuple[int, ...]
-    step_p_values: tuple[float, ...]
+    kinds: tuple[str, ...]
     p_value: float
     suspects: tuple[int, ...]
+    most_suspicious: int
     class_p_values: _FloatArray
     kind_p_values: Mapping[str, _FloatArray]
     alpha: float
 
 
 def moderated_p_values(values: _FloatArray, null: KindNull) -> _FloatArray:
-    """One-sided p-value of each class against all the others, [C]; large values are suspicious.
+    """One-sided p-value of each class against the others, [C]; large values are suspicious.
 
     t = (x - mean of the others) / (s sqrt(1 + 1/n)), where s^2 pools the others' variance, with
-    n - 1 degrees of freedom, and the usual one, with `null.weight`.
+    n - 1 degrees of freedom, and the usual one, with `null.weight`. From `FEWEST_CLASSES_TO_TRIM`
+    on the largest of the others is left out. NaN where the value is.
     """
-    count = len(values)
-    others = count - 1
-    d = values - values.mean()
-    squares = np.maximum(0.0, (d**2).sum() - d**2 * count / others)
+    p_values = np.full(len(values), np.nan)
+    known = np.flatnonzero(np.isfinite(values))
+    x = values[known] - (values[known].mean() if len(known) else 0.0)
+    trimmed = len(known) >= FEWEST_CLASSES_TO_TRIM
+    others = len(known) - 1 - trimmed
+    if others < 1:
+        return p_values
+    # Sums over all but the class itself and, if trimmed, but the largest of the rest.
+    left_out = np.zeros(len(x))
+    if trimmed:
+        first, second = x.argsort()[-1:-3:-1]
+        left_out[:] = x[first]
+        left_out[first] = x[second]
+    mean = (x.sum() - x - left_out) / others
+    squares = np.maximum(0.0, (x**2).sum() - x**2 - left_out**2 - others * mean**2)
     freedom = others - 1 + null.weight
     spread = np.sqrt((squares + null.weight * null.spread**2) / freedom)
-    t = d * count / others / (spread * math.sqrt(1 + 1 / others))
-    p_values: _FloatArray = stats.t.sf(t, freedom)
+    p_values[known] = stats.t.sf((x - mean) / (spread * math.sqrt(1 + 1 / others)), freedom)
     return p_values
 
 
-def fisher_sums(p_values: Sequence[_FloatArray]) -> _FloatArray:
-    """-2 sum log p over the kinds, [C]."""
-    sums: _FloatArray = -2 * np.log(np.maximum(np.stack(list(p_values)), SMALLEST_P)).sum(0)
-    return sums
+def joint_scores(p_values: Sequence[_FloatArray]) -> _FloatArray:
+    """sqrt(sum (2 log p)^2) over the kinds, [C]; what was not measured adds nothing."""
+    known = np.nan_to_num(np.stack(list(p_values)), nan=1.0)
+    scores: _FloatArray = np.linalg.norm(2 * np.log(np.maximum(known, SMALLEST_P)), axis=0)
+    return scores
 
 
-def joint_p_values(sums: _FloatArray, null: JointNull) -> _FloatArray:
-    """P(a clean class has such a sum or a larger one), [C]."""
-    p_values: _FloatArray = special.gammaincc(null.shape, sums / null.scale)
+def joint_p_values(scores: _FloatArray, null: JointNull, classes: int) -> _FloatArray:
+    """P(the largest of the `classes` scores of a clean model is such or larger), for each score.
+
+    A gamma law whose scale is an estimate from n models is an F law with 2 n degrees of freedom.
+    """
+    ratio = scores / (null.shape * null.scale)
+    single = stats.f.sf(ratio, 2 * null.shape, 2 * null.models)
+    p_values: _FloatArray = -np.expm1(classes * np.log1p(-np.minimum(single, 1 - 1e-16)))
     return p_values
-
-
-def most_suspects(num_classes: int) -> int:
-    """How many outliers are looked for behind one another."""
-    return max(1, min(num_classes // 5, 3))
 
 
 def judge_jointly(
-    evidence: Mapping[str, _FloatArray], alpha: float, calibration: Calibration
+    evidence: Mapping[str, _FloatArray],
+    alpha: float,
+    calibration: Calibration,
+    classes: int | None = None,
 ) -> JointTest:
     """Tests all classes on all kinds of evidence at once.
 
     Args:
-        evidence: float64 [C] for each kind, finite, larger where a class is more suspicious.
+        evidence: float64 [C] for each kind, larger where a class is more suspicious; NaN where it
+            was not measured, which counts as no suspicion.
         alpha: the false-alarm rate of the whole test on a clean model.
         calibration: fitted on clean models, other than the one that is judged.
+        classes: how many classes the model chooses the most suspicious from; C if left out.
 
     Returns:
-        JointTest.
+        JointTest. Suspects are found one after the other: while the most suspicious class is an
+        outlier, it is set aside and the rest is tested again.
     """
     kinds = tuple(kind for kind in KINDS if kind in evidence)
     null = calibration.joint[kinds]
-    num_classes = len(evidence[kinds[0]])
+    total = classes or len(evidence[kinds[0]])
 
-    def of(classes: npt.NDArray[np.intp]) -> tuple[dict[str, _FloatArray], _FloatArray]:
+    def of(left: npt.NDArray[np.intp]) -> tuple[dict[str, _FloatArray], _FloatArray]:
         by_kind = {
-            kind: moderated_p_values(evidence[kind][classes], calibration.kinds[kind])
+            kind: moderated_p_values(evidence[kind][left], calibration.kinds[kind])
             for kind in kinds
         }
-        return by_kind, joint_p_values(fisher_sums(list(by_kind.values())), null)
+        return by_kind, joint_p_values(joint_scores(list(by_kind.values())), null, total)
 
-    left = np.arange(num_classes)
+    left = np.arange(len(evidence[kinds[0]]))
     kind_p_values, class_p_values = of(left)
-    order: list[int] = []
-    steps: list[float] = []
-    most = most_suspects(num_classes)
+    most_suspicious = int(class_p_values.argmin())
+    suspects: list[int] = []
     joint = class_p_values
-    for _ in range(most):
+    # Half of the classes cannot all be outliers of the other half.
+    while len(suspects) < len(class_p_values) // 2 and joint.min() < alpha:
         top = int(joint.argmin())
-        order.append(int(left[top]))
-        # 1 - (1 - p)^n, that the smallest of n is so small
-        steps.append(float(-np.expm1(len(left) * np.log1p(-joint[top]))))
+        suspects.append(int(left[top]))
         left = np.delete(left, top)
         _, joint = of(left)
-    outliers = max((i + 1 for i, p in enumerate(steps) if most * p < alpha), default=0)
     return JointTest(
-        tuple(order),
-        tuple(steps),
-        min(1.0, most * min(steps)),
-        tuple(order[:outliers]),
+        kinds,
+        float(class_p_values[most_suspicious]),
+        tuple(suspects),
+        most_suspicious,
         class_p_values,
         kind_p_values,
         alpha,

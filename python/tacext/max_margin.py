@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError
+from .errors import NoGradientError
 from .files import explain
 from .heads import Head, evaluating, model_device, model_dtype, recording_latents
 from .progress import progress_bar
@@ -133,7 +133,7 @@ class DifferentiableModel:
         """The margins [N] of each input's class and their gradients, of the inputs' shape.
 
         Raises:
-            InputError: the model has no gradient.
+            NoGradientError: the model has no gradient.
         """
         inputs = inputs.detach().requires_grad_(True)
         with torch.enable_grad():
@@ -142,12 +142,12 @@ class DifferentiableModel:
             try:
                 (gradient,) = torch.autograd.grad(goal.sum(), inputs)
             except RuntimeError as error:
-                raise InputError.of(
+                raise NoGradientError.of(
                     self.operation,
                     "model",
                     expected="a model with gradients with respect to its inputs",
                     got=f"none ({explain(error)})",
-                    way_out='use depth="fast"',
+                    way_out='pass the model before it was exported or quantised, or depth="fast"',
                 ) from error
         return margin.detach(), gradient
 
@@ -170,11 +170,13 @@ class MaxMargin:
     """What the ascent reached.
 
     Attributes:
-        margin: float64 [C, S], for every class and start.
-        marks: the steps after which margins were noted; history: float64 [marks, C, S].
+        classes: one for each row of what follows.
+        margin: float64 [J, S], for every class and start.
+        marks: the steps after which margins were noted; history: float64 [marks, J, S].
         seconds: of the ascent.
     """
 
+    classes: tuple[int, ...]
     margin: Tensor
     marks: tuple[int, ...]
     history: Tensor = field(repr=False)
@@ -185,42 +187,39 @@ def max_margin(
     model: DifferentiableModel,
     box: InputBox,
     *,
+    classes: Sequence[int] | None = None,
     starts: int = 8,
     steps: int = 20,
     marks: Sequence[int] = (),
-    first: Tensor | None = None,
     batch_size: int = 128,
     seed: int = 0,
     progress: bool | None = None,
 ) -> MaxMargin:
-    """Drives every class as far ahead of the others as inputs within the box allow.
+    """Drives every class, from noise, as far ahead of the others as inputs within the box allow.
 
     Args:
         model: the classifier.
         box: the inputs that it may be given.
+        classes: to drive; all if left out.
         starts: inputs to start from, for every class.
         steps: of normalised-gradient ascent with momentum.
         marks: steps after which to note the margins, besides the last.
-        first: the inputs to start from, [S, ...], the same for every class; None: uniform noise.
         batch_size: inputs that are driven at once.
         seed: of the noise.
         progress: whether to show a progress bar; None shows it on a terminal.
 
     Raises:
-        InputError: the model has no gradients.
+        NoGradientError: the model has no gradients.
     """
     begin = time.perf_counter()
-    num_classes = model.head.num_classes
-    inputs = box.noise(starts * num_classes, seed)
-    if first is not None:
-        starts = len(first)
-        inputs = first.float().cpu().repeat(num_classes, *(1,) * (first.dim() - 1))
-    classes = torch.arange(num_classes).repeat_interleave(starts)
+    driven = tuple(range(model.head.num_classes)) if classes is None else tuple(classes)
+    inputs = box.noise(starts * len(driven), seed)
+    goals = torch.tensor(driven).repeat_interleave(starts)
     noted = sorted({mark for mark in marks if mark < steps} | {steps})
     step = _STEP * box.diagonal
     history: list[Tensor] = []
-    with model.open(), progress_bar("max margin", len(classes) * steps, progress) as advance:
-        for batch, wanted in zip(inputs.split(batch_size), classes.split(batch_size), strict=True):
+    with model.open(), progress_bar("max margin", len(goals) * steps, progress) as advance:
+        for batch, wanted in zip(inputs.split(batch_size), goals.split(batch_size), strict=True):
             at, goal = model.place(batch), wanted.to(model.device)
             velocity = torch.zeros_like(at)
             reached: list[Tensor] = []
@@ -234,5 +233,5 @@ def max_margin(
             with torch.no_grad():
                 reached.append(class_margin(model.logits(at), goal))
             history.append(torch.stack(reached).double().cpu())
-    all_marks = torch.cat(history, 1).reshape(len(noted), num_classes, starts)
-    return MaxMargin(all_marks[-1], tuple(noted), all_marks, time.perf_counter() - begin)
+    all_marks = torch.cat(history, 1).reshape(len(noted), len(driven), starts)
+    return MaxMargin(driven, all_marks[-1], tuple(noted), all_marks, time.perf_counter() - begin)

@@ -1,9 +1,9 @@
 """Reach: how far one small change of the input, the same for all images, drives them into a class.
 
-A trigger is such a change. For every job, a target class and the images that it starts from, the
-change is found by projected gradient ascent on the mean margin of the target; what it does to
-images that it was not made on is the evidence. Jobs from a single source class show attacks that
-only work on that class, or that send every class elsewhere.
+A trigger is such a change. For every class it is found by projected gradient ascent on the mean
+margin of the class; how much it lifts that margin on images that it was not made on is the evidence.
+How large a change tells the classes apart depends on the data: it is doubled until the median class
+gains something.
 """
 
 from __future__ import annotations
@@ -20,18 +20,13 @@ from .progress import progress_bar
 
 # Length of the change, as a share of the diagonal of the box of all inputs: 1.5 on 32x32 images of
 # three channels in [0, 1].
-_BUDGET = 1.5 / 3072**0.5
-_MOMENTUM = 0.8
-# Images that are driven far already give way to those that are not.
-_MARGIN_CAP = 30.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """One change to look for: into `target`, from images of class `source`, or of all others."""
-
-    target: int
-    source: int | None = None
+BUDGET = 1.5 / 3072**0.5
+MOMENTUM = 0.8
+# Multiples of that length, and the median gain, in units of the model's scale, that ends the growth.
+BUDGETS = (1.0, 2.0, 4.0, 8.0)
+ENOUGH_GAIN = 0.5
+# Images that are driven far already give way to those that are not; in units of the model's scale.
+_MARGIN_CAP = 3.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,40 +34,116 @@ class Reach:
     """What the changes do to held-out images.
 
     Attributes:
-        jobs: one for each row of what follows.
-        margin: float64 [J], mean margin of the target over the job's own sources.
-        rate: float64 [J], share of them that are predicted as the target.
-        moved: float64 [J, C, C], share of class a's images that the change sends to class b.
-        change: float32 [J, ...], the changes.
-        marks: the steps after which margins were noted; history: float64 [marks, J].
+        classes: those that were to be reached, J of them.
+        budgets: bounds on the change's length, as multiples of the usual one, B of them.
+        gain: float64 [B, J], how much the change lifts the class's margin, as a mean over images of
+            other classes and in units of `scale`.
+        rate: float64 [B, J], share of these images that are predicted as the class.
+        scale: the usual margin of the model on clean images that it gets right.
+        change: float32 [J, ...], the changes of the last budget.
         seconds: of the search.
     """
 
-    jobs: tuple[Job, ...]
-    margin: Tensor
+    classes: tuple[int, ...]
+    budgets: tuple[float, ...]
+    gain: Tensor
     rate: Tensor
-    moved: Tensor = field(repr=False)
+    scale: float
     change: Tensor = field(repr=False)
-    marks: tuple[int, ...]
-    history: Tensor = field(repr=False)
     seconds: float
 
 
-class _Sources:
-    """The images a job starts from, in turns."""
+class ImagesInTurn:
+    """The images of all classes but one, or of all, in a random order and over again."""
 
-    def __init__(self, labels: Tensor, job: Job, seed: int) -> None:
-        mine = labels != job.target if job.source is None else labels == job.source
-        index = mine.nonzero().flatten()
+    def __init__(self, labels: Tensor, without: int | None, seed: int) -> None:
+        index = torch.arange(len(labels)) if without is None else (labels != without).nonzero()
         generator = torch.Generator().manual_seed(seed)
-        self.index = index[torch.randperm(len(index), generator=generator)]
+        self.index = index.flatten()[torch.randperm(len(index), generator=generator)]
         self._next = 0
 
     def take(self, count: int) -> Tensor:
-        """The next images, beginning again after the last."""
+        """Indices of the next images, beginning again after the last."""
         positions = torch.arange(self._next, self._next + count) % len(self.index)
         self._next += count
         return self.index[positions]
+
+
+class UniversalChanges:
+    """Changes of the input under one bound on their lengths, and the ascent that moves them."""
+
+    def __init__(self, box: InputBox, changes: Tensor, length: float) -> None:
+        self.box = box
+        self.change = changes
+        self.length = length
+        self._velocity = torch.zeros_like(changes)
+
+    def apply(self, inputs: Tensor, images: int) -> Tensor:
+        """Inputs [J * images, ...] with change j on the j-th group of images."""
+        return self.box.clamp(inputs + self.change.repeat_interleave(images, 0))
+
+    def ascend(self, gradient: Tensor) -> None:
+        """A step along the gradients [J * images, ...], averaged over each group."""
+        images = len(gradient) // len(self.change)
+        mean = gradient.unflatten(0, (len(self.change), images)).float().mean(1)
+        self._velocity = MOMENTUM * self._velocity + unit_gradient(mean)
+        change = self.change + self.length / 6 * self._velocity
+        norm = change.flatten(1).norm(dim=1).reshape((-1,) + (1,) * (change.dim() - 1))
+        self.change = change * (self.length / norm.clamp_min(1e-20)).clamp(max=1)
+
+
+class _Group:
+    """Classes that share forward passes, with their changes and the images to make them on."""
+
+    def __init__(
+        self,
+        classes: tuple[int, ...],
+        fit: tuple[Tensor, Tensor],
+        box: InputBox,
+        images: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.classes = classes
+        self.changes = UniversalChanges(
+            box, torch.zeros(len(classes), *box.shape, device=device), 0
+        )
+        self._inputs = fit[0]
+        self._turns = [ImagesInTurn(fit[1], k, seed) for k in classes]
+        self._goal = torch.tensor(classes, device=device).repeat_interleave(images)
+        self._images = images
+
+    def ascend(self, model: DifferentiableModel, steps: int, cap: float) -> None:
+        """So many steps for each change."""
+        for _ in range(steps):
+            index = torch.cat([turn.take(self._images) for turn in self._turns])
+            at = self.changes.apply(model.place(self._inputs[index].float()), self._images)
+            self.changes.ascend(model.margin_gradient(at, self._goal, cap)[1])
+
+
+def _lift(before: Tensor, after: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """How much the margin of class k grew on images of other classes, and how many are k now."""
+    others = labels != k
+    wanted = torch.full((int(others.sum()),), k)
+    lift = class_margin(after[others], wanted) - class_margin(before[others], wanted)
+    return lift.double().mean(), (after[others].argmax(1) == k).double().mean()
+
+
+def logits_of(model: DifferentiableModel, box: InputBox, inputs: Tensor, change: Tensor) -> Tensor:
+    """float32 [N, C] on the CPU, of inputs with one change."""
+    with torch.no_grad():
+        batches = [
+            model.logits(box.clamp(model.place(batch.float()) + change)).cpu()
+            for batch in inputs.split(256)
+        ]
+    return torch.cat(batches)
+
+
+def margin_scale(logits: Tensor, labels: Tensor) -> float:
+    """The median margin of the images that the model gets right; 1 where there is none."""
+    margin = class_margin(logits, labels)
+    right = margin[margin > 0]
+    return float(right.median()) if len(right) else 1.0
 
 
 def reach(
@@ -80,104 +151,69 @@ def reach(
     box: InputBox,
     fit: tuple[Tensor, Tensor],
     held_out: tuple[Tensor, Tensor],
-    jobs: Sequence[Job],
+    classes: Sequence[int],
     *,
-    budget: float = 1.0,
+    budgets: Sequence[float] = BUDGETS,
     steps: int = 20,
-    images: int = 20,
-    marks: Sequence[int] = (),
-    jobs_at_once: int = 8,
+    images: int = 16,
+    classes_at_once: int = 8,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Reach:
-    """Finds the change of every job and measures it on held-out images.
+    """Finds the change for every class and measures it on held-out images.
 
     Args:
         model: the classifier.
         box: the inputs that it may be given.
         fit: clean inputs [N, ...] and labels [N] to make the changes on.
-        held_out: others to measure them on.
-        jobs: the changes to look for; each needs an image of its source in both sets.
-        budget: of the change's length, as a multiple of the usual one.
-        steps: of normalised-gradient ascent with momentum.
-        images: of a job's sources in each step.
-        marks: steps after which to note the mean margins, besides the last.
-        jobs_at_once: how many share a forward pass.
+        held_out: others to measure them on; both have images of 2 classes or more.
+        classes: to reach.
+        budgets: of the change's length, ascending, as multiples of the usual one; those after the
+            first with a median gain of `ENOUGH_GAIN` are left out.
+        steps: of normalised-gradient ascent with momentum, for the first budget; half as many go on
+            from there for each of the others.
+        images: in each step, for each class.
+        classes_at_once: how many share a forward pass.
         seed: of the order of the images.
         progress: whether to show a progress bar; None shows it on a terminal.
 
     Raises:
-        InputError: the model has no gradients.
+        NoGradientError: the model has no gradients.
     """
     begin = time.perf_counter()
-    length = budget * _BUDGET * box.diagonal
-    step = length / 6
-    noted = sorted({mark for mark in marks if mark < steps} | {steps})
-    changes: list[Tensor] = []
-    history: list[Tensor] = []
-    measured: list[tuple[Tensor, Tensor, Tensor]] = []
-    with model.open(), progress_bar("reach", len(jobs) * steps, progress) as advance:
-        for first in range(0, len(jobs), jobs_at_once):
-            group = jobs[first : first + jobs_at_once]
-            sources = [_Sources(fit[1], job, seed) for job in group]
-            goal = torch.tensor([job.target for job in group]).repeat_interleave(images)
-            goal = goal.to(model.device)
-            change = torch.zeros(len(group), *box.shape, device=model.device)
-            velocity = torch.zeros_like(change)
-            reached: list[Tensor] = []
-            for number in range(1, steps + 1):
-                batch = torch.cat([fit[0][source.take(images)] for source in sources]).float()
-                at = model.place(batch) + change.repeat_interleave(images, 0)
-                _, gradient = model.margin_gradient(box.clamp(at), goal, _MARGIN_CAP)
-                mean = gradient.unflatten(0, (len(group), images)).float().mean(1)
-                velocity = _MOMENTUM * velocity + unit_gradient(mean)
-                change = change + step * velocity
-                norm = change.flatten(1).norm(dim=1).reshape((-1,) + (1,) * len(box.shape))
-                change = change * (length / norm.clamp_min(1e-20)).clamp(max=1)
-                if number in noted:
-                    found = [
-                        _measure(model, box, held_out, job, change[i])
-                        for i, job in enumerate(group)
-                    ]
-                    reached.append(torch.stack([margin for margin, _, _ in found]))
-                advance(len(group))
-            history.append(torch.stack(reached))
-            measured += found
-            changes.append(change.cpu())
-    all_marks = torch.cat(history, 1)
+    usual = BUDGET * box.diagonal
+    groups = [
+        _Group(tuple(classes[i : i + classes_at_once]), fit, box, images, seed, model.device)
+        for i in range(0, len(classes), classes_at_once)
+    ]
+    gains: list[Tensor] = []
+    rates: list[Tensor] = []
+    with model.open():
+        nothing = torch.zeros(1, *box.shape, device=model.device)
+        before = logits_of(model, box, held_out[0], nothing)
+        scale = margin_scale(before, held_out[1])
+        for budget in budgets:
+            rounds = steps if not gains else -(-steps // 2)
+            with progress_bar(f"reach {budget:g}x", len(classes) * rounds, progress) as advance:
+                for group in groups:
+                    group.changes.length = budget * usual
+                    group.ascend(model, rounds, _MARGIN_CAP * scale)
+                    advance(len(group.classes) * rounds)
+            found = [
+                _lift(before, logits_of(model, box, held_out[0], change), held_out[1], k)
+                for group in groups
+                for k, change in zip(group.classes, group.changes.change, strict=True)
+            ]
+            gains.append(torch.stack([lift for lift, _ in found]) / scale)
+            rates.append(torch.stack([rate for _, rate in found]))
+            if float(gains[-1].median()) >= ENOUGH_GAIN:
+                break
     return Reach(
-        tuple(jobs),
-        all_marks[-1],
-        torch.stack([rate for _, rate, _ in measured]),
-        torch.stack([moved for _, _, moved in measured]),
-        torch.cat(changes),
-        tuple(noted),
-        all_marks,
+        tuple(classes),
+        tuple(budgets[: len(gains)]),
+        torch.stack(gains),
+        torch.stack(rates),
+        scale,
+        torch.cat([group.changes.change.cpu() for group in groups]),
         time.perf_counter() - begin,
     )
-
-
-def _measure(
-    model: DifferentiableModel,
-    box: InputBox,
-    held_out: tuple[Tensor, Tensor],
-    job: Job,
-    change: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean margin and rate over the job's sources, and what becomes of every class, [C, C]."""
-    inputs, labels = held_out
-    num_classes = model.head.num_classes
-    margins, predictions = [], []
-    with torch.no_grad():
-        for batch in inputs.split(256):
-            logits = model.logits(box.clamp(model.place(batch.float()) + change))
-            goal = torch.full((len(batch),), job.target, device=logits.device)
-            margins.append(class_margin(logits, goal).double().cpu())
-            predictions.append(logits.argmax(1).cpu())
-    margin, predicted = torch.cat(margins), torch.cat(predictions)
-    mine = labels != job.target if job.source is None else labels == job.source
-    moved = torch.zeros(num_classes, num_classes, dtype=torch.float64)
-    moved.index_put_((labels, predicted), torch.ones(len(labels), dtype=torch.float64), True)
-    moved /= moved.sum(1, keepdim=True).clamp_min(1)
-    own = margin[mine].clamp(max=_MARGIN_CAP)
-    return own.mean(), (predicted[mine] == job.target).double().mean(), moved

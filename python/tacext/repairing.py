@@ -30,7 +30,7 @@ from .heads import (
 from .heads import run_model as run
 from .ops import Status
 from .progress import progress_bar
-from .scanning import ScanReport, scan, sensible_accuracy
+from .scanning import Depth, ScanReport, scan, sensible_accuracy
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +203,9 @@ def repair(
             way_out="pass classes as targets=[...]",
         )
     if report is None:
-        report = scan(model, (inputs, labels), head=head, progress=progress)
+        # The targets decide how much there is to find out.
+        depth: Depth = "thorough" if targets is None else "fast"
+        report = scan(model, (inputs, labels), head=head, depth=depth, progress=progress)
     found = _find_head(model, inputs[:8], head, report)
     check_labels_in_range(labels, found.num_classes, "repair")
     chosen = _choose_targets(report, targets, found)

@@ -56,6 +56,7 @@ def scan_to_dict(
         source: where model and data came from, copied as it is.
     """
     found = report.perturbations
+    kinds = {} if report.evidence is None else report.evidence.joint.kind_p_values
     rows = []
     for k in range(report.num_classes):
         rows.append(
@@ -65,6 +66,7 @@ def scan_to_dict(
                 "norm": _finite(float(found.norm[k])),
                 "anomaly_index": _finite(float(report.test.anomaly_index[k])),
                 "p_value": _finite(float(report.test.class_p_values[k])),
+                "evidence": {kind: _finite(float(p[k])) for kind, p in kinds.items()},
                 "status": Status(int(found.status[k])).name.lower(),
                 "active": int(found.active[k]),
                 "iterations": int(found.iterations[k]),
@@ -80,6 +82,8 @@ def scan_to_dict(
         "reason": report.reason,
         "warnings": list(report.warnings),
         "alpha": report.alpha,
+        "depth": report.depth,
+        "shuffle": _shuffle(report),
         "detectable_ratio": report.test.detectable_ratio,
         "metric": report.metric,
         "quantile": report.quantile,
@@ -91,6 +95,17 @@ def scan_to_dict(
         "certificate": _finite(report.certificate),
         "seconds": asdict(report.timings),
         "classes": rows,
+    }
+
+
+def _shuffle(report: ScanReport) -> Json | None:
+    if report.evidence is None or report.evidence.look.shuffle is None:
+        return None
+    found = report.evidence.look.shuffle
+    return {
+        "share": found.share,
+        "p_value": report.evidence.shuffle_p_value,
+        "destinations": [None if k < 0 else k for k in found.destinations],
     }
 
 

@@ -1,4 +1,4 @@
-"""Scanning a classifier: one pass over clean data, one exact QP a class, one test."""
+"""Scanning a classifier: one pass over clean data, one exact QP a class, a second look, one test."""
 
 from __future__ import annotations
 
@@ -10,30 +10,23 @@ from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 
 from . import ops
-from .data import DataLike, as_batches, sample_count
+from .data import DataLike
 from .detection import NormTest, Verdict, judge_norms
-from .errors import InputError, counted
-from .heads import (
-    Head,
-    check_labels_in_range,
-    check_model,
-    evaluating,
-    find_head,
-    recording_latents,
-    run_model,
-)
-from .latents import LatentMoments
-from .margins import MarginMax, MarginQuantile
+from .errors import InputError, NoGradientError, counted
+from .heads import check_model
+from .joint_test import shipped_calibration
+from .max_margin import InputBox
+from .observation import Metric, Observation, check_metric, observe, solve
 from .ops import MinimalPerturbation, SolverSettings, Status
-from .progress import progress_bar
+from .second_look import SampleKeeper, SecondLook, classes_to_look_at, look_again
+from .verdict import Evidence, Finding, finding_of_norms, weigh
 
 logger = logging.getLogger(__name__)
 
-Metric = Literal["standardized", "l2"]
+Depth = Literal["fast", "thorough"]
 
 # Fewer samples leave too much of every M[k, j] to chance: at 100 images published models were seen
 # to change verdicts from one draw to the next.
@@ -52,6 +45,7 @@ class ScanTimings:
     forward: float
     margins: float
     solve: float
+    look: float
     test: float
 
 
@@ -65,7 +59,9 @@ class ScanReport:
         p_value: of the most suspicious class, corrected for the choice among all C classes.
         reason: the verdict in one sentence.
         warnings: what makes this scan less trustworthy than it could be.
-        test: the statistics behind the verdict.
+        test: the statistics of the norms.
+        evidence: of a thorough scan, what the second look saw and the joint test; None of a fast
+            one, or where the model has no gradients.
         perturbations: s_k for every class with norms, multipliers and certificates.
         head: the name of the layer that was analysed.
         num_classes, latent_dim, samples: C, D and N.
@@ -75,6 +71,7 @@ class ScanReport:
             that share past each other class, and so at least 1 - (C - 1)(1 - quantile) to k.
         margins: M, [C, C].
         alpha: the false-alarm rate asked for.
+        depth: "fast" or "thorough", as asked for.
         timings: seconds in each stage.
     """
 
@@ -84,6 +81,7 @@ class ScanReport:
     reason: str
     warnings: tuple[str, ...]
     test: NormTest = field(repr=False)
+    evidence: Evidence | None = field(repr=False)
     perturbations: MinimalPerturbation = field(repr=False)
     head: str
     num_classes: int
@@ -95,6 +93,7 @@ class ScanReport:
     scale: Tensor | None = field(repr=False)
     margins: Tensor = field(repr=False)
     alpha: float
+    depth: Depth
     timings: ScanTimings = field(repr=False)
 
     @property
@@ -113,119 +112,6 @@ class ScanReport:
         return self.perturbations.certificate
 
 
-@dataclass(frozen=True)
-class Observation:
-    """What one pass over the data leaves: everything the QPs need, nothing of size N."""
-
-    head: Head
-    margins: Tensor
-    moments: LatentMoments
-    samples: int
-    correct: int
-    classes_seen: int
-    forward_seconds: float
-    margin_seconds: float
-
-
-def observe(
-    model: nn.Module,
-    data: DataLike,
-    *,
-    head: str | None,
-    batch_size: int,
-    progress: bool | None,
-    operation: str,
-    quantile: float = 1.0,
-) -> Observation:
-    """Streams the data through the model once; see `scan` for the arguments and errors."""
-    found: Head | None = None
-    moments = LatentMoments.empty(0)
-    # With the number of samples known, a quantile can do without all logits.
-    count = sample_count(data)
-    margins = MarginMax() if quantile == 1 else MarginQuantile(quantile, count or None)
-    seen = torch.zeros(0, dtype=torch.bool)
-    samples = correct = 0
-    forward_seconds = margin_seconds = 0.0
-    with progress_bar("clean data", count, progress) as advance:
-        for inputs, given_labels in as_batches(data, operation=operation, batch_size=batch_size):
-            labels = given_labels.cpu()
-            if found is None:
-                found = find_head(model, inputs[:8], head, operation=operation)
-                moments = LatentMoments.empty(found.latent_dim)
-                seen = torch.zeros(found.num_classes, dtype=torch.bool)
-            check_labels_in_range(labels, found.num_classes, operation)
-            started = time.perf_counter()
-            with evaluating(model), torch.no_grad(), recording_latents(found) as recorder:
-                run_model(model, inputs, operation)
-                latent = recorder.take()
-                logits = found.logits(latent)
-            now = time.perf_counter()
-            forward_seconds += now - started
-            margins.update(logits)
-            moments.update(latent)
-            margin_seconds += time.perf_counter() - now
-            seen[labels] = True
-            correct += int((logits.argmax(1).cpu() == labels).sum())
-            samples += len(labels)
-            advance(len(labels))
-    assert found is not None  # as_batches raises where there is no sample
-    started = time.perf_counter()
-    result = margins.result()
-    margin_seconds += time.perf_counter() - started
-    return Observation(
-        found,
-        result,
-        moments,
-        samples,
-        correct,
-        int(seen.sum()),
-        forward_seconds,
-        margin_seconds,
-    )
-
-
-def solve(
-    observation: Observation,
-    metric: Metric,
-    settings: SolverSettings = ops.DEFAULT_SETTINGS,
-    *,
-    operation: str,
-) -> tuple[MinimalPerturbation, Tensor | None]:
-    """s_k for every class of an observed head, and the scale of the metric."""
-    scale = None
-    if metric == "standardized":
-        scale = observation.moments.standardized_scale(operation)
-    margins = observation.margins
-    weight = observation.head.weight.detach()
-    if not bool(torch.isfinite(weight).all()):
-        raise InputError.of(
-            operation,
-            "model",
-            expected="a head with finite weights",
-            got="NaN or infinity",
-            way_out="the weights are damaged; get them again",
-        )
-    perturbations = ops.minimal_perturbation(
-        weight,
-        margins,
-        scale=None if scale is None else scale.to(weight.device),
-        settings=settings,
-    )
-    return perturbations, scale
-
-
-def check_metric(metric: str, operation: str) -> None:
-    """Raises InputError unless the metric is known."""
-    if metric not in get_args(Metric):
-        raise InputError.of(
-            operation,
-            "metric",
-            expected=" or ".join(map(repr, get_args(Metric))),
-            got=repr(metric),
-            way_out="leave it out for 'standardized'",
-        )
-
-
 def scan(
     model: nn.Module,
     data: DataLike,
@@ -234,14 +120,18 @@ def scan(
     metric: Metric = "standardized",
     quantile: float = 1.0,
     alpha: float = 0.01,
+    depth: Depth = "thorough",
     batch_size: int = 256,
     settings: SolverSettings = ops.DEFAULT_SETTINGS,
+    seed: int = 0,
     progress: bool | None = None,
 ) -> ScanReport:
     """Scans a classifier for a backdoor, with a few clean samples and no knowledge of the trigger.
 
     For every class k the minimal latent perturbation s_k that sends all samples to k is solved
-    exactly (arXiv 2511.08944); a class whose norm |s_k| is abnormally small is suspect.
+    exactly (arXiv 2511.08944); a class whose norm |s_k| is abnormally small is suspect. A thorough
+    scan then asks the gradients: how far any input can be driven into each class, how far one small
+    change drives all images there, and whether one change shuffles the classes.
 
     Args:
         model: maps inputs [N, ...] to logits [N, C] through a last nn.Linear, or a 1x1 nn.Conv2d at
@@ -255,11 +145,14 @@ def scan(
             paper's, is all of them, and 0.99 leaves out the one in a hundred that is hardest. Below
             1 the margins need more memory: all logits, N x C, or, where that is less and N known
             beforehand, (1 - quantile) N x C x C.
-        alpha: false-alarm rate of the test, over all classes together, for a clean model whose
-            norms are log-normal; between 0 and 1. It is that of one scan: of several quantiles,
-            choose one before looking.
+        alpha: false-alarm rate of the verdict on a clean model, over all classes and all evidence
+            together; between 0 and 1. It is that of one scan: of several quantiles, choose one
+            before looking.
+        depth: "thorough" looks twice, and needs a model with gradients and some seconds to
+            minutes; "fast" judges the norms alone, and misses more.
         batch_size: samples in a forward pass, where the data is not already in batches.
         settings: of the exact solver.
+        seed: of the random choices of a thorough scan; the same seed gives the same report.
         progress: whether to show a progress bar; None shows it on a terminal.
 
     Returns:
@@ -272,6 +165,7 @@ def scan(
     """
     check_model(model, "scan")
     check_metric(metric, "scan")
+    check_depth(depth, "scan")
     ops.check_quantile(quantile, "scan")
     ops.check_settings(settings, "scan")
     if not ops.is_number(alpha) or not 0 < alpha < 1:
@@ -283,6 +177,7 @@ def scan(
             way_out="leave it out for 0.01",
         )
     quantile, alpha = float(quantile), float(alpha)  # numpy's have no place in JSON
+    keeper = SampleKeeper(seed) if depth == "thorough" else None
     observation = observe(
         model,
         data,
@@ -291,6 +186,7 @@ def scan(
         progress=progress,
         operation="scan",
         quantile=quantile,
+        keeper=keeper,
     )
     if observation.classes_seen < 2:
         raise InputError.of(
@@ -307,21 +203,74 @@ def scan(
     unproven = perturbations.status.cpu().numpy() == Status.ITERATION_LIMIT
     norm[unproven] = math.nan  # stopped on the way up from 0, such a norm would be too small
     test = _explained(judge_norms(norm, alpha), norm, quantile)
+    finding = finding_of_norms(test)
+    evidence: Evidence | None = None
+    notes: list[str] = []
+    tested = time.perf_counter()
+    looked = tested
+    # Where the norms have nothing to compare the model is beyond any test.
+    if keeper is not None and not math.isnan(test.usual_norm):
+        look, notes = _look_again(model, observation, keeper, norm, seed, progress)
+        looked = time.perf_counter()
+        if look is not None:
+            finding, evidence = weigh(test, look, alpha, shipped_calibration())
     return _report(
         observation,
         perturbations,
         scale,
         test,
+        finding,
+        evidence,
+        notes,
         metric,
         quantile,
         alpha,
+        depth,
         ScanTimings(
             observation.forward_seconds,
             observation.margin_seconds,
             solved - started,
-            time.perf_counter() - solved,
+            looked - tested,
+            tested - solved + time.perf_counter() - looked,
         ),
     )
+
+
+def check_depth(depth: str, operation: str) -> None:
+    """Raises InputError unless the depth is known."""
+    if depth not in get_args(Depth):
+        raise InputError.of(
+            operation,
+            "depth",
+            expected=" or ".join(map(repr, get_args(Depth))),
+            got=repr(depth),
+            way_out="leave it out for 'thorough'",
+        )
+
+
+def _look_again(
+    model: nn.Module,
+    observation: Observation,
+    keeper: SampleKeeper,
+    norm: npt.NDArray[np.float64],
+    seed: int,
+    progress: bool | None,
+) -> tuple[SecondLook | None, list[str]]:
+    """The second look, and warnings of what could not be looked at."""
+    inputs, labels = keeper.samples()
+    try:
+        look = look_again(
+            model,
+            observation.head,
+            (inputs, labels),
+            InputBox.around(inputs),
+            classes_to_look_at(norm),
+            seed=seed,
+            progress=progress,
+        )
+    except NoGradientError as error:
+        return None, [f"the model has no gradients, so that only the norms were tested ({error})"]
+    return look, []
 
 
 def _explained(test: NormTest, norm: npt.NDArray[np.float64], quantile: float) -> NormTest:
@@ -347,9 +296,13 @@ def _report(
     perturbations: MinimalPerturbation,
     scale: Tensor | None,
     test: NormTest,
+    finding: Finding,
+    evidence: Evidence | None,
+    notes: list[str],
     metric: Metric,
     quantile: float,
     alpha: float,
+    depth: Depth,
     timings: ScanTimings,
 ) -> ScanReport:
     num_classes = observation.head.num_classes
@@ -379,20 +332,22 @@ def _report(
             f"the data covers {observation.classes_seen} of {num_classes} classes; all norms are "
             "smaller than with samples of every class"
         )
-    verdict, suspects, reason = test.verdict, test.suspects, test.reason
+    verdict, suspects, reason = finding.verdict, finding.suspects, finding.reason
     if doubts and verdict != "inconclusive":
-        verdict, suspects, reason = "inconclusive", (), f"{doubts[0]} (else: {test.reason})"
+        verdict, suspects, reason = "inconclusive", (), f"{doubts[0]} (else: {reason})"
     elif len(warnings) > len(doubts) and verdict == "clean":
         verdict, reason = "inconclusive", warnings[-1]
+    warnings += notes
     for warning in warnings:
         logger.warning("scan: %s", warning)
     return ScanReport(
         verdict=verdict,
         suspects=suspects,
-        p_value=test.p_value,
+        p_value=finding.p_value,
         reason=reason,
         warnings=tuple(warnings),
         test=test,
+        evidence=evidence,
         perturbations=perturbations,
         head=observation.head.name,
         num_classes=num_classes,
@@ -404,5 +359,6 @@ def _report(
         scale=scale,
         margins=observation.margins,
         alpha=alpha,
+        depth=depth,
         timings=timings,
     )

@@ -17,6 +17,7 @@ from .scanning import ScanReport
 
 _COLOURS = {"backdoored": "bold red", "clean": "bold green", "inconclusive": "bold yellow"}
 _MOST_ROWS = 20
+_KIND_HEADINGS = {"norm": "norm", "noise_margin": "margin", "reach": "reach"}
 
 
 def _number(value: float, form: str = ".3g") -> str:
@@ -24,7 +25,7 @@ def _number(value: float, form: str = ".3g") -> str:
 
 
 def scan_table(report: ScanReport, class_names: Sequence[str] | None = None) -> RenderableType:
-    """The verdict, and the classes with the smallest norms."""
+    """The verdict, and the most suspicious classes."""
     verdict = Text.assemble("verdict: ", (report.verdict, _COLOURS[report.verdict]))
     if report.suspects:
         verdict.append(f"   suspects: {', '.join(map(str, report.suspects))}")
@@ -37,16 +38,20 @@ def scan_table(report: ScanReport, class_names: Sequence[str] | None = None) -> 
         f"{report.latent_dim} latents"
     )
     seconds = report.timings
+    looked = f"{seconds.look:.1f} s in the second look, " if report.evidence is not None else ""
     cost = (
         f"largest KKT residual {_number(report.certificate, '.0e')}; {seconds.forward:.2f} s in the model, "
-        f"{seconds.margins + seconds.solve + seconds.test:.3f} s in the analysis"
+        f"{looked}{seconds.margins + seconds.solve + seconds.test:.3f} s in the analysis"
     )
     table = Table(title=None, box=None, pad_edge=False, header_style="bold")
-    for heading in ("class", "norm", "of usual", "index", "p", "active", "status"):
+    kinds = {} if report.evidence is None else report.evidence.joint.kind_p_values
+    # One kind's p-value is no verdict: it is not corrected for the choice of the class.
+    tests = [f"p: {_KIND_HEADINGS[kind]}" for kind in kinds] if kinds else ["p"]
+    for heading in ("class", "norm", "of usual", "index", *tests, "active", "status"):
         table.add_column(heading, justify="left" if heading == "status" else "right")
     norm = report.norm.cpu()
     usual = report.test.usual_norm
-    order = norm.argsort().tolist()
+    order = _order(report)
     for k in order[:_MOST_ROWS]:
         name = Text(f"{k}" if class_names is None else printable(f"{k} {class_names[k]}"))
         table.add_row(
@@ -54,17 +59,30 @@ def scan_table(report: ScanReport, class_names: Sequence[str] | None = None) -> 
             _number(float(norm[k]), ".4g"),
             _number(float(norm[k]) / usual, ".2f"),
             _number(float(report.test.anomaly_index[k]), ".1f"),
-            _number(float(report.test.class_p_values[k]), ".2g"),
+            *(
+                [_number(float(p[k]), ".1g") for p in kinds.values()]
+                or [_number(float(report.test.class_p_values[k]), ".2g")]
+            ),
             str(int(report.perturbations.active[k])),
             Status(int(report.perturbations.status[k])).name.lower().replace("_", " "),
             style="red" if k in report.suspects else None,
         )
     parts: list[RenderableType] = [table]
     if len(order) > _MOST_ROWS:
-        parts.append(Text(f"... and {len(order) - _MOST_ROWS} classes with larger norms", "dim"))
+        parts.append(Text(f"... and {len(order) - _MOST_ROWS} less suspicious classes", "dim"))
     parts += [Text(""), verdict, Text(report.reason), Text(facts, "dim"), Text(cost, "dim")]
     parts += [Text(f"warning: {warning}", "yellow") for warning in report.warnings]
     return Group(*parts)
+
+
+def _order(report: ScanReport) -> list[int]:
+    """Classes from the most to the least suspicious."""
+    norm = report.norm.cpu()
+    order: list[int] = norm.argsort().tolist()
+    if report.evidence is not None:
+        p_values = report.evidence.joint.class_p_values
+        order.sort(key=lambda k: float(p_values[k]))
+    return order
 
 
 def repair_table(result: RepairResult) -> RenderableType:

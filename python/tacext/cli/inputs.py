@@ -129,6 +129,13 @@ _SCAN_OPTIONS = (
         show_default=True,
         help="False-alarm rate of the verdict.",
     ),
+    click.option(
+        "--depth",
+        type=click.Choice(["fast", "thorough"]),
+        default="thorough",
+        show_default=True,
+        help="Whether to ask the model's gradients as well; fast judges the norms alone.",
+    ),
 )
 
 
@@ -140,6 +147,7 @@ class ScanOptions:
     metric: str
     quantile: float
     alpha: float
+    depth: str
 
 
 @dataclass(frozen=True)
@@ -197,6 +205,8 @@ class ModelAndData:
             metric="l2" if options.metric == "l2" else "standardized",
             quantile=options.quantile,
             alpha=options.alpha,
+            depth="fast" if options.depth == "fast" else "thorough",
+            seed=self.seed,
             batch_size=self.batch_size or BATCH_SIZE,
         )
 

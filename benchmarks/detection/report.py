@@ -1,0 +1,222 @@
+"""Scores the detectors on the evidence of the zoo, each model by constants fitted without its kind.
+
+    python benchmarks/detection/report.py [--alpha 0.01] [--leave-out network|dataset] [--models]
+
+Prints, for every attack, network and data set: how many backdoored models are flagged, how many with
+the right class first, and how many clean ones are flagged, with 95 % intervals; and beside the
+thorough scan the fast one and the paper's rule on the same models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+
+import calibrate
+import numpy as np
+import torch
+from calibrate import Case
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+from specs import HIDDEN, SEVERAL
+
+from tacext.detection import anomaly_index, judge_norms
+from tacext.joint_test import Calibration
+from tacext.max_margin import MaxMargin
+from tacext.reach import Reach
+from tacext.second_look import SecondLook
+from tacext.shuffle import Shuffle
+from tacext.verdict import weigh
+
+# The index above which the paper's rule, as it is commonly used, calls a class poisoned.
+PAPER_INDEX = 2.0
+NORM_OF_THE_PAPER = "l2 1 2500"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a detector said of one model.
+
+    Attributes:
+        score: larger where the model is more suspicious.
+        flagged: whether it called the model backdoored.
+        first: the class that it suspects most.
+    """
+
+    case: Case
+    score: float
+    flagged: bool
+    first: int
+
+    @property
+    def named(self) -> bool:
+        """Flagged, and the class it suspects most is a target."""
+        return self.flagged and self.first in self.case.targets
+
+
+def look_of(case: Case) -> SecondLook:
+    """The second look as the evidence tells it."""
+    raw = case.raw
+    classes = tuple(range(len(case.evidence["norm"])))
+    margin = torch.tensor(raw["noise"]["margin"], dtype=torch.float64)[:, None]
+    gain = torch.tensor(raw["reach"]["gain"], dtype=torch.float64)
+    nothing = torch.zeros(0)
+    shuffled = raw["shuffle"] and Shuffle(
+        raw["shuffle"]["share"],
+        tuple(raw["shuffle"]["destinations"]),
+        nothing,
+        raw["shuffle"]["budget"],
+        nothing,
+        raw["shuffle"]["seconds"],
+    )
+    return SecondLook(
+        classes,
+        MaxMargin(classes, margin, (20,), margin[None], raw["noise"]["seconds"]),
+        Reach(
+            classes,
+            tuple(raw["reach"]["budgets"]),
+            gain,
+            torch.tensor(raw["reach"]["rate"], dtype=torch.float64),
+            raw["reach"]["scale"],
+            nothing,
+            raw["reach"]["seconds"],
+        ),
+        shuffled or None,
+        0.0,
+    )
+
+
+def norms_of(case: Case, norm: str = calibrate.NORM) -> np.ndarray:  # type: ignore[type-arg]
+    """The norms of all classes."""
+    return np.array(case.raw["norms"][norm], dtype=np.float64)
+
+
+def thorough(case: Case, alpha: float, calibration: Calibration) -> Outcome:
+    """The verdict of a thorough scan."""
+    norm = norms_of(case)
+    finding, evidence = weigh(judge_norms(norm, alpha), look_of(case), alpha, calibration)
+    first = finding.suspects[0] if finding.suspects else evidence.joint.most_suspicious
+    return Outcome(case, -np.log(finding.p_value), finding.verdict == "backdoored", first)
+
+
+def fast(case: Case, alpha: float) -> Outcome:
+    """The verdict of a fast scan."""
+    test = judge_norms(norms_of(case), alpha)
+    first = test.suspects[0] if test.suspects else int(np.nanargmin(test.norm))
+    return Outcome(case, -np.log(test.p_value), test.verdict == "backdoored", first)
+
+
+def papers_rule(case: Case) -> Outcome:
+    """The anomaly index of the plain norms, above 2."""
+    index = anomaly_index(norms_of(case, NORM_OF_THE_PAPER))
+    return Outcome(
+        case,
+        float(np.nanmax(index)),
+        float(np.nanmax(index)) > PAPER_INDEX,
+        int(np.nanargmax(index)),
+    )
+
+
+def cross_validated(cases: Sequence[Case], alpha: float, leave_out: str) -> list[Outcome]:
+    """Every model by constants fitted on the clean models of other networks, or other data sets."""
+
+    @functools.cache
+    def without(kind: str) -> Calibration:
+        return calibrate.fit([c for c in cases if not c.targets and getattr(c, leave_out) != kind])
+
+    return [thorough(case, alpha, without(getattr(case, leave_out))) for case in cases]
+
+
+def share(hits: int, of: int) -> str:
+    """A share with its exact 95 % interval (Clopper and Pearson)."""
+    if not of:
+        return "-"
+    low = stats.beta.ppf(0.025, hits, of - hits + 1) if hits else 0.0
+    high = stats.beta.ppf(0.975, hits + 1, of - hits) if hits < of else 1.0
+    return f"{hits}/{of} [{low:.2f}, {high:.2f}]"
+
+
+def is_single(case: Case) -> bool:
+    """Whether one target is reached from all classes."""
+    return bool(case.targets) and case.attack not in (*SEVERAL, *HIDDEN)
+
+
+def auroc(outcomes: Iterable[Outcome]) -> float:
+    """How often a backdoored model scores above a clean one."""
+    scores: dict[bool, list[float]] = {True: [], False: []}
+    for outcome in outcomes:
+        scores[bool(outcome.case.targets)].append(outcome.score)
+    pairs = np.subtract.outer(np.array(scores[True]), np.array(scores[False]))
+    return float(((pairs > 0) + 0.5 * (pairs == 0)).mean())
+
+
+def summary(outcomes: Sequence[Outcome]) -> list[str]:
+    """One row of the table: flagged, named, hidden ones, false alarms, AUROC."""
+    single = [o for o in outcomes if is_single(o.case)]
+    others = [o for o in outcomes if o.case.targets and not is_single(o.case)]
+    clean = [o for o in outcomes if not o.case.targets]
+    return [
+        share(sum(o.flagged for o in single), len(single)),
+        share(sum(o.named for o in single), len(single)),
+        share(sum(o.flagged for o in others), len(others)),
+        share(sum(o.flagged for o in clean), len(clean)),
+        f"{auroc(outcomes):.3f}" if clean and len(clean) < len(outcomes) else "-",
+    ]
+
+
+HEADINGS = ("one target, flagged", "target named", "others, flagged", "clean, flagged", "AUROC")
+
+
+def tables(
+    outcomes: dict[str, list[Outcome]], cells: Callable[[Case], Sequence[str]]
+) -> list[Table]:
+    """All detectors on all models, and the first of them in every cell."""
+    over_all = Table("detector", *HEADINGS)
+    for name, found in outcomes.items():
+        over_all.add_row(name, *summary(found))
+    first, found = next(iter(outcomes.items()))
+    by_cell = Table(f"{first}, by", *HEADINGS[:-1])
+    for cell in dict.fromkeys(cell for o in found for cell in cells(o.case)):
+        by_cell.add_row(cell, *summary([o for o in found if cell in cells(o.case)])[:-1])
+    return [over_all, by_cell]
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--alpha", type=float, default=0.01)
+    parser.add_argument("--leave-out", choices=("network", "dataset"), default="network")
+    parser.add_argument("--models", action="store_true", help="a line for every model as well")
+    options = parser.parse_args()
+    cases = calibrate.read_cases()
+    outcomes = {
+        "thorough": cross_validated(cases, options.alpha, options.leave_out),
+        "fast": [fast(case, options.alpha) for case in cases],
+        "fast, alpha .05": [fast(case, 0.05) for case in cases],
+        "the paper's rule": [papers_rule(case) for case in cases],
+    }
+    console = Console(width=150)
+    for table in tables(
+        outcomes, lambda c: (f"attack {c.attack}", f"network {c.network}", f"data {c.dataset}")
+    ):
+        console.print(table)
+    seconds = [
+        sum(c.raw[k]["seconds"] for k in ("noise", "reach", "shuffle") if c.raw[k]) for c in cases
+    ]
+    console.print(f"second look, median seconds a model: {np.median(seconds):.1f}")
+    if options.models:
+        for o in sorted(outcomes["thorough"], key=lambda o: (not o.case.targets, -o.score)):
+            right = "named" if o.named else "flagged" if o.flagged else ""
+            first = (
+                "" if not o.case.targets else "first" if o.first in o.case.targets else "not first"
+            )
+            console.print(
+                f"{o.case.name:42} p {np.exp(-o.score):8.2g} {right:8} {first}", highlight=False
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""One pass over clean data: everything that the QPs of a head need, and nothing of size N."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .data import DataLike, as_batches, sample_count
+from .errors import InputError
+from .heads import (
+    Head,
+    check_labels_in_range,
+    evaluating,
+    find_head,
+    recording_latents,
+    run_model,
+)
+from .latents import LatentMoments
+from .margins import MarginMax, MarginQuantile
+from .ops import MinimalPerturbation, SolverSettings
+from .progress import progress_bar
+from .second_look import SampleKeeper
+
+Metric = Literal["standardized", "l2"]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one pass over the data leaves: everything the QPs need, nothing of size N."""
+
+    head: Head
+    margins: Tensor
+    moments: LatentMoments
+    samples: int
+    correct: int
+    classes_seen: int
+    forward_seconds: float
+    margin_seconds: float
+
+
+def observe(
+    model: nn.Module,
+    data: DataLike,
+    *,
+    head: str | None,
+    batch_size: int,
+    progress: bool | None,
+    operation: str,
+    quantile: float = 1.0,
+    keeper: SampleKeeper | None = None,
+) -> Observation:
+    """Streams the data through the model once; see `scan` for the arguments and errors.
+
+    `keeper` gets the samples to choose some from.
+    """
+    found: Head | None = None
+    moments = LatentMoments.empty(0)
+    # With the number of samples known, a quantile can do without all logits.
+    count = sample_count(data)
+    margins = MarginMax() if quantile == 1 else MarginQuantile(quantile, count or None)
+    seen = torch.zeros(0, dtype=torch.bool)
+    samples = correct = 0
+    forward_seconds = margin_seconds = 0.0
+    with progress_bar("clean data", count, progress) as advance:
+        for inputs, given_labels in as_batches(data, operation=operation, batch_size=batch_size):
+            labels = given_labels.cpu()
+            if found is None:
+                found = find_head(model, inputs[:8], head, operation=operation)
+                moments = LatentMoments.empty(found.latent_dim)
+                seen = torch.zeros(found.num_classes, dtype=torch.bool)
+            check_labels_in_range(labels, found.num_classes, operation)
+            started = time.perf_counter()
+            with evaluating(model), torch.no_grad(), recording_latents(found) as recorder:
+                run_model(model, inputs, operation)
+                latent = recorder.take()
+                logits = found.logits(latent)
+            now = time.perf_counter()
+            forward_seconds += now - started
+            margins.update(logits)
+            moments.update(latent)
+            margin_seconds += time.perf_counter() - now
+            if keeper is not None:
+                keeper.add(inputs, labels)
+            seen[labels] = True
+            correct += int((logits.argmax(1).cpu() == labels).sum())
+            samples += len(labels)
+            advance(len(labels))
+    assert found is not None  # as_batches raises where there is no sample
+    started = time.perf_counter()
+    result = margins.result()
+    margin_seconds += time.perf_counter() - started
+    return Observation(
+        found,
+        result,
+        moments,
+        samples,
+        correct,
+        int(seen.sum()),
+        forward_seconds,
+        margin_seconds,
+    )
+
+
+def solve(
+    observation: Observation,
+    metric: Metric,
+    settings: SolverSettings = ops.DEFAULT_SETTINGS,
+    *,
+    operation: str,
+) -> tuple[MinimalPerturbation, Tensor | None]:
+    """s_k for every class of an observed head, and the scale of the metric."""
+    scale = None
+    if metric == "standardized":
+        scale = observation.moments.standardized_scale(operation)
+    margins = observation.margins
+    weight = observation.head.weight.detach()
+    if not bool(torch.isfinite(weight).all()):
+        raise InputError.of(
+            operation,
+            "model",
+            expected="a head with finite weights",
+            got="NaN or infinity",
+            way_out="the weights are damaged; get them again",
+        )
+    perturbations = ops.minimal_perturbation(
+        weight,
+        margins,
+        scale=None if scale is None else scale.to(weight.device),
+        settings=settings,
+    )
+    return perturbations, scale
+
+
+def check_metric(metric: str, operation: str) -> None:
+    """Raises InputError unless the metric is known."""
+    if metric not in get_args(Metric):
+        raise InputError.of(
+            operation,
+            "metric",
+            expected=" or ".join(map(repr, get_args(Metric))),
+            got=repr(metric),
+            way_out="leave it out for 'standardized'",
+        )

@@ -1,0 +1,122 @@
+"""From all evidence of a scan to one verdict.
+
+With `depth="fast"` the norms decide (`detection`); with `depth="thorough"` the joint test of all
+classes and, for backdoors in which no class stands out, the shuffle. The two share alpha.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .detection import DOUBT_FACTOR, LARGEST_DOUBT, NormTest, Verdict
+from .joint_test import Calibration, JointTest, judge_jointly
+from .second_look import SecondLook, evidence_of
+
+# Of alpha, for the shuffle: where it finds something, its p-value is far below any threshold.
+_SHUFFLE_SHARE = 0.1
+
+# A shuffle below this share leaves most classes where they are, whatever its p-value.
+SMALLEST_SHUFFLE = 0.4
+
+_NAMES = {"norm": "norm", "noise_margin": "max margin", "reach": "reach"}
+_MOST_MOVES_TOLD = 4
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A verdict and what led to it.
+
+    Attributes:
+        verdict: "backdoored", "clean" or "inconclusive".
+        suspects: the classes held to be poisoned, most suspicious first.
+        p_value: of the whole scan, corrected for all choices.
+        reason: the verdict in one sentence.
+    """
+
+    verdict: Verdict
+    suspects: tuple[int, ...]
+    p_value: float
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What a thorough scan saw and what the tests make of it.
+
+    Attributes:
+        look: what gradients showed.
+        joint: the test of all classes on all kinds of evidence.
+        shuffle_p_value: of the shuffle; None where none was looked for.
+    """
+
+    look: SecondLook
+    joint: JointTest
+    shuffle_p_value: float | None
+
+
+def finding_of_norms(test: NormTest) -> Finding:
+    """The verdict of a scan that has only the norms."""
+    return Finding(test.verdict, test.suspects, test.p_value, test.reason)
+
+
+def weigh(
+    test: NormTest, look: SecondLook, alpha: float, calibration: Calibration
+) -> tuple[Finding, Evidence]:
+    """The verdict of a scan that looked twice.
+
+    Args:
+        test: of the norms of all classes.
+        look: the second look.
+        alpha: the false-alarm rate of the whole scan on a clean model.
+        calibration: the nulls of all kinds of evidence.
+    """
+    shuffled = look.shuffle
+    shuffle_p = None if shuffled is None else calibration.shuffle.p_value(shuffled.share)
+    share = 1.0 if shuffle_p is None else 1 - _SHUFFLE_SHARE
+    joint = judge_jointly(evidence_of(test.norm, look, len(test.norm)), share * alpha, calibration)
+    evidence = Evidence(look, joint, shuffle_p)
+    p_value = min(1.0, joint.p_value / share)
+    if shuffle_p is not None:
+        p_value = min(p_value, shuffle_p / _SHUFFLE_SHARE)
+    if joint.suspects:
+        reason = f"class {joint.suspects[0]} stands out in {_kinds_that_tell(joint)}"
+        return Finding("backdoored", joint.suspects, p_value, reason), evidence
+    told_by_shuffle = shuffle_p is not None and shuffle_p < _SHUFFLE_SHARE * alpha
+    if shuffled is not None and told_by_shuffle and shuffled.share >= SMALLEST_SHUFFLE:
+        targets = tuple(sorted({k for k in shuffled.destinations if k >= 0}))
+        reason = (
+            f"one small change of the input sends {shuffled.share:.0%} of the images of every "
+            f"class to another class of its own ({_moves(shuffled.destinations)}): a backdoor "
+            "from all classes to all"
+        )
+        return Finding("backdoored", targets, p_value, reason), evidence
+    k = joint.most_suspicious
+    if p_value < min(DOUBT_FACTOR * alpha, LARGEST_DOUBT):
+        reason = f"class {k} stands out, but not enough: p = {p_value:.2g} against {alpha:g}"
+        return Finding("inconclusive", (), p_value, reason), evidence
+    kinds = [_NAMES[kind] for kind in joint.kinds]
+    reason = f"no class stands out in {_listed(kinds, 'or')}"
+    if look.shuffle is not None:
+        reason += ", and no change shuffles the classes"
+    return Finding("clean", (), p_value, reason), evidence
+
+
+def _listed(words: list[str], last: str) -> str:
+    if len(words) <= 1:
+        return "".join(words)
+    return f"{', '.join(words[:-1])} {last} {words[-1]}"
+
+
+def _kinds_that_tell(joint: JointTest) -> str:
+    """The kinds of evidence that the first suspect stands out in, most telling first."""
+    first = joint.suspects[0]
+    told = sorted(
+        (float(p[first]), kind) for kind, p in joint.kind_p_values.items() if p[first] < 0.1
+    )
+    return _listed([f"{_NAMES[kind]} (p = {p:.1g})" for p, kind in told], "and") or "all together"
+
+
+def _moves(destinations: tuple[int, ...]) -> str:
+    moves = [f"{a} to {b}" for a, b in enumerate(destinations) if b >= 0]
+    told = ", ".join(moves[:_MOST_MOVES_TOLD])
+    return told if len(moves) <= _MOST_MOVES_TOLD else f"{told}, ..."

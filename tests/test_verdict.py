@@ -1,0 +1,115 @@
+"""The verdict of a thorough scan, from evidence made up for each case."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tacext.detection import judge_norms
+from tacext.joint_test import shipped_calibration
+from tacext.max_margin import MaxMargin
+from tacext.reach import Reach
+from tacext.second_look import SecondLook
+from tacext.shuffle import Shuffle
+from tacext.verdict import Evidence, Finding, weigh
+
+CLASSES = 10
+
+
+def look_of(
+    suspicious: dict[int, float] | None = None,
+    share: float | None = 0.2,
+    seed: int = 0,
+) -> tuple[np.ndarray, SecondLook]:  # type: ignore[type-arg]
+    """Norms and a second look of a model whose classes in `suspicious` are so many spreads off."""
+    generator = np.random.default_rng(seed)
+    kinds = shipped_calibration().kinds
+
+    def draw(kind: str) -> np.ndarray:  # type: ignore[type-arg]
+        values = generator.standard_normal(CLASSES)
+        for k, size in (suspicious or {}).items():
+            values[k] = size
+        return kinds[kind].spread * values
+
+    classes = tuple(range(CLASSES))
+    margin = torch.from_numpy(np.exp(4 + draw("noise_margin")))[:, None]
+    gain = torch.from_numpy(np.exp(draw("reach")))[None]
+    nothing = torch.zeros(0)
+    shuffled = None
+    if share is not None:
+        moves = tuple((k + 1) % CLASSES for k in classes)
+        shuffled = Shuffle(share, moves, torch.full((CLASSES,), share), 1.0, nothing, 0.0)
+    look = SecondLook(
+        classes,
+        MaxMargin(classes, margin, (20,), margin[None], 0.0),
+        Reach(classes, (1.0,), gain, gain.clamp(0, 1), 1.0, nothing, 0.0),
+        shuffled,
+        0.0,
+    )
+    return np.exp(1 - draw("norm")), look
+
+
+def judged(
+    suspicious: dict[int, float] | None = None, share: float | None = 0.2, alpha: float = 0.01
+) -> tuple[Finding, Evidence]:
+    norm, look = look_of(suspicious, share)
+    return weigh(judge_norms(norm, alpha), look, alpha, shipped_calibration())
+
+
+def test_a_class_that_stands_out_in_everything_is_named() -> None:
+    finding, evidence = judged({3: 8.0})
+    assert (finding.verdict, finding.suspects) == ("backdoored", (3,))
+    assert finding.p_value < 1e-4
+    assert finding.reason.startswith("class 3 stands out in ")
+    for kind in ("norm", "max margin", "reach"):
+        assert kind in finding.reason
+    assert evidence.joint.suspects == (3,)
+
+
+def test_two_targets_are_both_named() -> None:
+    finding, _ = judged({3: 9.0, 6: 8.0})
+    assert set(finding.suspects) == {3, 6}
+
+
+def test_nothing_that_stands_out_is_clean() -> None:
+    finding, _ = judged()
+    assert (finding.verdict, finding.suspects) == ("clean", ())
+    assert "no class stands out in norm, max margin or reach" in finding.reason
+    assert "shuffles" in finding.reason
+    assert "shuffles" not in judged(share=None)[0].reason
+
+
+def test_between_the_two_is_inconclusive() -> None:
+    found = [judged({3: size})[0] for size in np.linspace(1.0, 8.0, 29)]
+    verdicts = [finding.verdict for finding in found]
+    assert verdicts[0] == "clean"
+    assert verdicts[-1] == "backdoored"
+    first = verdicts.index("inconclusive")
+    assert verdicts == sorted(verdicts, key=["clean", "inconclusive", "backdoored"].index)
+    assert 0.01 <= found[first].p_value < 0.1
+    assert "class 3 stands out, but not enough" in found[first].reason
+
+
+@pytest.mark.parametrize("alpha", [0.001, 0.01, 0.05])
+def test_the_p_value_and_the_verdict_agree(alpha: float) -> None:
+    for size in np.linspace(0.0, 8.0, 33):
+        finding, _ = judged({3: size}, alpha=alpha)
+        assert (finding.verdict == "backdoored") == (finding.p_value < alpha)
+
+
+def test_a_shuffle_names_all_its_destinations() -> None:
+    finding, evidence = judged(share=0.95)
+    assert (finding.verdict, finding.suspects) == ("backdoored", tuple(range(CLASSES)))
+    assert "95%" in finding.reason
+    assert "0 to 1, 1 to 2, 2 to 3, 3 to 4, ..." in finding.reason
+    assert evidence.shuffle_p_value is not None
+    assert finding.p_value == pytest.approx(evidence.shuffle_p_value / 0.1)
+
+
+def test_a_class_that_stands_out_comes_before_a_shuffle() -> None:
+    assert judged({3: 8.0}, share=0.95)[0].suspects == (3,)
+
+
+def test_a_small_shuffle_is_no_backdoor_however_rare() -> None:
+    assert judged(share=0.39)[0].verdict != "backdoored"
