@@ -250,6 +250,7 @@ TestSolution solve_on_device(const TestHead& head, const double* scale = nullptr
       tacext_cuda_minimal_perturbation_workspace(count, head.classes, head.latents);
   Values workspace(bytes / sizeof(double), std::numeric_limits<double>::quiet_NaN());
   EXPECT_EQ(tacext_cuda_minimal_perturbation(&problem, &result, workspace.data(), nullptr), 0);
+  EXPECT_TRUE(solution.is_complete());
   return solution;
 }
 

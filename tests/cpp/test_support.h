@@ -122,7 +122,7 @@ inline TestHead random_head(std::int64_t classes, std::int64_t latents, std::int
   return head;
 }
 
-/// A result and the memory behind it.
+/// A result and the memory behind it, full of what no field may be left as.
 struct TestSolution {
   std::int64_t count, classes, latents;
   Values perturbation, norm, multipliers, primal, dual, gap;
@@ -133,15 +133,27 @@ struct TestSolution {
       : count(count_),
         classes(classes_),
         latents(latents_),
-        perturbation(static_cast<std::size_t>(count * latents)),
-        norm(static_cast<std::size_t>(count)),
-        multipliers(static_cast<std::size_t>(count * classes)),
+        perturbation(static_cast<std::size_t>(count * latents), kUnwritten),
+        norm(static_cast<std::size_t>(count), kUnwritten),
+        multipliers(static_cast<std::size_t>(count * classes), kUnwritten),
         primal(norm),
         dual(norm),
         gap(norm),
-        status(norm.size()),
-        iterations(norm.size()),
-        active(norm.size()) {}
+        status(norm.size(), -1),
+        iterations(norm.size(), -1),
+        active(norm.size(), -1) {}
+
+  static constexpr double kUnwritten = -7.25;
+  /// Whether every field of every class was written.
+  bool is_complete() const {
+    const auto left = [](const auto& values, auto unwritten) {
+      return std::count(values.begin(), values.end(), unwritten) > 0;
+    };
+    return !left(perturbation, kUnwritten) && !left(norm, kUnwritten) &&
+           !left(multipliers, kUnwritten) && !left(primal, kUnwritten) && !left(dual, kUnwritten) &&
+           !left(gap, kUnwritten) && !left(status, -1) && !left(iterations, -1) &&
+           !left(active, -1);
+  }
 
   PerturbationResult pointers() {
     return {perturbation.data(), norm.data(),       multipliers.data(),
@@ -164,6 +176,7 @@ inline TestSolution solve(const TestHead& head, const SolverSettings& settings =
   minimal_perturbation({head.weight.data(), head.margins.data(), scale,
                         targets ? targets->data() : nullptr, count, head.classes, head.latents},
                        settings, solution.pointers(), parallel_for);
+  EXPECT_TRUE(solution.is_complete());
   return solution;
 }
 
