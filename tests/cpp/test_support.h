@@ -97,6 +97,23 @@ inline TestHead huge_and_small_rows(double huge) {
   return head;
 }
 
+/// Three rows of 2048 like entries. w_0 - w_1 is tiny beside both; the third row keeps them from
+/// being centred, and makes an s with which products of w_0 and of w_1 drift apart by rounding.
+inline TestHead drifting_head() {
+  constexpr std::int64_t kLatents = 2048, kHalf = kLatents / 2;
+  constexpr double kApart = 2.5102242920886285e-09, kStep = 1.2717851313028796;
+  TestHead head{3, kLatents, Values(3 * kLatents, 1.0), Values(9, 0.0)};
+  for (std::int64_t d = 0; d < kLatents; ++d) {
+    head.weight[kLatents + d] = 1 + (d < kHalf ? 1.5 : 0.5) * kApart;
+    head.weight[2 * kLatents + d] = -1;
+  }
+  const long double product =
+      kHalf * (static_cast<long double>(head.constraint(0, 1, 0)) + head.constraint(0, 1, kHalf));
+  head.margins[1] = static_cast<double>(kStep * product * (1 - 8.397587411939426e-07L));
+  head.margins[2] = 2 * kLatents * kStep;
+  return head;
+}
+
 /// M of weight and random latents and biases: what pairwise_margin_max gives, in plain loops.
 inline Values random_margins(const Values& weight, std::int64_t classes, std::int64_t latents,
                              std::int64_t samples, unsigned seed) {
