@@ -53,9 +53,9 @@ std::vector<double> refined_multipliers(const HeadGeometry& head, const Orthogon
 
 }  // namespace
 
-CarefulSolution solve_carefully(const HeadGeometry& head, std::int64_t k, const double* margins,
-                                const std::vector<double>& squared_lengths, double tolerance,
-                                std::int64_t max_iterations) {
+Candidate solve_carefully(const HeadGeometry& head, std::int64_t k, const double* margins,
+                          const std::vector<double>& squared_lengths, double tolerance,
+                          std::int64_t max_iterations) {
   OrthogonalActiveSet method(head, k, margins, squared_lengths);
   const Ending ending = method.solve(max_iterations);
   const ActiveSet& set = method.set();
@@ -70,7 +70,7 @@ CarefulSolution solve_carefully(const HeadGeometry& head, std::int64_t k, const 
   candidate.multipliers = spread(set.active, multipliers, head.classes());
   if (ending == Ending::kUnreachable) mark_unreachable(candidate);
   certify_doubled(head, k, margins, squared_lengths, tolerance, candidate);
-  return {std::move(candidate), ending};
+  return candidate;
 }
 
 }  // namespace tacext

@@ -251,23 +251,21 @@ class Solver {
            candidate.collinearity * candidate.primal > settings_.tolerance;
   }
 
-  /// What the careful way proves, or doubts at its end, is the last word. Where its steps run out,
-  /// what the fast way came to is kept, but not as proven.
+  /// What the careful way proves is the last word. Where it proves nothing, be it for want of
+  /// steps, the better answer is kept, but not as proven.
   void settle_carefully(Pending& p) const {
     Candidate& fast = p.candidate;
     const std::int64_t before = fast.iterations;
-    CarefulSolution careful =
+    Candidate careful =
         solve_carefully(head_, p.target, p.margins.values.data(), squared_lengths(p.target),
                         settings_.tolerance, settings_.max_iterations - before);
-    Candidate& found = careful.candidate;
-    const std::int64_t all = before + found.iterations;
-    const bool proven = found.status != Status::kIterationLimit;
-    if (!proven && fast.status == Status::kOptimal && careful.ending != Ending::kSolved) {
+    const std::int64_t all = before + careful.iterations;
+    const bool proven = careful.status != Status::kIterationLimit;
+    if (!proven && fast.status == Status::kOptimal) {
       fast.status = Status::kIterationLimit;
       fast.primal = std::numeric_limits<double>::infinity();
-    } else if (proven || fast.status == Status::kOptimal ||
-               found.worst_residual() < fast.worst_residual()) {
-      fast = std::move(found);
+    } else if (proven || careful.worst_residual() < fast.worst_residual()) {
+      fast = std::move(careful);
     }
     fast.iterations = all;
   }

@@ -19,15 +19,15 @@ HeadGeometry geometry_of(const TestHead& head) {
 }
 
 /// Rank 3 but for noise: constraints that nearly cancel, and an s that is their small difference.
-TestHead nearly_flat_head(double noise, unsigned seed) {
-  TestHead head{40, 64, test::normal_values(40 * 64, seed, noise), {}};
+TestHead nearly_flat_head(double noise, unsigned seed, std::int64_t latents = 64) {
+  TestHead head{40, latents, test::normal_values(40 * latents, seed, noise), {}};
   const Values left = test::normal_values(40 * 3, seed + 1),
-               right = test::normal_values(3 * 64, seed + 2);
+               right = test::normal_values(3 * latents, seed + 2);
   for (std::int64_t j = 0; j < 40; ++j)
-    for (std::int64_t d = 0; d < 64; ++d)
+    for (std::int64_t d = 0; d < latents; ++d)
       for (std::int64_t r = 0; r < 3; ++r)
-        head.weight[j * 64 + d] += left[j * 3 + r] * right[r * 64 + d];
-  head.margins = test::random_margins(head.weight, 40, 64, 40, seed + 3);
+        head.weight[j * latents + d] += left[j * 3 + r] * right[r * latents + d];
+  head.margins = test::random_margins(head.weight, 40, latents, 40, seed + 3);
   return head;
 }
 
@@ -85,6 +85,69 @@ TEST(CarefulSolution, RoundingOfAHugePerturbationIsNoViolation) {
     OrthogonalActiveSet method(geometry, 0, head.margins.data(), squares);
     EXPECT_EQ(method.solve(300), Ending::kSolved) << seed;
   }
+}
+
+// Twins of active constraints hold to the rounding of s: nothing may come and go for it.
+TEST(CarefulSolution, TwinsOfActiveConstraintsDoNotCycle) {
+  for (unsigned seed = 0; seed < 10; ++seed) {
+    const std::int64_t latents = seed % 2 ? 64 : 3000;
+    TestHead head = nearly_flat_head(1e-9, 200 + 10 * seed, latents);
+    for (std::int64_t j = 21; j < 40; ++j) {
+      std::copy_n(head.weight.begin() + (j - 20) * latents, latents,
+                  head.weight.begin() + j * latents);
+      head.margins[j] = head.margins[j - 20];
+    }
+    const HeadGeometry geometry = geometry_of(head);
+    const Values squares = geometry.squared_lengths(0, geometry.gram_row(0));
+    OrthogonalActiveSet method(geometry, 0, head.margins.data(), squares);
+    EXPECT_EQ(method.solve(300), Ending::kSolved) << seed;
+    EXPECT_LE(method.set().iterations, 100) << seed;
+  }
+}
+
+// Plain sums of 20,000 like terms drift by more than the rounding of s.
+TEST(CarefulSolution, SumsOfLikeTermsAreNoViolation) {
+  constexpr std::int64_t kLatents = 20000;
+  for (int step = 0; step < 20; ++step) {
+    TestHead head{3, kLatents, Values(3 * kLatents, -1 - step / 37.0), Values(9, 0.0)};
+    std::fill_n(head.weight.begin(), kLatents, 0.0);
+    head.margins[1] = head.margins[2] = 1 + step / 19.0;  // of twins
+    const HeadGeometry geometry = geometry_of(head);
+    const Values squares = geometry.squared_lengths(0, geometry.gram_row(0));
+    OrthogonalActiveSet method(geometry, 0, head.margins.data(), squares);
+    EXPECT_EQ(method.solve(100), Ending::kSolved);
+    EXPECT_EQ(method.set().iterations, 1) << step;
+  }
+}
+
+/// Rows in three clusters.
+TestHead three_clusters(std::int64_t classes, std::int64_t latents, double apart, unsigned seed) {
+  TestHead head{classes, latents, test::normal_values(classes * latents, seed, apart), {}};
+  const Values centres = test::normal_values(3 * latents, seed + 1);
+  for (std::int64_t j = 0; j < classes; ++j)
+    for (std::int64_t d = 0; d < latents; ++d)
+      head.weight[j * latents + d] += centres[j * 7 % 3 * latents + d];
+  head.margins = test::random_margins(head.weight, classes, latents, 20, seed + 2);
+  return head;
+}
+
+// A violation of share e can shorten s by e times as much as the terms of s exceed it.
+TEST(CarefulSolution, NoViolationShortensTheNormByMoreThanTheTolerance) {
+  for (const double apart : {3e-6, 1e-6, 3e-7, 1e-7})
+    for (unsigned seed = 0; seed < 10; ++seed) {
+      const TestHead head = three_clusters(40, 64, apart, 10 * seed);
+      const TestSolution solution = solve(head);
+      for (std::int64_t k = 0; k < head.classes; ++k) {
+        if (!solution.is(k, Status::kOptimal)) continue;
+        double terms = solution.norm[k];
+        for (std::int64_t j = 0; j < head.classes; ++j) {
+          double square = 0;
+          for (std::int64_t d = 0; d < 64; ++d) square += std::pow(head.constraint(k, j, d), 2);
+          terms += solution.l(k)[j] * std::sqrt(square);
+        }
+        EXPECT_LE(solution.primal[k] * terms, 1.01e-9 * solution.norm[k]) << apart << " " << k;
+      }
+    }
 }
 
 TEST(CarefulSolution, AFastAnswerOutlivesItsSteps) {
