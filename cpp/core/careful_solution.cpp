@@ -10,7 +10,7 @@
 namespace tacext {
 namespace {
 
-constexpr int kRounds = 4;  // of refinement, at most
+constexpr int kRounds = 5;  // of refinement, at most
 
 /// The s at which the active constraints hold, refined until their residuals stay at the rounding
 /// of s itself.
@@ -33,22 +33,34 @@ void refine_perturbation(const HeadGeometry& head, const OrthogonalActiveSet& me
   }
 }
 
+struct RefinedMultipliers {
+  std::vector<double> rounded, corrections;  // over the active constraints
+};
+
 /// The multipliers that make s, refined against s - sum_j l_j a_j: where the a_j nearly cancel,
-/// l = (A A^T)^-1 m alone would be off by the square of their condition.
-std::vector<double> refined_multipliers(const HeadGeometry& head, const OrthogonalActiveSet& method,
-                                        const std::vector<double>& s) {
-  const std::vector<std::int64_t>& active = method.set().active;
-  std::vector<double> multipliers(active.size(), 0.0);
+/// l = (A A^T)^-1 m alone would be off by the square of their condition, and by more than counts
+/// even when rounded to doubles.
+RefinedMultipliers refined_multipliers(const HeadGeometry& head, const OrthogonalActiveSet& method,
+                                       const std::vector<double>& s) {
+  std::vector<std::int64_t> twice = method.set().active;
+  const std::size_t count = twice.size();
+  twice.insert(twice.end(), method.set().active.begin(), method.set().active.end());
+  std::vector<double> parts(2 * count, 0.0);  // the doubles, then their corrections
   for (int round = 0; round < kRounds; ++round) {
     const std::vector<Doubled> sum =
-        combine_constraints_doubled(head, method.target(), active, multipliers);
+        combine_constraints_doubled(head, method.target(), twice, parts);
     std::vector<double> rest(s.size());
     for (std::size_t d = 0; d < s.size(); ++d) rest[d] = remainder_of(s[d], sum[d]);
     const std::vector<double> step = method.multipliers_of(rest);
-    for (std::size_t i = 0; i < active.size(); ++i)
-      multipliers[i] = std::max(0.0, multipliers[i] + step[i]);
+    for (std::size_t i = 0; i < count; ++i) {
+      const Doubled moved = two_sum(parts[i], parts[count + i] + step[i]);
+      const bool positive = moved.high > 0;
+      parts[i] = positive ? moved.high : 0;
+      parts[count + i] = positive ? moved.low : 0;
+    }
   }
-  return multipliers;
+  return {{parts.begin(), parts.begin() + static_cast<std::ptrdiff_t>(count)},
+          {parts.begin() + static_cast<std::ptrdiff_t>(count), parts.end()}};
 }
 
 }  // namespace
@@ -62,12 +74,13 @@ Candidate solve_carefully(const HeadGeometry& head, std::int64_t k, const double
   Candidate candidate;
   candidate.iterations = set.iterations;
   candidate.perturbation = combine_constraints(head, k, set.active, set.multipliers);
-  std::vector<double> multipliers = set.multipliers;
+  candidate.multipliers = spread(set.active, set.multipliers, head.classes());
   if (ending == Ending::kSolved) {
     refine_perturbation(head, method, margins, candidate.perturbation);
-    multipliers = refined_multipliers(head, method, candidate.perturbation);
+    const RefinedMultipliers refined = refined_multipliers(head, method, candidate.perturbation);
+    candidate.multipliers = spread(set.active, refined.rounded, head.classes());
+    candidate.corrections = spread(set.active, refined.corrections, head.classes());
   }
-  candidate.multipliers = spread(set.active, multipliers, head.classes());
   if (ending == Ending::kUnreachable) mark_unreachable(candidate);
   certify_doubled(head, k, margins, squared_lengths, tolerance, candidate);
   return candidate;

@@ -54,11 +54,19 @@ struct Active {
   }
 };
 
+/// 2 m.l - |sum_j l_j a_j|^2: whatever l >= 0, at most |s|^2 of every s that is feasible.
+double bound_of(const Active& active, const double* margins, const std::vector<double>& sum) {
+  Doubled value;  // m.l, which may cancel
+  for (std::size_t i = 0; i < active.constraints.size(); ++i)
+    add_product(value, margins[active.constraints[i]], active.multipliers[i]);
+  return 2 * value.value() - dot(sum.data(), sum.data(), static_cast<std::int64_t>(sum.size()));
+}
+
 /// products[j] = a_j . s, sizes[j] is what a violation of constraint j is measured against beside
-/// |M[k, j]|, and sum = sum_j l_j a_j.
+/// |M[k, j]|, sum = sum_j l_j a_j, and bound is at most the square of the optimal norm.
 void judge(std::int64_t k, const double* margins, const std::vector<double>& squared_lengths,
            const std::vector<double>& products, const std::vector<double>& sizes,
-           const Active& active, const std::vector<double>& sum, double tolerance,
+           const Active& active, const std::vector<double>& sum, double bound, double tolerance,
            Candidate& candidate) {
   candidate.primal = 0;
   for (std::size_t j = 0; j < products.size(); ++j) {
@@ -69,20 +77,14 @@ void judge(std::int64_t k, const double* margins, const std::vector<double>& squ
           std::max(candidate.primal, share_of(violation, std::fabs(margins[j]) + sizes[j]));
   }
   const double length = norm(candidate.perturbation);
-  Doubled value;          // m.l, which may cancel
   double terms = length;  // |s| + sum_j l_j |a_j|
-  for (std::size_t i = 0; i < active.constraints.size(); ++i) {
-    const std::int64_t j = active.constraints[i];
-    add_product(value, margins[j], active.multipliers[i]);
-    terms += active.multipliers[i] * std::sqrt(squared_lengths[j]);
-  }
+  for (std::size_t i = 0; i < active.constraints.size(); ++i)
+    terms += active.multipliers[i] * std::sqrt(squared_lengths[active.constraints[i]]);
   std::vector<double> rest = candidate.perturbation;
   add_scaled(-1.0, sum.data(), static_cast<std::int64_t>(rest.size()), rest.data());
   candidate.dual = share_of(norm(rest), terms);
   candidate.collinearity = length > 0 ? terms / length : 1;
-  // Whatever the multipliers, 2 m.l - |sum_j l_j a_j|^2 is at most |s|^2 of every feasible s.
-  const double energy = length * length, doubled = 2 * value.value();
-  const double bound = doubled - dot(sum.data(), sum.data(), static_cast<std::int64_t>(sum.size()));
+  const double energy = length * length;
   candidate.gap = share_of(std::fabs(energy - bound), std::max(energy, std::fabs(bound)));
   const bool proven = candidate.worst_residual() <= tolerance;
   candidate.status = proven ? Status::kOptimal : Status::kIterationLimit;
@@ -138,11 +140,18 @@ void certify_doubled(const HeadGeometry& head, std::int64_t k, const double* mar
     sizes.push_back(head.constraint_dot_size(k, j, s));
   }
   const Active active(candidate, k);
-  std::vector<double> sum;
+  Active exact = active;
+  for (std::size_t i = 0; i < active.constraints.size() && !candidate.corrections.empty(); ++i) {
+    exact.constraints.push_back(active.constraints[i]);
+    exact.multipliers.push_back(candidate.corrections[active.constraints[i]]);
+  }
+  std::vector<double> exact_sum;
   for (const Doubled& entry :
-       combine_constraints_doubled(head, k, active.constraints, active.multipliers))
-    sum.push_back(entry.value());
-  judge(k, margins, squared_lengths, products, sizes, active, sum, tolerance, candidate);
+       combine_constraints_doubled(head, k, exact.constraints, exact.multipliers))
+    exact_sum.push_back(entry.value());
+  judge(k, margins, squared_lengths, products, sizes, active,
+        combine_constraints(head, k, active.constraints, active.multipliers),
+        bound_of(exact, margins, exact_sum), tolerance, candidate);
 }
 
 void certify(const HeadGeometry& head, std::int64_t k, const double* margins,
@@ -163,8 +172,10 @@ void certify(const HeadGeometry& head, std::int64_t k, const double* margins,
   }
   const Active active(candidate, k);
   // Last constraint first: not the sum that s came from.
-  judge(k, margins, squared_lengths, products, sizes, active,
-        combine_constraints(head, k, active.constraints, active.multipliers), tolerance, candidate);
+  const std::vector<double> sum =
+      combine_constraints(head, k, active.constraints, active.multipliers);
+  judge(k, margins, squared_lengths, products, sizes, active, sum, bound_of(active, margins, sum),
+        tolerance, candidate);
 }
 
 }  // namespace tacext

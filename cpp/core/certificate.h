@@ -14,6 +14,7 @@ struct Candidate {
   Status status = Status::kIterationLimit;
   std::vector<double> perturbation;  // s, [latents]
   std::vector<double> multipliers;   // l >= 0, [classes]; a Farkas ray where unreachable
+  std::vector<double> corrections;   // what the multipliers lost in rounding to doubles, or empty
   std::int64_t iterations = 0;
   double primal = 0, dual = 0, gap = 0;
   // (|s| + sum_j l_j |a_j|) / |s|: how much the sum that makes s cancels; 1 where s = 0.
@@ -39,9 +40,10 @@ std::vector<Doubled> combine_constraints_doubled(const HeadGeometry& head, std::
                                                  const std::vector<std::int64_t>& constraints,
                                                  const std::vector<double>& multipliers);
 
-/// Residuals of class k's answer from a_j . s in doubled precision and sum_j l_j a_j likewise, with
-/// violations measured against |M[k, j]| + sum_d |a_jd s_d|: of the careful way, whose constraints
-/// may nearly cancel. They decide the status.
+/// Residuals of class k's answer from a_j . s in doubled precision, with violations measured
+/// against |M[k, j]| + sum_d |a_jd s_d|: of the careful way, whose constraints may nearly cancel.
+/// The gap is that of the multipliers with their corrections: where sums l_j a_j cancel to 1e-12 of
+/// their terms, multipliers that are doubles prove no norm to 1e-9.
 void certify_doubled(const HeadGeometry& head, std::int64_t k, const double* margins,
                      const std::vector<double>& squared_lengths, double tolerance,
                      Candidate& candidate);

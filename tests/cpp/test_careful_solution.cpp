@@ -62,6 +62,26 @@ TEST(CarefulSolution, NearlyFlatHeadsAreProven) {
     }
 }
 
+// Latents from 1e-6 to 1e6: the terms of s are 1e12 times as long as s, and rounded to doubles they
+// prove its norm to some 1e-8.
+TEST(CarefulSolution, MultipliersAreJudgedBeforeTheyAreRounded) {
+  int far = 0;
+  for (unsigned seed = 0; seed < 10; ++seed) {
+    TestHead head = test::random_head(12, 4, 30, 300 + seed);
+    for (std::int64_t j = 0; j < 12; ++j)
+      for (std::int64_t d = 0; d < 4; ++d)
+        head.weight[j * 4 + d] *= std::pow(10.0, static_cast<double>(4 * d) - 6);
+    const TestSolution solution = solve(head);
+    for (std::int64_t k = 0; k < 12; ++k) {
+      EXPECT_FALSE(solution.is(k, Status::kIterationLimit)) << seed << " " << k;
+      if (!solution.is(k, Status::kOptimal)) continue;
+      EXPECT_LE(solution.gap[k], 1e-11) << seed << " " << k;
+      far += gap_of(head, solution, k) > 1e-10;
+    }
+  }
+  EXPECT_GT(far, 0) << "a rounding that never shows tests nothing";
+}
+
 // |a_1| |s| is 1e16 beside a slack of 1e-6, sum_d |a_1d s_d| is 0: measured by the one, the
 // constraint would seem to hold.
 TEST(CarefulSolution, SeesSmallEntriesBesideAHugePerturbation) {

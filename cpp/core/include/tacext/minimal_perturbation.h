@@ -64,8 +64,8 @@ struct PerturbationResult {
   /// |s - sum_j l_j a_j| / (|s| + sum_j l_j |a_j|); of a ray |sum_j l_j a_j| / sum_j l_j |a_j|
   double* dual_residual;
   /// |s.s - b| / max(s.s, |b|), where b = 2 m.l - |sum_j l_j a_j|^2 is at most the square of the
-  /// optimal norm, whatever l >= 0: the duality gap, rigorous; for an unreachable class -m.l,
-  /// [count]
+  /// optimal norm, whatever l >= 0: the duality gap, rigorous; where the active constraints nearly
+  /// cancel, of l before it was rounded to doubles; for an unreachable class -m.l, [count]
   double* gap;
 };
 
