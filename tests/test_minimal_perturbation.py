@@ -614,9 +614,7 @@ def test_scales_that_are_no_metric(at: int, bad: float) -> None:
     + [((bad, 0), r"tolerance: expected a number") for bad in (math.inf, math.nan)]
     + [((1e-9, -1), r"max_iterations: expected 0 \(automatic\) or more, got -1")],
 )
-def test_the_bare_operator_checks_its_settings(
-    settings: tuple[float, int], message: str
-) -> None:
+def test_the_bare_operator_checks_its_settings(settings: tuple[float, int], message: str) -> None:
     with pytest.raises(RuntimeError, match=f"minimal_perturbation: {message}"):
         torch.ops.tacext.minimal_perturbation(EYE, ZERO, None, None, *settings, True)
 
