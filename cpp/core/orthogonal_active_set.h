@@ -15,8 +15,9 @@ namespace tacext {
 class OrthogonalActiveSet {
  public:
   static constexpr double kDependent = 1e-28;
-  /// As active_set::kViolated, for slack in doubled precision: some roundings of s itself.
-  static constexpr double kViolated = 2e-15;
+  /// As active_set::kViolated, for slack in doubled precision: a few roundings of s itself. What
+  /// lies below may still shorten an s whose terms exceed it by far.
+  static constexpr double kViolated = 4e-16;
 
   /// margins and squared_lengths (|a_j|^2) are row `target` of theirs, [classes].
   OrthogonalActiveSet(const HeadGeometry& head, std::int64_t target, const double* margins,
