@@ -137,6 +137,7 @@ TEST(CarefulSolution, SumsOfLikeTermsAreNoViolation) {
     OrthogonalActiveSet method(geometry, 0, head.margins.data(), squares);
     EXPECT_EQ(method.solve(100), Ending::kSolved);
     EXPECT_EQ(method.set().iterations, 1) << step;
+    EXPECT_LE(solve_carefully(geometry, 0, head.margins.data(), squares, 1e-9, 100).primal, 1e-15);
   }
 }
 
