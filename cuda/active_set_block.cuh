@@ -10,7 +10,7 @@
 #define TACEXT_DEVICE
 #endif
 
-// The dual active-set method of cpp/core/active_set.cpp from the Gram matrix, for one block of
+// The dual active-set method of cpp/core/active_set.h from the Gram matrix, for one block of
 // threads and one class. The same source runs on the host with a block of one thread: nothing here
 // knows CUDA. All that is shared between threads goes through the Block policy:
 //
@@ -49,10 +49,10 @@ struct Head {
   TACEXT_DEVICE const double* row(std::int64_t j) const { return rows + j * latents; }
   TACEXT_DEVICE const double* gram_row(std::int64_t j) const { return gram + j * classes; }
 
-  /// How far w_k . x - w_j . x may be from a_j . x, in units of |x|; as in
+  /// How far w_k . x - w_j . x can be from a_j . x, in units of |x|; as in
   /// cpp/core/head_geometry.h.
   TACEXT_DEVICE double difference_noise(std::int64_t k, std::int64_t j) const {
-    return kEpsilon * (4 + 0.5 * std::sqrt(static_cast<double>(latents))) *
+    return 0.5 * kEpsilon * (8 + static_cast<double>(latents)) *
            (std::sqrt(gram_row(k)[k]) + std::sqrt(gram_row(j)[j]));
   }
 };

@@ -43,13 +43,12 @@ class Certifier {
     Residuals residuals;
     if (solved) residuals = certify(outcome.count);
     const std::int64_t positive = write_multipliers(solved ? outcome.count : 0, answer.multipliers);
-    for (std::int64_t d = block_.thread(); d < head_.latents; d += block_.threads())
-      answer.perturbation[d] =
-          solved ? slot_.perturbation[d] * (scale_ != nullptr ? scale_[d] : 1.0) : 0.0;
+    const bool kept = write_perturbation(solved, answer.perturbation);
     if (block_.thread() != 0) return;
     // Squares that underflow prove nothing.
     const bool in_range = residuals.length > kSmallest || outcome.count == 0;
-    const bool proven = in_range && residuals.collinearity <= kTrustedCollinearity &&
+    const bool proven = kept && in_range && residuals.collinearity <= kTrustedCollinearity &&
+                        residuals.primal * residuals.collinearity <= tolerance &&
                         residuals.primal <= tolerance && residuals.dual <= tolerance &&
                         residuals.gap <= tolerance;
     *answer.status = proven ? kStatusOptimal : kStatusIterationLimit;
@@ -68,11 +67,12 @@ class Certifier {
     double collinearity = kInfinity;  // (|s| + sum_j l_j |a_j|) / |s|: how much the sum cancels
   };
 
-  // Beyond this the residuals no longer bound the norm to 1e-9; as in cpp/core, such a class is for
-  // the careful solver, which only the CPU has.
+  // A violation of share e can shorten s by e times the collinearity. As in cpp/core, what the
+  // rounding of residuals may hide is beyond this for the careful solver, which only the CPU has.
   static constexpr double kTrustedCollinearity = 1e5;
   static constexpr double kNoisy = 1e-13;      // as in cpp/core/certificate.cpp
   static constexpr double kSmallest = 1e-140;  // |s|
+  static constexpr double kNormal = std::numeric_limits<double>::min();
 
   /// residual / size, infinite where a NaN or an overflow leaves nothing proven.
   TACEXT_DEVICE static double share_of(double residual, double size) {
@@ -109,21 +109,45 @@ class Certifier {
     }
     value = block_.sum(value);
     terms = block_.sum(terms) + residuals.length;
-    double rest = 0;  // |s - sum_j l_j a_j|^2, last constraint first: not the order that made s
+    double rest = 0, made = 0;  // |s - sum_j l_j a_j|^2 and |sum_j l_j a_j|^2
     for (std::int64_t d = block_.thread(); d < head_.latents; d += block_.threads()) {
-      double left = slot_.perturbation[d];
+      double sum = 0;  // last constraint first: not the order that made s
       for (std::int64_t i = count - 1; i >= 0; --i)
-        left -= slot_.multipliers[i] * (head_.row(target_)[d] - head_.row(slot_.active[i])[d]);
+        sum += slot_.multipliers[i] * (head_.row(target_)[d] - head_.row(slot_.active[i])[d]);
+      const double left = slot_.perturbation[d] - sum;
       rest += left * left;
+      made += sum * sum;
     }
     rest = std::sqrt(block_.sum(rest));
+    made = block_.sum(made);
     residuals.dual = share_of(rest, terms);
     residuals.collinearity = residuals.length > 0 ? terms / residuals.length : 1.0;
 
-    const double energy = residuals.length * residuals.length;
-    const double size = energy > std::fabs(value) ? energy : std::fabs(value);
-    residuals.gap = share_of(std::fabs(energy - value), size);
+    const double energy = residuals.length * residuals.length, bound = 2 * value - made;
+    const double size = energy > std::fabs(bound) ? energy : std::fabs(bound);
+    residuals.gap = share_of(std::fabs(energy - bound), size);
     return residuals;
+  }
+
+  /// Undoes the scale. False where an entry that counts beside the largest one loses digits: what
+  /// is stored is then not what was certified.
+  TACEXT_DEVICE bool write_perturbation(bool solved, double* perturbation) {
+    constexpr double kCounts = 1e-18;  // share of the largest
+    Choice largest{0.0, -1};
+    for (std::int64_t d = block_.thread(); solved && d < head_.latents; d += block_.threads()) {
+      const Choice here{std::fabs(slot_.perturbation[d]), d};
+      if (here.beats(largest)) largest = here;
+    }
+    const double counts = kCounts * block_.largest(largest).value;
+    double lost = 0;
+    for (std::int64_t d = block_.thread(); d < head_.latents; d += block_.threads()) {
+      const double found = solved ? slot_.perturbation[d] : 0.0;
+      const double stored = found * (scale_ != nullptr ? scale_[d] : 1.0);
+      perturbation[d] = stored;
+      const double size = std::fabs(stored);
+      if (!(size < kInfinity) || (size < kNormal && std::fabs(found) > counts)) lost += 1;
+    }
+    return block_.sum(lost) == 0;
   }
 
   /// l over all classes, 0 where inactive; returns how many are positive.

@@ -3,38 +3,30 @@
 #include "cuda_block.cuh"
 #include "launch.cuh"
 
-// What all classes of one head share, as cpp/core/head_geometry.cpp: the scaled rows, centred where
-// that is exact, and products of rows. Unlike there, rows are not brought near 1 by a power of two:
-// a head whose squares overflow or underflow is not certified here and goes to the CPU. For
-// minimal_perturbation.cu alone.
+// What all classes of one head share, as cpp/core/head_geometry.cpp: the rows, centred where that
+// is exact and then scaled, and products of rows. Unlike there, rows are not brought near 1 by a
+// power of two: a head whose squares overflow or underflow is not certified here and goes to the
+// CPU. For minimal_perturbation.cu alone.
 namespace tacext::cuda {
 namespace {
 
 constexpr int kHeadThreads = 256;
 
-/// Arrays that scale_and_centre fills.
+/// Arrays that centre_and_scale fills.
 struct ScaledHead {
   double *rows, *mean;
 };
 
-// Block j scales row j, its threads side by side along the latents.
-__global__ void __launch_bounds__(kHeadThreads)
-    scale_row_kernel(const double* __restrict__ weight, const double* __restrict__ scale,
-                     std::int64_t latents, ScaledHead head) {
-  const std::int64_t j = blockIdx.x;
-  for (std::int64_t d = threadIdx.x; d < latents; d += kHeadThreads)
-    head.rows[j * latents + d] = weight[j * latents + d] * (scale != nullptr ? scale[d] : 1.0);
-}
-
 // Thread d averages column d, row after row. The mean is kept where all entries lie between half
 // and twice of it, so that taking it off rounds nothing, and is 0 elsewhere.
 __global__ void __launch_bounds__(kHeadThreads)
-    column_mean_kernel(std::int64_t classes, std::int64_t latents, ScaledHead head) {
+    column_mean_kernel(const double* __restrict__ weight, std::int64_t classes,
+                       std::int64_t latents, ScaledHead head) {
   const std::int64_t d = static_cast<std::int64_t>(blockIdx.x) * kHeadThreads + threadIdx.x;
   if (d >= latents) return;
   double sum = 0, low = kInfinity, high = -kInfinity;
   for (std::int64_t j = 0; j < classes; ++j) {
-    const double value = head.rows[j * latents + d];
+    const double value = weight[j * latents + d];
     sum += value;
     low = value < low ? value : low;
     high = value > high ? value : high;
@@ -44,20 +36,23 @@ __global__ void __launch_bounds__(kHeadThreads)
   head.mean[d] = near <= low && high <= far ? mean : 0.0;
 }
 
-// Block j takes the mean off row j.
+// Block j centres and scales row j, its threads side by side along the latents. The scale comes
+// last: it would round the common component and with it the small differences.
 __global__ void __launch_bounds__(kHeadThreads)
-    centre_row_kernel(std::int64_t latents, ScaledHead head) {
-  double* const row = head.rows + blockIdx.x * latents;
-  for (std::int64_t d = threadIdx.x; d < latents; d += kHeadThreads) row[d] -= head.mean[d];
+    scale_row_kernel(const double* __restrict__ weight, const double* __restrict__ scale,
+                     std::int64_t latents, ScaledHead head) {
+  const std::int64_t j = blockIdx.x;
+  for (std::int64_t d = threadIdx.x; d < latents; d += kHeadThreads)
+    head.rows[j * latents + d] =
+        (weight[j * latents + d] - head.mean[d]) * (scale != nullptr ? scale[d] : 1.0);
 }
 
-void scale_and_centre(Launcher& launcher, const double* weight, const double* scale,
+void centre_and_scale(Launcher& launcher, const double* weight, const double* scale,
                       std::int64_t classes, std::int64_t latents, const ScaledHead& head) {
   const dim3 threads(kHeadThreads);
+  launcher.run(column_mean_kernel, grid(ceil_div(latents, kHeadThreads)), threads, weight, classes,
+               latents, head);
   launcher.run(scale_row_kernel, grid(classes), threads, weight, scale, latents, head);
-  launcher.run(column_mean_kernel, grid(ceil_div(latents, kHeadThreads)), threads, classes, latents,
-               head);
-  launcher.run(centre_row_kernel, grid(classes), threads, latents, head);
 }
 
 constexpr int kProductSide = 16;  // kProductSide x kProductSide threads

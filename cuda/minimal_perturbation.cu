@@ -139,7 +139,7 @@ void solve(Launcher& launcher, const tacext_cuda_perturbation_problem& problem,
   const Layout at(problem.count, classes, latents);
   const Head head{workspace + at.rows, workspace + at.gram, classes, latents};
   const Slots slots(at, workspace);
-  scale_and_centre(launcher, problem.weight, problem.scale, classes, latents,
+  centre_and_scale(launcher, problem.weight, problem.scale, classes, latents,
                    {workspace + at.rows, workspace + at.mean});
   gram(launcher, head.rows, classes, latents, workspace + at.gram);
 

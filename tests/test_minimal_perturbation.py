@@ -114,7 +114,8 @@ def assert_proven(
         some = sizes > 0
         primal = (np.maximum(0, -slack[some]) / sizes[some]).max(initial=0)
         dual = np.linalg.norm((s - l @ a).astype(float)) / max(length + l @ lengths, 1e-300)
-        gap = abs(s @ s - m @ l) / max(s @ s, abs(m @ l), 1e-300)
+        bound = 2 * (m @ l) - (l @ a) @ (l @ a)  # of |s|^2, whatever l >= 0
+        gap = abs(s @ s - bound) / max(s @ s, abs(bound), 1e-300)
         # Complementary slackness: no multiplier on a constraint that holds with room to spare.
         slackness = (np.delete(l, k) * np.abs(slack)).sum() / max(
             float(np.delete(l, k) @ sizes), 1e-300
@@ -605,6 +606,17 @@ def test_scales_that_are_no_metric(at: int, bad: float) -> None:
     scale = with_value(torch.ones(4), (at,), bad)
     with pytest.raises(InputError, match=rf"scale: expected positive finite .* at \[{at}\]"):
         ops.minimal_perturbation(EYE, ZERO, scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [((bad, 0), r"tolerance: expected a number between 0 and 1") for bad in (0.0, 1.0, -1.0)]
+    + [((bad, 0), r"tolerance: expected a number") for bad in (math.inf, math.nan)]
+    + [((1e-9, -1), r"max_iterations: expected 0 \(automatic\) or more, got -1")],
+)
+def test_the_bare_operator_checks_its_settings(settings: tuple[float, int], message: str) -> None:
+    with pytest.raises(RuntimeError, match=f"minimal_perturbation: {message}"):
+        torch.ops.tacext.minimal_perturbation(EYE, ZERO, None, None, *settings, True)
 
 
 # ---- torch integration --------------------------------------------------------------------------

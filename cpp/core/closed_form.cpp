@@ -23,7 +23,9 @@ std::unique_ptr<ClosedForm> ClosedForm::make(const HeadGeometry& head) {
   gram.array() += gram.trace() / static_cast<double>(classes);
   auto factor = std::make_unique<Factor>();
   factor->cholesky.compute(gram);
-  if (factor->cholesky.info() != Eigen::Success || factor->cholesky.rcond() < 1e-12) return nullptr;
+  // Negated, so that the NaN of a K that overflowed is no factor.
+  if (factor->cholesky.info() != Eigen::Success || !(factor->cholesky.rcond() >= 1e-12))
+    return nullptr;
   factor->ones = factor->cholesky.solve(Vector::Ones(classes));
   return std::unique_ptr<ClosedForm>(new ClosedForm(std::move(factor)));
 }

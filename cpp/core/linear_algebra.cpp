@@ -102,6 +102,17 @@ TACEXT_SIMD_CLONES double dot_difference(const double* a, const double* b, const
   return fold(sums);
 }
 
+TACEXT_SIMD_CLONES double dot_difference_size(const double* a, const double* b, const double* s,
+                                              std::int64_t count) {
+  double sums[kSums] = {};
+  std::int64_t i = 0;
+  for (; i + kSums <= count; i += kSums)
+    for (int lane = 0; lane < kSums; ++lane)
+      sums[lane] += std::fabs((a[i + lane] - b[i + lane]) * s[i + lane]);
+  for (int lane = 0; i < count; ++i, ++lane) sums[lane] += std::fabs((a[i] - b[i]) * s[i]);
+  return fold(sums);
+}
+
 TACEXT_SIMD_CLONES void add_scaled(double factor, const double* x, std::int64_t count, double* y) {
   for (std::int64_t i = 0; i < count; ++i) y[i] += factor * x[i];
 }

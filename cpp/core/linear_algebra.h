@@ -19,6 +19,9 @@ void add_scaled(double factor, const double* x, std::int64_t count, double* y);
 /// sum_d (a_d - b_d) * s_d: differences first, so that a component common to a and b costs nothing.
 double dot_difference(const double* a, const double* b, const double* s, std::int64_t count);
 
+/// sum_d |(a_d - b_d) * s_d|
+double dot_difference_size(const double* a, const double* b, const double* s, std::int64_t count);
+
 /// to = from * 2^exponent: exact, but for what leaves the range of a double. `to` may be `from`.
 void multiply_by_power_of_two(const double* from, std::int64_t count, int exponent, double* to);
 

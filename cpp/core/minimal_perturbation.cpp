@@ -2,19 +2,19 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 #include <memory>
 #include <stdexcept>
 #include <vector>
 
 #include "balanced_for.h"
+#include "careful_solution.h"
 #include "certificate.h"
 #include "closed_form.h"
 #include "head_geometry.h"
 #include "linear_algebra.h"
-#include "orthogonal_active_set.h"
 #include "priced_active_set.h"
+#include "result_writer.h"
 
 namespace tacext {
 namespace {
@@ -25,24 +25,18 @@ constexpr std::int64_t kSharedFrom = 400'000;   // count * C * D; less is done b
 constexpr std::int64_t kClosedFormAlways = 64;  // up to here its factor costs nothing
 constexpr std::int64_t kClosedFormLargest = 2048;
 constexpr std::int64_t kClosedFormProbes = 4;
-constexpr int kNearOne = 32;  // margins up to 2^32 or above 2^-32 need no other unit
-// Beyond this the normwise residuals of the fast path no longer bound the norm to 1e-9.
+// A violation of share e can shorten s by e times the collinearity. The rounding of the fast way's
+// residuals can hide shares of some 1e-14, beyond this more than 1e-9 of the norm.
 constexpr double kTrustedCollinearity = 1e5;
 
-/// Non-negative to rounding; what is below zero by rounding is set to zero.
+/// Non-negative to rounding; what is below zero by rounding is set to zero. False with a NaN.
 bool make_non_negative(std::vector<double>& multipliers) {
-  const auto [low, high] = std::minmax_element(multipliers.begin(), multipliers.end());
-  if (*low < -1e-13 * *high) return false;
+  const double least =
+      -1e-13 * largest_magnitude(multipliers.data(), static_cast<std::int64_t>(multipliers.size()));
+  for (const double l : multipliers)
+    if (!(l >= least)) return false;
   for (double& l : multipliers) l = std::max(l, 0.0);
   return true;
-}
-
-/// active_i -> values_i over all classes, 0 elsewhere.
-std::vector<double> spread(const std::vector<std::int64_t>& active,
-                           const std::vector<double>& values, std::int64_t classes) {
-  std::vector<double> all(static_cast<std::size_t>(classes), 0.0);
-  for (std::size_t i = 0; i < active.size(); ++i) all[active[i]] = values[i];
-  return all;
 }
 
 /// Row k of M, divided by 2^exponent so that s.s stays within the range of a double.
@@ -61,25 +55,14 @@ struct Pending {
   Candidate candidate;
 };
 
-/// values * 2^exponent; false where what they lose by it is more than rounding.
-bool store(const std::vector<double>& values, int exponent, double* to) {
-  if (exponent == 0) {
-    std::copy(values.begin(), values.end(), to);
-    return true;
-  }
-  const auto count = static_cast<std::int64_t>(values.size());
-  multiply_by_power_of_two(values.data(), count, exponent, to);
-  const double largest = largest_magnitude(values.data(), count);
-  const double stored = largest_magnitude(to, count);
-  // What underflows is below 2^-1074.
-  return largest == 0 || (stored > std::ldexp(1.0, -1000) && stored < HUGE_VAL);
-}
-
 class Solver {
  public:
   Solver(const PerturbationProblem& problem, const SolverSettings& settings,
          const ParallelFor& parallel_for)
-      : problem_(problem), settings_(settings), head_(problem, parallel_for) {
+      : problem_(problem),
+        settings_(settings),
+        head_(problem, parallel_for),
+        writer_(problem, head_.exponent()) {
     if (settings_.max_iterations <= 0) settings_.max_iterations = 50 * problem.classes + 100;
     if (settings_.closed_form && head_.has_gram()) closed_form_ = probe_closed_form();
   }
@@ -94,20 +77,8 @@ class Solver {
     solve_fast(batch);
     for (std::int64_t i = begin; i < end; ++i) {
       Candidate& candidate = batch[i - begin].candidate;
-      if (candidate.status == Status::kIterationLimit ||
-          candidate.collinearity > kTrustedCollinearity) {
-        const std::int64_t before = candidate.iterations;
-        Candidate careful = solve_carefully(batch[i - begin], settings_.max_iterations - before);
-        const std::int64_t all = before + careful.iterations;
-        // Its residuals are the stricter ones, so what it proves or doubts is the last word; where
-        // neither is proven, the one closer to it is kept.
-        if (careful.status != Status::kIterationLimit ||
-            candidate.status != Status::kIterationLimit ||
-            careful.worst_residual() < candidate.worst_residual())
-          candidate = std::move(careful);
-        candidate.iterations = all;
-      }
-      write(candidate, batch[i - begin].margins.exponent, i, result);
+      if (is_doubtful(candidate)) settle_carefully(batch[i - begin]);
+      writer_.write(candidate, batch[i - begin].margins.exponent, i, result);
     }
   }
 
@@ -124,7 +95,6 @@ class Solver {
     // The largest one decides how long s is, however far below zero others are.
     const double largest = *std::max_element(m.begin(), m.end());
     if (largest > 0) margins.exponent = std::ilogb(largest);
-    if (std::abs(margins.exponent) <= kNearOne) margins.exponent = 0;
     if (margins.exponent != 0)
       multiply_by_power_of_two(m.data(), classes, -margins.exponent, m.data());
     return margins;
@@ -251,57 +221,6 @@ class Solver {
         combine_constraints(head_, method.target(), set.active, set.multipliers);
   }
 
-  /// Its multipliers are a ray, scaled to sum 1.
-  static void mark_unreachable(Candidate& candidate) {
-    candidate.status = Status::kUnreachable;
-    candidate.ray = true;
-    double sum = 0;
-    for (double l : candidate.multipliers) sum += l;
-    for (double& l : candidate.multipliers) l /= sum;
-    for (double& value : candidate.perturbation) value /= sum;
-  }
-
-  // ---- the careful way: from W itself instead of K, certified constraint by constraint ----
-
-  Candidate solve_carefully(const Pending& p, std::int64_t max_iterations) const {
-    const std::int64_t k = p.target;
-    const std::vector<double> lengths = squared_lengths(k);
-    const double* const margins = p.margins.values.data();
-    OrthogonalActiveSet method(head_, k, margins, lengths);
-    const Ending ending = method.solve(max_iterations);
-    Candidate candidate;
-    adopt(method, candidate);
-    if (ending == Ending::kUnreachable) mark_unreachable(candidate);
-    if (ending == Ending::kSolved) polish(method, p, candidate);
-    std::vector<double> products, sizes;
-    for (std::int64_t j = 0; j < problem_.classes; ++j) {
-      products.push_back(head_.constraint_dot(k, j, candidate.perturbation.data()));
-      sizes.push_back(head_.constraint_dot_size(k, j, candidate.perturbation.data()));
-    }
-    certify(head_, k, margins, lengths, products.data(), sizes.data(), settings_.tolerance,
-            candidate);
-    return candidate;
-  }
-
-  std::vector<double> squared_lengths(std::int64_t k) const {
-    if (head_.has_gram()) return head_.squared_lengths(k, head_.gram_row(k));
-    const std::vector<double> row(head_.row(k), head_.row(k) + problem_.latents);
-    return head_.squared_lengths(k, multiply(row, 1).data());
-  }
-
-  void polish(const OrthogonalActiveSet& method, const Pending& p, Candidate& candidate) const {
-    const std::vector<std::int64_t>& active = method.set().active;
-    std::fill(candidate.perturbation.begin(), candidate.perturbation.end(), 0.0);
-    std::fill(candidate.multipliers.begin(), candidate.multipliers.end(), 0.0);
-    refine(p, active, candidate, [&](std::vector<double> residual) {
-      method.add_step(residual, candidate.perturbation);
-      method.solve(residual);
-      for (std::size_t i = 0; i < active.size(); ++i)
-        candidate.multipliers[active[i]] =
-            std::max(0.0, candidate.multipliers[active[i]] + residual[i]);
-    });
-  }
-
   /// Iterative refinement of the active constraints, with residuals taken from W itself.
   template <class Correct>
   void refine(const Pending& p, const std::vector<std::int64_t>& active, Candidate& candidate,
@@ -324,47 +243,43 @@ class Solver {
     }
   }
 
-  /// Undoes the powers of two: with rows of W diag(scale) 2^-e and margins 2^-f that were solved
-  /// for, s is 2^(f - e) and l is 2^(f - 2 e) times what was found.
-  void write(const Candidate& found, int margin_exponent, std::int64_t i,
-             const PerturbationResult& result) const {
-    Status status = found.status;
-    double primal = found.primal;
-    double* const s = result.perturbation + i * problem_.latents;
-    double* const l = result.multipliers + i * problem_.classes;
-    const int exponent = margin_exponent - head_.exponent();
-    double length = norm(found.perturbation);
-    if (found.ray) {  // of sum 1, so that only m.l has a unit
-      std::copy(found.multipliers.begin(), found.multipliers.end(), l);
-      length = status == Status::kUnreachable ? std::numeric_limits<double>::infinity()
-                                              : std::numeric_limits<double>::quiet_NaN();
-    } else {
-      const bool stored = store(found.perturbation, exponent, s) &&
-                          store(found.multipliers, exponent - head_.exponent(), l);
-      length = std::ldexp(length, exponent);
-      if (!stored && status == Status::kOptimal) {  // what is stored is not what was certified
-        status = Status::kIterationLimit;
-        primal = std::numeric_limits<double>::infinity();
-      }
-      if (status == Status::kIterationLimit && !(length > 0 && std::isfinite(length)))
-        length = std::numeric_limits<double>::quiet_NaN();  // nothing was found
+  // ---- the careful way ----
+
+  bool is_doubtful(const Candidate& candidate) const {
+    return candidate.status == Status::kIterationLimit ||
+           candidate.collinearity > kTrustedCollinearity ||
+           candidate.collinearity * candidate.primal > settings_.tolerance;
+  }
+
+  /// What the careful way proves is the last word. Where it proves nothing, be it for want of
+  /// steps, the better answer is kept, but not as proven.
+  void settle_carefully(Pending& p) const {
+    Candidate& fast = p.candidate;
+    const std::int64_t before = fast.iterations;
+    Candidate careful =
+        solve_carefully(head_, p.target, p.margins.values.data(), squared_lengths(p.target),
+                        settings_.tolerance, settings_.max_iterations - before);
+    const std::int64_t all = before + careful.iterations;
+    const bool proven = careful.status != Status::kIterationLimit;
+    if (!proven && fast.status == Status::kOptimal) {
+      fast.status = Status::kIterationLimit;
+      fast.primal = std::numeric_limits<double>::infinity();
+    } else if (proven || careful.worst_residual() < fast.worst_residual()) {
+      fast = std::move(careful);
     }
-    const bool answer = std::isfinite(length);
-    for (std::int64_t d = 0; d < problem_.latents; ++d)
-      s[d] = answer ? s[d] * (problem_.scale ? problem_.scale[d] : 1.0)
-                    : std::numeric_limits<double>::quiet_NaN();
-    result.norm[i] = length;
-    result.status[i] = static_cast<std::int32_t>(status);
-    result.iterations[i] = found.iterations;
-    result.active[i] = std::count_if(l, l + problem_.classes, [](double x) { return x > 0; });
-    result.primal_residual[i] = primal;
-    result.dual_residual[i] = found.dual;
-    result.gap[i] = found.ray ? std::ldexp(found.gap, margin_exponent) : found.gap;
+    fast.iterations = all;
+  }
+
+  std::vector<double> squared_lengths(std::int64_t k) const {
+    if (head_.has_gram()) return head_.squared_lengths(k, head_.gram_row(k));
+    const std::vector<double> row(head_.row(k), head_.row(k) + problem_.latents);
+    return head_.squared_lengths(k, multiply(row, 1).data());
   }
 
   PerturbationProblem problem_;
   SolverSettings settings_;
   HeadGeometry head_;
+  ResultWriter writer_;
   std::unique_ptr<ClosedForm> closed_form_;
 };
 
@@ -374,6 +289,10 @@ void minimal_perturbation(const PerturbationProblem& problem, const SolverSettin
                           const PerturbationResult& result, const ParallelFor& parallel_for) {
   if ((problem.margins == nullptr) == (problem.margins_single == nullptr))
     throw std::invalid_argument("minimal_perturbation: margins: expected either double or float");
+  if (problem.classes < 2 || problem.latents < 1)
+    throw std::invalid_argument("minimal_perturbation: weight: expected 2 classes and 1 latent");
+  if (!(settings.tolerance > 0 && settings.tolerance < 1))
+    throw std::invalid_argument("minimal_perturbation: tolerance: expected between 0 and 1");
   const Solver solver(problem, settings, parallel_for);
   // Short lists in smaller batches, for the threads to share.
   const std::int64_t size = std::clamp(problem.count / kBatch, kLeastBatch, kBatch);

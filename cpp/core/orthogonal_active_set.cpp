@@ -35,15 +35,19 @@ Ending OrthogonalActiveSet::solve(std::int64_t max_iterations) {
 
 /// Puts s back on the active constraints, and slack_j = m_j - a_j . s afresh. Its rounding is
 /// relative to |m_j| + sum_d |a_jd s_d|: where a huge s meets small entries of a_j, |a_j| |s| says
-/// too little.
+/// too little. Doubled precision where the rounding of plain sums would decide.
 void OrthogonalActiveSet::renew_slack() {
+  constexpr double kPlain = 1e-9;  // share of its measure from which a plain sum is good enough
   std::vector<double> residual;
   for (std::int64_t j : set_.active)
-    residual.push_back(margins_[j] - head_.constraint_dot(target_, j, s_.data()));
+    residual.push_back(
+        remainder_of(margins_[j], head_.constraint_dot_doubled(target_, j, s_.data())));
   add_step(std::move(residual), s_);
   for (std::int64_t j = 0; j < head_.classes(); ++j) {
     slack_[j] = margins_[j] - head_.constraint_dot(target_, j, s_.data());
     rounding_[j] = std::fabs(margins_[j]) + head_.constraint_dot_size(target_, j, s_.data());
+    if (std::fabs(slack_[j]) <= kPlain * rounding_[j])
+      slack_[j] = remainder_of(margins_[j], head_.constraint_dot_doubled(target_, j, s_.data()));
   }
   for (std::int64_t j : set_.active) slack_[j] = 0;  // complementary slackness, free of rounding
 }
@@ -59,7 +63,7 @@ std::int64_t OrthogonalActiveSet::most_violated() const {
       continue;
     }
     const double distance = slack_[j] / std::sqrt(squared_lengths_[j]);
-    if (slack_[j] > active_set::kViolated * rounding_[j] && distance > furthest) {
+    if (slack_[j] > kViolated * rounding_[j] && distance > furthest) {
       furthest = distance;
       worst = j;
     }
@@ -110,9 +114,12 @@ void OrthogonalActiveSet::remove(std::int64_t index) {
   basis_.pop_back();
 }
 
-void OrthogonalActiveSet::solve(std::vector<double>& x) const {
-  factor_.solve_lower(x.data());
-  factor_.solve_upper(x.data());
+std::vector<double> OrthogonalActiveSet::multipliers_of(const std::vector<double>& s) const {
+  std::vector<double> multipliers;
+  for (const std::vector<double>& direction : basis_)
+    multipliers.push_back(dot(direction.data(), s.data(), head_.latents()));
+  factor_.solve_upper(multipliers.data());
+  return multipliers;
 }
 
 void OrthogonalActiveSet::add_step(std::vector<double> residual, std::vector<double>& s) const {

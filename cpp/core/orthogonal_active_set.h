@@ -15,6 +15,9 @@ namespace tacext {
 class OrthogonalActiveSet {
  public:
   static constexpr double kDependent = 1e-28;
+  /// As active_set::kViolated, for slack in doubled precision: a few roundings of s itself. What
+  /// lies below may still shorten an s whose terms exceed it by far.
+  static constexpr double kViolated = 4e-16;
 
   /// margins and squared_lengths (|a_j|^2) are row `target` of theirs, [classes].
   OrthogonalActiveSet(const HeadGeometry& head, std::int64_t target, const double* margins,
@@ -25,8 +28,8 @@ class OrthogonalActiveSet {
   const ActiveSet& set() const { return set_; }
   std::int64_t target() const { return target_; }
 
-  /// x = (A A^T)^-1 x over the active constraints.
-  void solve(std::vector<double>& x) const;
+  /// The l over the active constraints whose sum_i l_i a_i is nearest to s: L^-T Q s.
+  std::vector<double> multipliers_of(const std::vector<double>& s) const;
   /// s += the shortest step along which the active products A s grow by `residual`: Q^T L^-1 r. It
   /// never sums l_j a_j, which cancels where the active constraints are nearly dependent.
   void add_step(std::vector<double> residual, std::vector<double>& s) const;

@@ -98,8 +98,8 @@ void PricedActiveSet::take_prices(const double* products, double reach) {
   const double length = std::sqrt(objective()), noise = reach / active_set::kViolated;
   for (std::int64_t j = 0; j < head_.classes(); ++j) {
     slack_[j] = margins_[j] - (products[target_] - products[j]);
-    rounding_[j] =
-        std::fabs(margins_[j]) + lengths_[j] * length + head_.difference_noise(target_, j) * noise;
+    rounding_[j] = std::fabs(margins_[j]) + lengths_[j] * length +
+                   head_.usual_difference_noise(target_, j) * noise;
   }
   for (std::int64_t j : set_.active) slack_[j] = 0;  // complementary slackness, free of rounding
 }
@@ -112,13 +112,12 @@ double PricedActiveSet::objective() const {
   return std::max(sum, 0.0);
 }
 
-/// The constraints furthest (in distance) from holding, that one first; a constraint that cannot
-/// hold at all goes alone.
+/// The constraints furthest (in distance) from holding, that one first; one of length 0, which
+/// cannot hold at all, is infinitely far.
 std::vector<std::int64_t> PricedActiveSet::most_violated() const {
   std::vector<std::pair<double, std::int64_t>> violated;
   for (std::int64_t j = 0; j < head_.classes(); ++j) {
     if (j == target_ || !(slack_[j] > active_set::kViolated * rounding_[j])) continue;
-    if (squared_lengths_[j] == 0) return {j};
     if (!(squared_lengths_[j] < std::numeric_limits<double>::infinity())) continue;
     violated.emplace_back(-slack_[j] / lengths_[j], j);
   }

@@ -50,6 +50,16 @@ void check_shapes(const Tensor& weight, const Tensor& margins, const std::option
   }
 }
 
+/// As SolverSettings is checked in Python, which callers of the bare operator do without.
+void check_settings(const SolverSettings& settings) {
+  STD_TORCH_CHECK(settings.tolerance > 0 && settings.tolerance < 1, kOperation,
+                  ": tolerance: expected a number between 0 and 1, got ", settings.tolerance,
+                  "; the default is 1e-9");
+  STD_TORCH_CHECK(settings.max_iterations >= 0, kOperation,
+                  ": max_iterations: expected 0 (automatic) or more, got ", settings.max_iterations,
+                  "; leave it out");
+}
+
 void check_finite(const char* argument, const Tensor& t) {
   const int64_t rows = t.size(0), columns = t.size(1);
   check_no_bad_value(argument,
@@ -99,8 +109,9 @@ void check_scale_and_classes(const PerturbationInputs& inputs) {
 
 PerturbationInputs prepare(const Tensor& weight, const Tensor& margins,
                            const std::optional<Tensor>& scale, const std::optional<Tensor>& classes,
-                           MarginType margin_type) {
+                           const SolverSettings& settings, MarginType margin_type) {
   check_shapes(weight, margins, scale, classes);
+  check_settings(settings);
   PerturbationInputs inputs{
       as_float64(weight),
       margin_type == MarginType::kDouble ? as_float64(margins) : as_given(margins), std::nullopt,
@@ -139,14 +150,15 @@ PerturbationTensors minimal_perturbation_cpu(const Tensor& weight, const Tensor&
                                              const std::optional<Tensor>& scale,
                                              const std::optional<Tensor>& classes, double tolerance,
                                              int64_t max_iterations, bool closed_form) {
-  const PerturbationInputs inputs = prepare(weight, margins, scale, classes, MarginType::kAsGiven);
+  const SolverSettings settings{tolerance, max_iterations, closed_form};
+  const PerturbationInputs inputs =
+      prepare(weight, margins, scale, classes, settings, MarginType::kAsGiven);
   check_finite("weight", inputs.weight);
   check_finite("margins", inputs.margins);
   check_scale_and_classes(inputs);
   const PerturbationProblem problem = inputs.problem();
   const PerturbationTensors result = empty_result(inputs.weight, problem);
-  minimal_perturbation(problem, {tolerance, max_iterations, closed_form}, pointers(result),
-                       torch_parallel);
+  minimal_perturbation(problem, settings, pointers(result), torch_parallel);
   return result;
 }
 

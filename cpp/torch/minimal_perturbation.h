@@ -29,10 +29,10 @@ struct PerturbationInputs {
   PerturbationProblem problem() const;
 };
 
-/// Checks shapes, dtypes and devices, and converts.
+/// Checks shapes, dtypes, devices and settings, and converts.
 PerturbationInputs prepare(const Tensor& weight, const Tensor& margins,
                            const std::optional<Tensor>& scale, const std::optional<Tensor>& classes,
-                           MarginType margin_type);
+                           const SolverSettings& settings, MarginType margin_type);
 
 /// Throws where a NaN or an infinity was found.
 void check_no_bad_value(const char* argument, MatrixIndex bad);

@@ -35,13 +35,19 @@ void check_finite(const CudaScope& scope, const char* argument, const Tensor& t)
   check_no_bad_value(argument, at < 0 ? MatrixIndex{} : MatrixIndex{at / columns, at % columns});
 }
 
-void launch(const CudaScope& scope, const PerturbationProblem& p, double tolerance,
-            int64_t max_iterations, const PerturbationTensors& result) {
+void launch(const CudaScope& scope, const PerturbationProblem& p, const SolverSettings& settings,
+            const PerturbationTensors& result) {
   const PerturbationResult r = pointers(result);
   const tacext_cuda_perturbation_problem problem{
-      p.weight,  p.margins, p.scale,
-      p.targets, p.count,   p.classes,
-      p.latents, tolerance, max_iterations > 0 ? max_iterations : 50 * p.classes + 100};
+      p.weight,
+      p.margins,
+      p.scale,
+      p.targets,
+      p.count,
+      p.classes,
+      p.latents,
+      settings.tolerance,
+      settings.max_iterations > 0 ? settings.max_iterations : 50 * p.classes + 100};
   const tacext_cuda_perturbation_result out{r.perturbation,    r.norm,          r.multipliers,
                                             r.status,          r.iterations,    r.active,
                                             r.primal_residual, r.dual_residual, r.gap};
@@ -81,7 +87,8 @@ void copy_rows(const PerturbationTensors& from, const std::vector<int64_t>& rows
   (copy_rows(std::get<kField>(from), rows, std::get<kField>(to)), ...);
 }
 
-/// Solves the open classes with the core, which also proves a class unreachable.
+/// Solves the open classes with the core, which also proves a class unreachable. It starts anew,
+/// with the caller's limit for itself; the steps of both are counted.
 void settle_on_cpu(const PerturbationInputs& inputs, const SolverSettings& settings,
                    const PerturbationTensors& result) {
   const std::vector<int64_t> rows = open_rows(result);
@@ -96,6 +103,9 @@ void settle_on_cpu(const PerturbationInputs& inputs, const SolverSettings& setti
   problem.count = static_cast<int64_t>(targets.size());
   const PerturbationTensors settled = empty_result(host.weight, problem);
   minimal_perturbation(problem, settings, pointers(settled), torch_parallel);
+  const Tensor device_steps = to_cpu(std::get<4>(result));
+  int64_t* const steps = mutable_data<int64_t>(std::get<4>(settled));
+  for (size_t i = 0; i < rows.size(); ++i) steps[i] += const_data<int64_t>(device_steps)[rows[i]];
   copy_rows(settled, rows, result,
             std::make_index_sequence<std::tuple_size_v<PerturbationTensors>>{});
 }
@@ -109,7 +119,9 @@ PerturbationTensors minimal_perturbation_cuda(const Tensor& weight, const Tensor
                                               const std::optional<Tensor>& classes,
                                               double tolerance, int64_t max_iterations,
                                               bool closed_form) {
-  const PerturbationInputs inputs = prepare(weight, margins, scale, classes, MarginType::kDouble);
+  const SolverSettings settings{tolerance, max_iterations, closed_form};
+  const PerturbationInputs inputs =
+      prepare(weight, margins, scale, classes, settings, MarginType::kDouble);
   const CudaScope scope(inputs.weight);
   check_finite(scope, "weight", inputs.weight);
   check_finite(scope, "margins", inputs.margins);
@@ -118,8 +130,8 @@ PerturbationTensors minimal_perturbation_cuda(const Tensor& weight, const Tensor
   const PerturbationProblem problem = inputs.problem();
   const PerturbationTensors result = empty_result(inputs.weight, problem);
   if (problem.count == 0) return result;
-  launch(scope, problem, tolerance, max_iterations, result);
-  settle_on_cpu(inputs, {tolerance, max_iterations, closed_form}, result);
+  launch(scope, problem, settings, result);
+  settle_on_cpu(inputs, settings, result);
   return result;
 }
 

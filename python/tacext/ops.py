@@ -66,12 +66,16 @@ class MinimalPerturbation:
     Attributes:
         classes: int64 [R], the classes k that were solved.
         perturbation: float64 [R, D], s_k; NaN where unreachable. With `Status.ITERATION_LIMIT`
-            what was reached, not proven minimal; NaN where that was nothing.
+            what was reached, not proven minimal; NaN where that was nothing that float64 can hold.
         norm: float64 [R], |s_k / scale|; infinite where unreachable, NaN where nothing was reached.
         multipliers: float64 [R, C], l >= 0 with s_k = scale^2 * sum_j l_j (w_k - w_j); where
-            unreachable a Farkas ray: sum_j l_j (w_k - w_j) = 0 although sum_j l_j M[k, j] > 0.
-        status: int32 [R], values of `Status`.
-        iterations: int64 [R], active-set steps, all told; 0 where the closed form held.
+            unreachable a Farkas ray: sum_j l_j (w_k - w_j) = 0 to rounding although
+            sum_j l_j M[k, j] > 0.
+        status: int32 [R], values of `Status`. UNREACHABLE: no perturbation up to some 1e13 natural
+            units |M[k, j]| / |a_j| does it, as the ray proves; beyond, float64 cannot tell.
+            ITERATION_LIMIT: not proven, for want of steps, of digits or of range.
+        iterations: int64 [R], active-set steps, all told; 0 where the closed form held. On a GPU
+            those of the CPU come on top where it settles a class, within a limit of its own.
         active: int64 [R], constraints with a positive multiplier.
         primal_residual: float64 [R], the worst violation
             (M[k, j] - a_j.s)+ / (|M[k, j]| + |a_j| |s|), a_j = w_k - w_j in the metric of `scale`;
@@ -79,8 +83,9 @@ class MinimalPerturbation:
             |M[k, j]| + sum_d |a_jd s_d|.
         dual_residual: float64 [R], |s - sum_j l_j a_j| / (|s| + sum_j l_j |a_j|); where
             unreachable |sum_j l_j a_j| / sum_j l_j |a_j|.
-        gap: float64 [R], |s.s - m.l| / max(s.s, |m.l|), the relative duality gap; where
-            unreachable -m.l, below zero.
+        gap: float64 [R], |s.s - b| / max(s.s, |b|) with b = 2 m.l - |sum_j l_j a_j|^2, which bounds
+            the square of the smallest norm from below (where the active constraints nearly cancel,
+            with l before it was rounded to float64); where unreachable -m.l, below zero.
     """
 
     classes: Tensor
@@ -133,6 +138,23 @@ def check_tensor(operation: str, argument: str, value: object) -> None:
         )
 
 
+def check_same_device(
+    operation: str, argument: str, value: Tensor, other_name: str, other: Tensor
+) -> None:
+    """Raises InputError unless both lie on one device: torch would dispatch by either.
+
+    A tensor of the meta device beside a real one would even get a result of the fake kernel.
+    """
+    if value.device != other.device:
+        raise InputError.of(
+            operation,
+            argument,
+            expected=f"{other.device}, the device of {other_name}",
+            got=str(value.device),
+            way_out="move one with .to()",
+        )
+
+
 def check_settings(settings: object, operation: str) -> None:
     """Raises InputError unless these are settings of the solver."""
     if not isinstance(settings, SolverSettings):
@@ -172,6 +194,7 @@ def pairwise_margin_max(logits: Tensor, out: Tensor | None = None) -> Tensor:
         result: Tensor = _call("pairwise_margin_max", operator, logits.detach())
         return result
     check_tensor("pairwise_margin_max", "out", out)
+    check_same_device("pairwise_margin_max", "out", out, "logits", logits)
     _call(
         "pairwise_margin_max", torch.ops.tacext.pairwise_margin_max_.default, out, logits.detach()
     )
@@ -249,6 +272,7 @@ def pairwise_margin_largest(logits: Tensor, out: Tensor) -> Tensor:
     operation = "pairwise_margin_largest"
     check_tensor(operation, "logits", logits)
     check_tensor(operation, "out", out)
+    check_same_device(operation, "out", out, "logits", logits)
     _call(operation, torch.ops.tacext.pairwise_margin_largest_.default, out, logits.detach())
     return out
 
@@ -265,8 +289,8 @@ def minimal_perturbation(
     Solves s_k = argmin 1/2 |s / scale|^2 subject to (w_k - w_j).s >= M[k, j] for all j != k
     (arXiv 2511.08944, its optimisation problem): in closed form where every constraint is active,
     else by a dual active-set method; in float64, from one Gram matrix of all classes where that
-    pays. A class that no perturbation can reach is `Status.UNREACHABLE`, with a proof, and not an
-    error.
+    pays. A class that no perturbation can reach, or only one beyond some 1e13 times the scale of its
+    constraints, is `Status.UNREACHABLE`, with a proof, and not an error.
 
     Args:
         weight: W, [C, D] with C >= 2, the head's weight; any floating dtype, finite.
@@ -287,11 +311,15 @@ def minimal_perturbation(
     check_tensor(operation, "weight", weight)
     check_tensor(operation, "margins", margins)
     check_settings(settings, operation)
+    check_same_device(operation, "margins", margins, "weight", weight)
     if scale is not None:
         check_tensor(operation, "scale", scale)
+        check_same_device(operation, "scale", scale, "weight", weight)
     if classes is None:
         listed = None
     else:
+        if isinstance(classes, Tensor) and classes.device.type == "meta":
+            check_same_device(operation, "classes", classes, "weight", weight)
         try:
             listed = torch.as_tensor(classes, device=weight.device)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -339,6 +367,7 @@ def neuron_scores(activation: Tensor, gradient: Tensor) -> Tensor:
     """
     check_tensor("neuron_scores", "activation", activation)
     check_tensor("neuron_scores", "gradient", gradient)
+    check_same_device("neuron_scores", "gradient", gradient, "activation", activation)
     scores: Tensor = _call(
         "neuron_scores",
         torch.ops.tacext.neuron_scores.default,
@@ -386,7 +415,7 @@ def _check_composite(operation: str, logits: Tensor) -> None:
         )
 
 
-# ---- fake kernels: shapes and dtypes for torch.compile and torch.export --------------------------
+# ---- fake kernels: shapes, dtypes and devices for torch.compile and torch.export -----------------
 
 
 def _empty_margins(logits: Tensor) -> Tensor:
@@ -401,7 +430,7 @@ def _fake_pairwise_margin_max(logits: Tensor) -> Tensor:
 
 @torch.library.register_fake("tacext::pairwise_margin_max_")
 def _fake_pairwise_margin_max_(out: Tensor, logits: Tensor) -> None:
-    return None
+    check_same_device("pairwise_margin_max", "out", out, "logits", logits)
 
 
 @torch.library.register_fake("tacext::pairwise_margin_quantile")
@@ -411,7 +440,7 @@ def _fake_pairwise_margin_quantile(logits: Tensor, keep: int) -> Tensor:
 
 @torch.library.register_fake("tacext::pairwise_margin_largest_")
 def _fake_pairwise_margin_largest_(largest: Tensor, logits: Tensor) -> None:
-    return None
+    check_same_device("pairwise_margin_largest", "out", largest, "logits", logits)
 
 
 @torch.library.register_fake("tacext::minimal_perturbation")
@@ -424,6 +453,9 @@ def _fake_minimal_perturbation(
     max_iterations: int = 0,
     closed_form: bool = True,
 ) -> tuple[Tensor, ...]:
+    for name, value in (("margins", margins), ("scale", scale), ("classes", classes)):
+        if value is not None:
+            check_same_device("minimal_perturbation", name, value, "weight", weight)
     rows = weight.shape[0] if classes is None else classes.shape[0]
 
     def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -444,4 +476,5 @@ def _fake_minimal_perturbation(
 
 @torch.library.register_fake("tacext::neuron_scores")
 def _fake_neuron_scores(activation: Tensor, gradient: Tensor) -> Tensor:
+    check_same_device("neuron_scores", "gradient", gradient, "activation", activation)
     return activation.new_empty((activation.shape[1],), dtype=torch.float64)

@@ -250,6 +250,7 @@ TestSolution solve_on_device(const TestHead& head, const double* scale = nullptr
       tacext_cuda_minimal_perturbation_workspace(count, head.classes, head.latents);
   Values workspace(bytes / sizeof(double), std::numeric_limits<double>::quiet_NaN());
   EXPECT_EQ(tacext_cuda_minimal_perturbation(&problem, &result, workspace.data(), nullptr), 0);
+  EXPECT_TRUE(solution.is_complete());
   return solution;
 }
 
@@ -386,6 +387,50 @@ TEST(CudaPerturbation, UnderflowIsLeftToTheCpu) {
   for (std::int64_t k = 0; k < 8; ++k) {
     EXPECT_TRUE(device.is(k, Status::kIterationLimit)) << k;
     EXPECT_FALSE(core.is(k, Status::kIterationLimit)) << k;
+  }
+}
+
+// s that no double holds, and s of which nothing is left: not what was certified.
+TEST(CudaPerturbation, WhatLosesDigitsInStoringIsLeftToTheCpu) {
+  const auto diagonal = [](double weight, double margin) {
+    return TestHead{2, 2, {weight, 0, 0, weight}, {0, margin, margin, 0}};
+  };
+  const Values large(2, 1e200), small(2, 1e-200), none(2, 1.0);
+  const auto expect_open = [](const TestSolution& device, bool open) {
+    for (std::int64_t k = 0; k < 2; ++k)
+      EXPECT_EQ(device.is(k, Status::kIterationLimit), open) << k;
+  };
+  expect_open(solve_on_device(diagonal(1e-200, 1e120), large.data()), true);  // 1e320
+  expect_open(solve_on_device(diagonal(1e200, 1e-130), small.data()), true);  // 1e-330
+  expect_open(solve_on_device(diagonal(1e200, 1e-115), small.data()), true);  // 1e-315
+  expect_open(solve_on_device(diagonal(1e200, 1e-90), small.data()), false);
+  expect_open(solve_on_device(diagonal(1, 1), none.data()), false);
+}
+
+TEST(CudaPerturbation, SumsOfLikeTermsHideNoViolation) {
+  const TestHead head = test::drifting_head();
+  const TestSolution device = solve_on_device(head);
+  if (device.is(0, Status::kOptimal)) {
+    EXPECT_LE(test::violation_of(head, device, 0).relative, 1e-9L);
+  }
+}
+
+// A scale rounds what is left of the rows, not the component that they share.
+TEST(CudaPerturbation, AScaleKeepsTheDigitsOfDifferences) {
+  TestHead head = test::random_head(8, 12, 30, 59), shifted = head;
+  for (std::size_t i = 0; i < head.weight.size(); ++i) {
+    shifted.weight[i] = 1 + 1e-6 * head.weight[i];
+    head.weight[i] = shifted.weight[i] - 1;
+  }
+  for (double& margin : head.margins) margin *= 1e-6;
+  shifted.margins = head.margins;
+  Values scale = test::normal_values(12, 60);
+  for (double& value : scale) value = 0.1 + std::fabs(value);
+  const TestSolution plain = solve_on_device(head, scale.data()),
+                     device = solve_on_device(shifted, scale.data());
+  for (std::int64_t k = 0; k < 8; ++k) {
+    ASSERT_TRUE(device.is(k, Status::kOptimal)) << k;
+    EXPECT_NEAR(device.norm[k], plain.norm[k], 1e-13 * plain.norm[k]) << k;
   }
 }
 

@@ -293,74 +293,6 @@ TEST(MinimalPerturbation, TightClustersNeitherCycleNorHideViolations) {
     }
 }
 
-// A power of two changes no digit: only s, the multipliers and the norm carry it.
-TEST(MinimalPerturbation, UnitsChangeNoDigit) {
-  for (const std::int64_t classes : {9, 40}) {
-    const TestHead head = test::random_head(classes, 12, 40, 60);
-    const TestSolution plain = solve(head);
-    struct Units {
-      int weight, margins;
-    };
-    for (const Units units : {Units{-530, -530},
-                              {530, 530},
-                              {-350, 0},
-                              {350, 0},
-                              {0, 900},
-                              {0, -900},
-                              {-900, -900},
-                              {900, 900}}) {
-      SCOPED_TRACE(testing::Message() << units.weight << " " << units.margins);
-      TestHead scaled = head;
-      for (double& w : scaled.weight) w = std::ldexp(w, units.weight);
-      for (double& m : scaled.margins) m = std::ldexp(m, units.margins);
-      const int s_unit = units.margins - units.weight, l_unit = s_unit - units.weight;
-      const TestSolution solution = solve(scaled);
-      for (std::int64_t k = 0; k < classes; ++k) {
-        ASSERT_TRUE(solution.is(k, Status::kOptimal)) << k;
-        EXPECT_EQ(solution.norm[k], std::ldexp(plain.norm[k], s_unit));
-        EXPECT_EQ(solution.s(k)[3], std::ldexp(plain.s(k)[3], s_unit));
-        for (std::int64_t j = 0; j < classes; ++j)
-          EXPECT_EQ(solution.l(k)[j], std::ldexp(plain.l(k)[j], l_unit));
-        EXPECT_EQ(solution.primal[k], plain.primal[k]);
-      }
-    }
-  }
-}
-
-TEST(MinimalPerturbation, AnExtremeScaleKeepsTheAnswer) {
-  const TestHead head = test::random_head(9, 12, 40, 61);
-  const TestSolution plain = solve(head);
-  for (const int exponent : {-400, 400, -997, 997}) {
-    SCOPED_TRACE(exponent);
-    const Values scale(12, std::ldexp(1.0, exponent));
-    const TestSolution solution = solve(head, {}, scale.data());
-    for (std::int64_t k = 0; k < 9; ++k) {
-      // Multipliers are scale^-2: where they are no doubles, the answer lacks its proof.
-      EXPECT_EQ(solution.is(k, Status::kOptimal), std::abs(exponent) == 400) << k;
-      EXPECT_EQ(solution.primal[k] <= 1e-9, std::abs(exponent) == 400) << k;
-      EXPECT_EQ(solution.norm[k], std::ldexp(plain.norm[k], -exponent)) << k;
-      EXPECT_EQ(solution.s(k)[5], plain.s(k)[5]) << k;
-    }
-  }
-}
-
-TEST(MinimalPerturbation, AMarginFarBelowZeroDoesNotHideTheOthers) {
-  TestHead head = test::random_head(9, 12, 40, 62);
-  const TestSolution plain = solve(head);
-  for (const double below : {-1e200, -1e308}) {
-    TestHead changed = head;
-    for (double& m : changed.margins) m *= 1e-200;
-    for (std::int64_t k = 0; k < 9; ++k) changed.margins[k * 9 + (k + 1) % 9] = below;
-    const TestSolution solution = solve(changed);
-    for (std::int64_t k = 0; k < 9; ++k) {
-      ASSERT_TRUE(solution.is(k, Status::kOptimal));
-      if (plain.l(k)[(k + 1) % 9] == 0) {
-        EXPECT_NEAR(solution.norm[k] * 1e200, plain.norm[k], 1e-12 * plain.norm[k]);
-      }
-    }
-  }
-}
-
 TEST(MinimalPerturbation, WithoutAnAnswerThereIsNoNorm) {
   TestHead head = test::random_head(6, 8, 20, 37);
   for (std::int64_t d = 0; d < 8; ++d) head.weight[4 * 8 + d] *= 1e160;
@@ -388,6 +320,35 @@ TEST(MinimalPerturbation, FiniteInputsOfAnySizeEnd) {
       EXPECT_TRUE(std::isfinite(solution.norm[k])) << seed << " " << k;
       EXPECT_LE(violation_of(head, solution, k).relative, 1e-9L) << seed << " " << k;
     }
+  }
+}
+
+TEST(MinimalPerturbation, ProblemsThatAreNoneAreRefused) {
+  const TestHead head = test::random_head(4, 3, 5, 63);
+  TestSolution solution(4, 4, 3);
+  const auto refused = [&](std::int64_t classes, std::int64_t latents, double tolerance) {
+    const PerturbationProblem problem{
+        head.weight.data(), head.margins.data(), nullptr, nullptr, classes, classes, latents};
+    EXPECT_THROW(minimal_perturbation(problem, {tolerance}, solution.pointers(), serial_for),
+                 std::invalid_argument);
+  };
+  refused(1, 3, 1e-9);
+  refused(4, 0, 1e-9);
+  for (const double tolerance : {0.0, -1e-9, 1.0, HUGE_VAL, std::nan("")}) refused(4, 3, tolerance);
+}
+
+// Whatever a caller did not check: every class ends, and none that a NaN concerns is proven.
+TEST(MinimalPerturbation, ANaNProvesNothing) {
+  for (const bool closed_form : {true, false}) {
+    TestHead head = test::random_head(6, 8, 20, 38);
+    head.margins[2 * 6 + 3] = std::nan("");
+    TestSolution solution = solve(head, {1e-9, 0, closed_form});
+    EXPECT_TRUE(solution.is(2, Status::kIterationLimit));
+    EXPECT_GT(solution.norm[2], 0) << "the other constraints still have an answer";
+    EXPECT_TRUE(solution.is(1, Status::kOptimal));
+    head.weight[4 * 8 + 1] = std::nan("");
+    solution = solve(head, {1e-9, 0, closed_form});
+    for (std::int64_t k = 0; k < 6; ++k) EXPECT_TRUE(solution.is(k, Status::kIterationLimit)) << k;
   }
 }
 

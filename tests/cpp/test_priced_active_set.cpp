@@ -260,6 +260,25 @@ TEST(PricedActiveSet, RoundingOfTheGramMatrixEndsNoClassAtItsLimit) {
   }
 }
 
+// Rows in three clusters take several rounds without K, each of which makes a factor that needs
+// refinement of its own.
+TEST(PricedActiveSet, EveryRoundIsRefined) {
+  const std::vector<std::int64_t> targets{3, 199};
+  for (unsigned seed = 70; seed < 90; ++seed) {
+    TestHead head{200, 140, test::normal_values(200 * 140, seed, 2e-3), {}};
+    const Values centres = test::normal_values(3 * 140, seed + 1);
+    for (std::int64_t j = 0; j < 200; ++j)
+      for (std::int64_t d = 0; d < 140; ++d)
+        head.weight[j * 140 + d] += centres[j * 7 % 3 * 140 + d];
+    head.margins = test::random_margins(head.weight, 200, 140, 20, seed + 2);
+    const TestSolution solution = test::solve(head, {}, nullptr, &targets);
+    for (std::int64_t i = 0; i < 2; ++i) {
+      ASSERT_TRUE(solution.is(i, Status::kOptimal)) << seed;
+      EXPECT_LE(solution.primal[i], 1e-12) << seed;
+    }
+  }
+}
+
 // A row just outside the hull of two others: its terms nearly cancel, so that both ways are gone.
 TEST(PricedActiveSet, StepsOfBothWaysAreCounted) {
   const TestHead head{3, 2, {1, 0, -1, 0, 0, 1e-6}, Values(9, 1.0)};

@@ -97,6 +97,23 @@ inline TestHead huge_and_small_rows(double huge) {
   return head;
 }
 
+/// Three rows of 2048 like entries. w_0 - w_1 is tiny beside both; the third row keeps them from
+/// being centred, and makes an s with which products of w_0 and of w_1 drift apart by rounding.
+inline TestHead drifting_head() {
+  constexpr std::int64_t kLatents = 2048, kHalf = kLatents / 2;
+  constexpr double kApart = 2.5102242920886285e-09, kStep = 1.2717851313028796;
+  TestHead head{3, kLatents, Values(3 * kLatents, 1.0), Values(9, 0.0)};
+  for (std::int64_t d = 0; d < kLatents; ++d) {
+    head.weight[kLatents + d] = 1 + (d < kHalf ? 1.5 : 0.5) * kApart;
+    head.weight[2 * kLatents + d] = -1;
+  }
+  const long double product =
+      kHalf * (static_cast<long double>(head.constraint(0, 1, 0)) + head.constraint(0, 1, kHalf));
+  head.margins[1] = static_cast<double>(kStep * product * (1 - 8.397587411939426e-07L));
+  head.margins[2] = 2 * kLatents * kStep;
+  return head;
+}
+
 /// M of weight and random latents and biases: what pairwise_margin_max gives, in plain loops.
 inline Values random_margins(const Values& weight, std::int64_t classes, std::int64_t latents,
                              std::int64_t samples, unsigned seed) {
@@ -122,7 +139,7 @@ inline TestHead random_head(std::int64_t classes, std::int64_t latents, std::int
   return head;
 }
 
-/// A result and the memory behind it.
+/// A result and the memory behind it, full of what no field may be left as.
 struct TestSolution {
   std::int64_t count, classes, latents;
   Values perturbation, norm, multipliers, primal, dual, gap;
@@ -133,15 +150,27 @@ struct TestSolution {
       : count(count_),
         classes(classes_),
         latents(latents_),
-        perturbation(static_cast<std::size_t>(count * latents)),
-        norm(static_cast<std::size_t>(count)),
-        multipliers(static_cast<std::size_t>(count * classes)),
+        perturbation(static_cast<std::size_t>(count * latents), kUnwritten),
+        norm(static_cast<std::size_t>(count), kUnwritten),
+        multipliers(static_cast<std::size_t>(count * classes), kUnwritten),
         primal(norm),
         dual(norm),
         gap(norm),
-        status(norm.size()),
-        iterations(norm.size()),
-        active(norm.size()) {}
+        status(norm.size(), -1),
+        iterations(norm.size(), -1),
+        active(norm.size(), -1) {}
+
+  static constexpr double kUnwritten = -7.25;
+  /// Whether every field of every class was written.
+  bool is_complete() const {
+    const auto left = [](const auto& values, auto unwritten) {
+      return std::count(values.begin(), values.end(), unwritten) > 0;
+    };
+    return !left(perturbation, kUnwritten) && !left(norm, kUnwritten) &&
+           !left(multipliers, kUnwritten) && !left(primal, kUnwritten) && !left(dual, kUnwritten) &&
+           !left(gap, kUnwritten) && !left(status, -1) && !left(iterations, -1) &&
+           !left(active, -1);
+  }
 
   PerturbationResult pointers() {
     return {perturbation.data(), norm.data(),       multipliers.data(),
@@ -164,6 +193,7 @@ inline TestSolution solve(const TestHead& head, const SolverSettings& settings =
   minimal_perturbation({head.weight.data(), head.margins.data(), scale,
                         targets ? targets->data() : nullptr, count, head.classes, head.latents},
                        settings, solution.pointers(), parallel_for);
+  EXPECT_TRUE(solution.is_complete());
   return solution;
 }
 

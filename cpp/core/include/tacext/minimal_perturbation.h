@@ -10,14 +10,14 @@ namespace tacext {
 /// How a class's problem ended.
 enum class Status : std::int32_t {
   kOptimal = 0,         ///< the certificate holds within the tolerance
-  kUnreachable = 1,     ///< no perturbation satisfies the constraints; the multipliers prove it
+  kUnreachable = 1,     ///< no perturbation within reach of doubles; the multipliers prove it
   kIterationLimit = 2,  ///< ended before the certificate held
 };
 
 struct SolverSettings {
   /// Largest relative residual with which a class counts as optimal.
   double tolerance = 1e-9;
-  /// Active-set steps a class; 0 means 50 * classes + 100.
+  /// Active-set steps a class, of all ways together; 0 means 50 * classes + 100.
   std::int64_t max_iterations = 0;
   /// Try the all-constraints-active closed form where it can apply.
   bool closed_form = true;
@@ -40,9 +40,17 @@ struct PerturbationProblem {
 ///
 /// An optimal class carries the KKT residuals of what is stored, recomputed from W, not from the
 /// Gram matrix. An unreachable class has a NaN perturbation, an infinite norm and, as multipliers,
-/// a Farkas ray l >= 0 with sum_j l_j (w_k - w_j) = 0 and m.l > 0, scaled to sum 1. A class that
-/// ended before its certificate held keeps the s it came to, or NaN and a NaN norm where it came to
-/// none; so ends, too, a class whose multipliers no double can hold (a scale beyond 1e150).
+/// a Farkas ray l >= 0, scaled to sum 1, with m.l > 0 although sum_j l_j (w_k - w_j) = 0 to
+/// rounding. Every s that satisfies the constraints has |s / scale| >= m.l / |sum_j l_j a_j|; that
+/// bound is at least 1e13 natural units, sum_j l_j |m_j| / sum_j l_j |a_j|. A class with a longer
+/// answer may end either way.
+///
+/// A class that ended before its certificate held keeps the s it came to, or a NaN s and a NaN norm
+/// where it came to none, or to one that no double can hold. So ends, too, a class whose
+/// multipliers no double can hold (a scale beyond 1e150): what is stored of them then is what is
+/// left. An infinite primal residual beside an s says that digits were lost in storing, or that the
+/// steps ran out before its proof. Of a ray that proves too little nothing is kept: multipliers are
+/// 0, residuals infinite.
 struct PerturbationResult {
   double* perturbation;      ///< s_k, [count, latents]
   double* norm;              ///< |s_k / scale|, [count]
@@ -55,14 +63,17 @@ struct PerturbationResult {
   double* primal_residual;
   /// |s - sum_j l_j a_j| / (|s| + sum_j l_j |a_j|); of a ray |sum_j l_j a_j| / sum_j l_j |a_j|
   double* dual_residual;
-  /// |s.s - m.l| / max(s.s, |m.l|), the relative duality gap; for an unreachable class -m.l,
-  /// [count]
+  /// |s.s - b| / max(s.s, |b|), where b = 2 m.l - |sum_j l_j a_j|^2 is at most the square of the
+  /// optimal norm, whatever l >= 0: the duality gap, rigorous; where the active constraints nearly
+  /// cancel, of l before it was rounded to doubles; for an unreachable class -m.l, [count]
   double* gap;
 };
 
-/// Solves every listed class, in double: from one Gram matrix where that pays, else from W. Inputs
-/// must be finite, with at least 2 classes and 1 latent, and margins given in one of their two
-/// types, or it throws std::invalid_argument. The same input gives the same bits for any
+/// Solves every listed class, in double: from one Gram matrix where that pays, else from W. Throws
+/// std::invalid_argument for fewer than 2 classes or 1 latent, a tolerance that is not between 0
+/// and 1, or margins not given in one of their two types. That inputs are finite, scale positive
+/// and targets in range is for the caller to check (find_non_finite.h): nothing is promised of a
+/// class that meets a NaN, but that it ends. The same input gives the same bits for any
 /// `parallel_for`. A class's answer does not depend on which others are listed with it beyond
 /// rounding, which may differ where a list is so short that it is solved without the Gram matrix.
 TACEXT_API void minimal_perturbation(const PerturbationProblem& problem,
