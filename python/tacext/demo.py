@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 TARGET = 0
 TRAINING, DEFENDER = 1000, 400  # the rest, 397 images, measures
-POISONED_SHARE = 0.1
+POISONED_SHARE = 0.17
 
 
 def digit_net() -> nn.Module:

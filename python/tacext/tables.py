@@ -46,24 +46,26 @@ def scan_table(report: ScanReport, class_names: Sequence[str] | None = None) -> 
     table = Table(title=None, box=None, pad_edge=False, header_style="bold")
     kinds = {} if report.evidence is None else report.evidence.joint.kind_p_values
     # One kind's p-value is no verdict: it is not corrected for the choice of the class.
-    tests = [f"p: {_KIND_HEADINGS[kind]}" for kind in kinds] if kinds else ["p"]
-    for heading in ("class", "norm", "of usual", "index", *tests, "active", "status"):
+    tests = [f"p {_KIND_HEADINGS[kind]}" for kind in kinds] if kinds else ["index", "p", "active"]
+    for heading in ("class", "norm", "of usual", *tests, "status"):
         table.add_column(heading, justify="left" if heading == "status" else "right")
     norm = report.norm.cpu()
     usual = report.test.usual_norm
     order = _order(report)
     for k in order[:_MOST_ROWS]:
+        tested = [_number(float(p[k]), ".1g") for p in kinds.values()]
+        if not kinds:
+            tested = [
+                _number(float(report.test.anomaly_index[k]), ".1f"),
+                _number(float(report.test.class_p_values[k]), ".2g"),
+                str(int(report.perturbations.active[k])),
+            ]
         name = Text(f"{k}" if class_names is None else printable(f"{k} {class_names[k]}"))
         table.add_row(
             name,
             _number(float(norm[k]), ".4g"),
             _number(float(norm[k]) / usual, ".2f"),
-            _number(float(report.test.anomaly_index[k]), ".1f"),
-            *(
-                [_number(float(p[k]), ".1g") for p in kinds.values()]
-                or [_number(float(report.test.class_p_values[k]), ".2g")]
-            ),
-            str(int(report.perturbations.active[k])),
+            *tested,
             Status(int(report.perturbations.status[k])).name.lower().replace("_", " "),
             style="red" if k in report.suspects else None,
         )
