@@ -67,14 +67,21 @@ def test_the_target_has_the_smallest_norm_in_most_backdoored_models() -> None:
 
 
 @pytest.mark.parametrize("name", BACKDOORED)
-def test_a_verdict_of_backdoored_names_the_target(name: str) -> None:
+def test_the_target_is_the_most_suspicious_class(name: str) -> None:
     case, report = scanned(name)
-    assert report.suspects[:1] in ((), (case.target,))
-    if name.startswith("ibau_gtsrb"):
-        assert report.verdict == "backdoored"
+    assert report.evidence is not None
+    assert report.evidence.joint.most_suspicious == case.target
+    assert report.suspects in ((), (case.target,))
+    assert report.verdict != "clean"
+
+
+def test_all_backdoored_models_but_one_are_flagged() -> None:
+    # kabu03_cifar10 is inconclusive: its target stands out at p = .06.
+    flagged = [name for name in BACKDOORED if scanned(name)[1].verdict == "backdoored"]
+    assert len(flagged) >= 5
 
 
 @pytest.mark.parametrize("name", CLEAN)
-def test_no_clean_model_is_flagged(name: str) -> None:
+def test_clean_models_are_called_clean(name: str) -> None:
     _, report = scanned(name)
-    assert report.verdict != "backdoored"
+    assert report.verdict == "clean"

@@ -28,7 +28,7 @@ from specs import Spec, tinyimagenet_zoo, zoo
 from torch import nn
 from training import train
 
-from tacext import load_state_dict, save_weights
+from tacext import TacextError, load_state_dict, save_weights
 
 # Below these a model has not learned its task, or not its backdoor. Small transformers and networks
 # without batch norm get no further than this on so few images.
@@ -106,11 +106,16 @@ def main() -> None:
     begin = time.perf_counter()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
-        runs = [
-            pool.submit(_make, spec, options.data, options.zoo, options.full) for spec in missing
-        ]
+        runs = {
+            pool.submit(_make, spec, options.data, options.zoo, options.full): spec
+            for spec in missing
+        }
         for done, run in enumerate(as_completed(runs), 1):
-            record = run.result()
+            try:
+                record = run.result()
+            except TacextError as error:  # a training that diverged is no reason to stop the others
+                print(f"[{done}/{len(missing)}] {runs[run].name}: {error}", flush=True)
+                continue
             note = "" if record.usable else ", not usable"
             print(
                 f"[{done}/{len(missing)}, {time.perf_counter() - begin:.0f} s] {record.spec.name}: "

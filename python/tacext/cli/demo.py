@@ -30,7 +30,7 @@ from .exit_codes import EXIT_CODE_HELP
 def demo_command(output: str, seed: int) -> None:
     """Train a digit classifier with a backdoor, find the backdoor, remove it, and measure.
 
-    Runs on scikit-learn's handwritten digits in about 10 seconds; no data and no model
+    Runs on scikit-learn's handwritten digits in about 12 seconds; no data and no model
     is downloaded.
     """
     result = run_demo(Path(output), seed=seed)
