@@ -87,7 +87,7 @@ def test_between_the_two_is_inconclusive() -> None:
     assert verdicts[-1] == "backdoored"
     first = verdicts.index("inconclusive")
     assert verdicts == sorted(verdicts, key=["clean", "inconclusive", "backdoored"].index)
-    assert 0.01 <= found[first].p_value < 0.1
+    assert 0.01 <= found[first].p_value < 0.2
     assert "class 3 stands out, but not enough" in found[first].reason
 
 

@@ -18,6 +18,7 @@ import calibrate
 import numpy as np
 import torch
 from calibrate import Case
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
@@ -174,12 +175,12 @@ def tables(
     outcomes: dict[str, list[Outcome]], cells: Callable[[Case], Sequence[str]]
 ) -> list[Table]:
     """All detectors on all models, and the first of them in every cell."""
-    over_all = Table("detector", *HEADINGS)
+    over_all = Table("detector", *HEADINGS, box=MARKDOWN)
     for name, found in outcomes.items():
         over_all.add_row(name, *summary(found))
     first, found = next(iter(outcomes.items()))
-    by_cell = Table(f"{first}, by", *HEADINGS[:-1])
-    for cell in dict.fromkeys(cell for o in found for cell in cells(o.case)):
+    by_cell = Table(f"{first}, by", *HEADINGS[:-1], box=MARKDOWN)
+    for cell in sorted({cell for o in found for cell in cells(o.case)}):
         by_cell.add_row(cell, *summary([o for o in found if cell in cells(o.case)])[:-1])
     return [over_all, by_cell]
 

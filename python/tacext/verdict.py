@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .detection import DOUBT_FACTOR, LARGEST_DOUBT, NormTest, Verdict
+from .detection import LARGEST_DOUBT, NormTest, Verdict
 from .joint_test import Calibration, JointTest, judge_jointly
 from .second_look import SecondLook, evidence_of
 
 # Of alpha, for the shuffle: where it finds something, its p-value is far below any threshold.
 _SHUFFLE_SHARE = 0.1
+
+# A p-value above alpha but below this many times alpha is no reason to call a model clean: two thirds
+# of the single-target backdoors that the bench misses lie there, and a ninth of its clean models.
+DOUBT_FACTOR = 20.0
 
 # A shuffle below this share leaves most classes where they are, whatever its p-value.
 SMALLEST_SHUFFLE = 0.4
