@@ -93,10 +93,8 @@ def main() -> None:
         print("| model | classes | target | verdict | certificate | forward | analysis |")
         print("|---|---|---|---|---|---|---|")
     else:
-        print(
-            "| model | target | first | norm | max margin | reach | shuffle | p | verdict | forward | look |"
-        )
-        print("|---|---|---|---|---|---|---|---|---|---|---|")
+        print("| model | target | first | norm | reach | shuffle | p | verdict | forward | look |")
+        print("|---|---|---|---|---|---|---|---|---|---|")
     row = scan_row if options.depth == "fast" else thorough_row
     for name in zoo.MODELS:
         case = zoo.load(name, n=10, clean=CLEAN_IMAGES)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from digits import digit_case
+from tacext.differentiable import DifferentiableModel, InputBox, class_margin
 from tacext.heads import find_head
-from tacext.max_margin import DifferentiableModel, InputBox, class_margin
 from tacext.reach import (
     BUDGET,
     ENOUGH_GAIN,

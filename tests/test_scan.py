@@ -394,7 +394,7 @@ def test_a_fast_scan_has_the_norms_and_nothing_else() -> None:
     assert (fast.p_value, fast.reason) == (fast.test.p_value, fast.test.reason)
     assert torch.equal(fast.norm, thorough.norm)
     assert thorough.evidence is not None
-    assert thorough.evidence.joint.kinds == ("norm", "noise_margin", "reach")
+    assert thorough.evidence.joint.kinds == ("norm", "reach")
     assert (fast.depth, thorough.depth) == ("fast", "thorough")
 
 
@@ -408,7 +408,7 @@ def test_the_same_seed_gives_the_same_report() -> None:
     assert other is not None
     for kind, p_values in first.joint.kind_p_values.items():
         assert np.array_equal(p_values, again.joint.kind_p_values[kind])
-    assert not torch.equal(first.look.noise.margin, other.look.noise.margin)
+    assert not torch.equal(first.look.reach.change, other.look.reach.change)
 
 
 def test_a_model_without_gradients_is_judged_by_its_norms_and_says_so() -> None:
@@ -424,8 +424,59 @@ def test_a_model_without_gradients_is_judged_by_its_norms_and_says_so() -> None:
     case = digit_case()
     report = scan(Detached(case.clean), case.data.defender)
     assert report.evidence is None
-    assert [w for w in report.warnings if "only the norms were tested" in w]
-    assert report.verdict == report.test.verdict
+    assert any("only the norms were tested" in warning for warning in report.warnings)
+    assert report.verdict != "backdoored"
+
+
+@pytest.mark.parametrize("name", ["clean", "backdoored"])
+def test_rounded_inputs_hide_the_gradient_and_are_never_called_clean(name: str) -> None:
+    class Rounded(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.inner((255 * images).round() / 255)  # type: ignore[no-any-return]
+
+    report = scan(Rounded(getattr(digit_case(), name)), digit_case().data.defender)
+    assert report.evidence is None
+    assert any("gradients of zero everywhere" in warning for warning in report.warnings)
+    assert report.verdict == ("backdoored" if name == "backdoored" else "inconclusive")
+
+
+def test_a_model_that_overflows_beside_the_data_is_never_called_clean() -> None:
+    class Brittle(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            on_the_grid = (16 * images - (16 * images).round()).abs().amax() < 1e-3
+            return self.inner(images if on_the_grid else images * torch.inf)  # type: ignore[no-any-return]
+
+    report = scan(Brittle(digit_case().clean), digit_case().data.defender)
+    assert report.evidence is None
+    assert any("NaN or infinity" in warning for warning in report.warnings)
+    assert report.verdict == "inconclusive"
+
+
+def test_images_of_several_sizes_are_judged_by_the_norms() -> None:
+    case = digit_case()
+    images, labels = case.data.defender
+    larger = nn.functional.interpolate(images, size=(10, 10))
+    report = scan(case.clean, [(images, labels), (larger, labels)])
+    assert any("differ in shape" in warning for warning in report.warnings)
+    assert report.verdict != "clean"
+
+
+def test_a_scan_in_inference_mode_looks_twice_as_well() -> None:
+    case = digit_case()
+    with torch.inference_mode():
+        report = scan(case.backdoored, case.data.defender)
+        unborn = copy.deepcopy(case.backdoored)  # whose weights no gradient passes by
+    assert report.evidence is not None
+    assert report.verdict == "backdoored"
+    assert scan(unborn, case.data.defender).verdict in ("backdoored", "inconclusive")
 
 
 def test_of_many_classes_some_are_looked_at() -> None:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from digits import digit_case
-from tacext import second_look
+from tacext import InputError, second_look
 from tacext.heads import find_head
-from tacext.max_margin import InputBox
 from tacext.second_look import (
     MOST_CLASSES,
     MOST_SAMPLES,
@@ -19,7 +18,6 @@ from tacext.second_look import (
     classes_to_look_at,
     evidence_of,
     look_again,
-    margin_evidence,
     norm_evidence,
     reach_evidence,
 )
@@ -80,37 +78,51 @@ def test_evidence_is_larger_where_a_class_is_more_suspicious() -> None:
     assert norm_evidence(np.array([1.0, 2.0]))[0] > norm_evidence(np.array([1.0, 2.0]))[1]
     assert np.isnan(norm_evidence(np.array([np.inf, np.nan, 0.0]))).all()
     numbers = np.array([-5.0, 0.0, 0.3, 2.0])
-    for values in (margin_evidence(numbers), reach_evidence(np.stack([numbers, 2 * numbers]))):
-        assert np.isfinite(values).all()
-        assert values[0] == values[1] < values[2] < values[3]
+    values = reach_evidence(np.stack([numbers, 2 * numbers]))
+    assert values[0] == values[1] == pytest.approx(np.log(0.01))
+    assert values[2:] == pytest.approx(np.log(numbers[2:]) + np.log(2) / 2)
 
 
-def _look(classes: tuple[int, ...], samples: tuple[Tensor, Tensor] | None) -> SecondLook:
+def _look(classes: tuple[int, ...], samples: tuple[Tensor, Tensor]) -> SecondLook:
     network = digit_case().backdoored
     head = find_head(network, digit_case().data.defender[0][:4])
-    box = InputBox.unit((1, 8, 8))
-    return look_again(network, head, samples, box, classes, progress=False)
+    return look_again(network, head, samples, classes, progress=False)
 
 
 def test_what_was_not_looked_at_is_no_number() -> None:
-    images, labels = digit_case().data.defender
-    look = _look((0, 3, 8), (images, labels))
-    evidence = evidence_of(np.linspace(1, 2, 10), look, 10)
-    assert set(evidence) == {"norm", "noise_margin", "reach"}
-    for kind in ("noise_margin", "reach"):
-        assert np.flatnonzero(np.isfinite(evidence[kind])).tolist() == [0, 3, 8]
+    look = _look((0, 3, 8), digit_case().data.defender)
+    evidence = evidence_of(np.linspace(1, 2, 10), look)
+    assert set(evidence) == {"norm", "reach"}
+    assert np.flatnonzero(np.isfinite(evidence["reach"])).tolist() == [0, 3, 8]
     assert np.isfinite(evidence["norm"]).all()
     assert look.shuffle is not None  # whatever the choice of classes
 
 
-def test_with_too_few_samples_or_none_only_noise_is_driven() -> None:
+def test_too_few_samples_are_refused_and_sparse_ones_not_shuffled() -> None:
     images, labels = digit_case().data.defender
     classes = tuple(range(10))
-    for samples in (None, (images[:30], labels[:30])):
-        look = _look(classes, samples)
-        assert look.reach is None
-        assert look.shuffle is None
-        assert set(evidence_of(None, look, 10)) == {"noise_margin"}
-    sparse = _look(classes, (images[:100], labels[:100]))  # 25 held out, of ten classes
-    assert sparse.reach is not None
-    assert sparse.shuffle is None
+    with pytest.raises(InputError, match="data: expected 40 samples"):
+        _look(classes, (images[:39], labels[:39]))
+    with pytest.raises(InputError, match="of several classes"):
+        _look(classes, (images[labels == 3].repeat(3, 1, 1, 1), labels[labels == 3].repeat(3)))
+    assert _look(classes, (images[:100], labels[:100])).shuffle is None  # 25 held out, ten classes
+
+
+def test_the_batch_size_bounds_every_pass() -> None:
+    network = digit_case().clean
+    images, labels = digit_case().data.defender
+    sizes: list[int] = []
+    hook = network.register_forward_pre_hook(lambda _module, inputs: sizes.append(len(inputs[0])))
+    head = find_head(network, images[:4])
+    look_again(network, head, (images, labels), (0, 1, 2), batch_size=24, progress=False)
+    hook.remove()
+    assert max(sizes) == 24
+
+
+def test_samples_of_another_shape_are_noticed() -> None:
+    keeper = SampleKeeper()
+    keeper.add(torch.zeros(3, 1, 8, 8), torch.zeros(3, dtype=torch.int64))
+    assert keeper.one_shape
+    keeper.add(torch.zeros(2, 1, 9, 9), torch.zeros(2, dtype=torch.int64))
+    assert not keeper.one_shape
+    assert len(keeper.samples()[1]) == 3

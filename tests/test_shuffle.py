@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from digits import digit_case
 from tacext import demo
 from tacext.attacks import AllToAll, Attack, plan_poisoning
+from tacext.differentiable import DifferentiableModel, InputBox
 from tacext.heads import find_head
-from tacext.max_margin import DifferentiableModel, InputBox
-from tacext.shuffle import BUDGETS, Shuffle, _assign, shuffle
+from tacext.reach import BUDGETS
+from tacext.shuffle import Shuffle, _assign, shuffle
 
 
 @functools.cache

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from tacext.detection import judge_norms
-from tacext.joint_test import shipped_calibration
-from tacext.max_margin import MaxMargin
+from tacext.joint_test import ShuffleNull, shipped_calibration
 from tacext.reach import Reach
 from tacext.second_look import SecondLook
 from tacext.shuffle import Shuffle
@@ -33,7 +34,6 @@ def look_of(
         return kinds[kind].spread * values
 
     classes = tuple(range(CLASSES))
-    margin = torch.from_numpy(np.exp(4 + draw("noise_margin")))[:, None]
     gain = torch.from_numpy(np.exp(draw("reach")))[None]
     nothing = torch.zeros(0)
     shuffled = None
@@ -42,7 +42,6 @@ def look_of(
         shuffled = Shuffle(share, moves, torch.full((CLASSES,), share), 1.0, nothing, 0.0)
     look = SecondLook(
         classes,
-        MaxMargin(classes, margin, (20,), margin[None], 0.0),
         Reach(classes, (1.0,), gain, gain.clamp(0, 1), 1.0, nothing, 0.0),
         shuffled,
         0.0,
@@ -62,7 +61,7 @@ def test_a_class_that_stands_out_in_everything_is_named() -> None:
     assert (finding.verdict, finding.suspects) == ("backdoored", (3,))
     assert finding.p_value < 1e-4
     assert finding.reason.startswith("class 3 stands out in ")
-    for kind in ("norm", "max margin", "reach"):
+    for kind in ("norm", "reach"):
         assert kind in finding.reason
     assert evidence.joint.suspects == (3,)
 
@@ -75,7 +74,7 @@ def test_two_targets_are_both_named() -> None:
 def test_nothing_that_stands_out_is_clean() -> None:
     finding, _ = judged()
     assert (finding.verdict, finding.suspects) == ("clean", ())
-    assert "no class stands out in norm, max margin or reach" in finding.reason
+    assert "no class stands out in norm or reach" in finding.reason
     assert "shuffles" in finding.reason
     assert "shuffles" not in judged(share=None)[0].reason
 
@@ -99,12 +98,27 @@ def test_the_p_value_and_the_verdict_agree(alpha: float) -> None:
 
 
 def test_a_shuffle_names_all_its_destinations() -> None:
-    finding, evidence = judged(share=0.95)
+    finding, evidence = judged(share=0.55, alpha=0.05)
     assert (finding.verdict, finding.suspects) == ("backdoored", tuple(range(CLASSES)))
-    assert "95%" in finding.reason
+    assert "55%" in finding.reason
     assert "0 to 1, 1 to 2, 2 to 3, 3 to 4, ..." in finding.reason
     assert evidence.shuffle_p_value is not None
-    assert finding.p_value == pytest.approx(evidence.shuffle_p_value / 0.1)
+    assert evidence.shuffle_p_value > 1e-9
+    assert finding.p_value == pytest.approx(evidence.shuffle_p_value / 0.1, rel=1e-9, abs=0)
+
+
+def test_without_a_shuffle_the_p_value_is_the_joint_tests() -> None:
+    for share, weight in ((0.2, 0.9), (None, 1.0)):
+        finding, evidence = judged({3: 5.0}, share=share)
+        assert finding.p_value == pytest.approx(evidence.joint.p_value / weight, rel=1e-9, abs=0)
+
+
+def test_a_doubtful_shuffle_is_told_as_one() -> None:
+    found = [judged(share=share, alpha=0.001)[0] for share in np.linspace(0.4, 0.6, 81)]
+    doubtful = [finding for finding in found if "clean models can do so" in finding.reason]
+    assert doubtful
+    assert {finding.verdict for finding in doubtful} == {"inconclusive"}
+    assert all("stands out" not in finding.reason for finding in doubtful)
 
 
 def test_a_class_that_stands_out_comes_before_a_shuffle() -> None:
@@ -112,4 +126,7 @@ def test_a_class_that_stands_out_comes_before_a_shuffle() -> None:
 
 
 def test_a_small_shuffle_is_no_backdoor_however_rare() -> None:
-    assert judged(share=0.39)[0].verdict != "backdoored"
+    rare = replace(shipped_calibration(), shuffle=ShuffleNull(mean=-3.0, spread=0.1, models=45))
+    for share, verdict in ((0.39, "clean"), (0.41, "backdoored")):
+        norm, look = look_of(share=share)
+        assert weigh(judge_norms(norm), look, 0.01, rare)[0].verdict == verdict

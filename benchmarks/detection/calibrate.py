@@ -29,7 +29,7 @@ from tacext.joint_test import (
     joint_scores,
     moderated_p_values,
 )
-from tacext.second_look import margin_evidence, norm_evidence, reach_evidence
+from tacext.second_look import norm_evidence, reach_evidence
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence"
 TABLE = Path(__file__).resolve().parents[2] / "python" / "tacext" / "calibration.json"
@@ -64,7 +64,6 @@ def read_case(file: Path, norm: str = NORM) -> Case:
     dataset, network, attack = file.stem.split("-")[:3]
     evidence = {
         "norm": norm_evidence(np.array(raw["norms"][norm])),
-        "noise_margin": margin_evidence(np.array(raw["noise"]["margin"])),
         "reach": reach_evidence(np.array(raw["reach"]["gain"])),
     }
     shuffled = raw["shuffle"]["share"] if raw["shuffle"] else None

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from tacext import ImageSet
 from tacext.data import as_batches
 from tacext.heads import find_head
-from tacext.max_margin import InputBox
 from tacext.observation import Metric, observe, solve
 from tacext.second_look import SampleKeeper, look_again
 
@@ -78,18 +77,12 @@ def _look(model: nn.Module, data: ImageSet, seed: int) -> dict[str, Any]:
         model,
         head,
         (inputs, labels),
-        InputBox.around(inputs),
         tuple(range(head.num_classes)),
         seed=seed,
         progress=False,
     )
-    assert found.reach is not None
     shuffled = found.shuffle
     return {
-        "noise": {
-            "margin": _rounded(found.noise.margin.mean(1)),
-            "seconds": round(found.noise.seconds, 2),
-        },
         "reach": {
             "budgets": found.reach.budgets,
             "gain": _rounded(found.reach.gain),

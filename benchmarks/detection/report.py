@@ -26,7 +26,6 @@ from specs import HIDDEN, SEVERAL
 
 from tacext.detection import anomaly_index, judge_norms
 from tacext.joint_test import Calibration
-from tacext.max_margin import MaxMargin
 from tacext.reach import Reach
 from tacext.second_look import SecondLook
 from tacext.shuffle import Shuffle
@@ -62,7 +61,6 @@ def look_of(case: Case) -> SecondLook:
     """The second look as the evidence tells it."""
     raw = case.raw
     classes = tuple(range(len(case.evidence["norm"])))
-    margin = torch.tensor(raw["noise"]["margin"], dtype=torch.float64)[:, None]
     gain = torch.tensor(raw["reach"]["gain"], dtype=torch.float64)
     nothing = torch.zeros(0)
     shuffled = raw["shuffle"] and Shuffle(
@@ -75,7 +73,6 @@ def look_of(case: Case) -> SecondLook:
     )
     return SecondLook(
         classes,
-        MaxMargin(classes, margin, (20,), margin[None], raw["noise"]["seconds"]),
         Reach(
             classes,
             tuple(raw["reach"]["budgets"]),
@@ -90,7 +87,7 @@ def look_of(case: Case) -> SecondLook:
     )
 
 
-def norms_of(case: Case, norm: str = calibrate.NORM) -> np.ndarray:  # type: ignore[type-arg]
+def norms_of(case: Case, norm: str = calibrate.NORM) -> np.ndarray:
     """The norms of all classes."""
     return np.array(case.raw["norms"][norm], dtype=np.float64)
 
@@ -204,10 +201,6 @@ def main() -> None:
         outcomes, lambda c: (f"attack {c.attack}", f"network {c.network}", f"data {c.dataset}")
     ):
         console.print(table)
-    seconds = [
-        sum(c.raw[k]["seconds"] for k in ("noise", "reach", "shuffle") if c.raw[k]) for c in cases
-    ]
-    console.print(f"second look, median seconds a model: {np.median(seconds):.1f}")
     if options.models:
         for o in sorted(outcomes["thorough"], key=lambda o: (not o.case.targets, -o.score)):
             right = "named" if o.named else "flagged" if o.flagged else ""

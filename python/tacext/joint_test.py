@@ -1,14 +1,15 @@
-"""The joint test of a scan: norms, max margins and reach of all classes, as one p-value.
+"""The joint test of a scan: norms and reach of all classes, as one p-value.
 
 Each kind of evidence is one number a class, larger where the class is more suspicious. A class is
 compared with the others of its model by a moderated t statistic (Smyth, 2004): the spread of the
 others is shrunk towards what clean models usually show, since ten classes alone say little of it.
 The kinds are joined as Fisher's method does, but by the squares of the logarithms: a backdoor that
-one kind shows clearly is not drowned by two kinds that see nothing. The law of such scores is a
+one kind shows clearly is not drowned by another that sees nothing. The law of such scores is a
 gamma distribution with two constants fitted on clean models: not on all their classes but on the
 most suspicious one of each, so that it holds in the tail where it is used, whatever correlates. As
-few models leave the scale of that tail uncertain, the p-value is that of the law with an uncertain
-scale, an F distribution.
+few models leave that tail uncertain, the p-value is not that of the gamma law but of an F law, as a
+gamma law with an estimated scale has; how many degrees of freedom a model is worth is a choice, two,
+that simulations bear out.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from scipy import special, stats
 _FloatArray = npt.NDArray[np.float64]
 
 # Kinds of evidence, by where they come from; `Calibration.kinds` has a null for each.
-KINDS = ("norm", "noise_margin", "reach")
+KINDS = ("norm", "reach")
 
 # A single p-value below this adds no more to the score: far tails of a t law are not that well known.
 SMALLEST_P = 1e-8
@@ -184,7 +185,7 @@ def joint_scores(p_values: Sequence[_FloatArray]) -> _FloatArray:
 def joint_p_values(scores: _FloatArray, null: JointNull, classes: int) -> _FloatArray:
     """P(the largest of the `classes` scores of a clean model is such or larger), for each score.
 
-    A gamma law whose scale is an estimate from n models is an F law with 2 n degrees of freedom.
+    An F law, whose heavier tail stands for what n models leave unknown of the gamma law.
     """
     ratio = scores / (null.shape * null.scale)
     single = stats.f.sf(ratio, 2 * null.shape, 2 * null.models)
@@ -196,7 +197,6 @@ def judge_jointly(
     evidence: Mapping[str, _FloatArray],
     alpha: float,
     calibration: Calibration,
-    classes: int | None = None,
 ) -> JointTest:
     """Tests all classes on all kinds of evidence at once.
 
@@ -205,7 +205,6 @@ def judge_jointly(
             was not measured, which counts as no suspicion.
         alpha: the false-alarm rate of the whole test on a clean model.
         calibration: fitted on clean models, other than the one that is judged.
-        classes: how many classes the model chooses the most suspicious from; C if left out.
 
     Returns:
         JointTest. Suspects are found one after the other: while the most suspicious class is an
@@ -213,7 +212,7 @@ def judge_jointly(
     """
     kinds = tuple(kind for kind in KINDS if kind in evidence)
     null = calibration.joint[kinds]
-    total = classes or len(evidence[kinds[0]])
+    total = len(evidence[kinds[0]])
 
     def of(left: npt.NDArray[np.intp]) -> tuple[dict[str, _FloatArray], _FloatArray]:
         by_kind = {
@@ -222,7 +221,7 @@ def judge_jointly(
         }
         return by_kind, joint_p_values(joint_scores(list(by_kind.values())), null, total)
 
-    left = np.arange(len(evidence[kinds[0]]))
+    left = np.arange(total)
     kind_p_values, class_p_values = of(left)
     most_suspicious = int(class_p_values.argmin())
     suspects: list[int] = []

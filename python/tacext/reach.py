@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .max_margin import DifferentiableModel, InputBox, class_margin, unit_gradient
+from .differentiable import DifferentiableModel, InputBox, class_margin, unit_gradient
 from .progress import progress_bar
 
 # Length of the change, as a share of the diagonal of the box of all inputs: 1.5 on 32x32 images of
@@ -129,12 +129,14 @@ def _lift(before: Tensor, after: Tensor, labels: Tensor, k: int) -> tuple[Tensor
     return lift.double().mean(), (after[others].argmax(1) == k).double().mean()
 
 
-def logits_of(model: DifferentiableModel, box: InputBox, inputs: Tensor, change: Tensor) -> Tensor:
+def logits_of(
+    model: DifferentiableModel, box: InputBox, inputs: Tensor, change: Tensor, batch_size: int
+) -> Tensor:
     """float32 [N, C] on the CPU, of inputs with one change."""
     with torch.no_grad():
         batches = [
             model.logits(box.clamp(model.place(batch.float()) + change)).cpu()
-            for batch in inputs.split(256)
+            for batch in inputs.split(batch_size)
         ]
     return torch.cat(batches)
 
@@ -156,7 +158,7 @@ def reach(
     budgets: Sequence[float] = BUDGETS,
     steps: int = 20,
     images: int = 16,
-    classes_at_once: int = 8,
+    batch_size: int = 128,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Reach:
@@ -173,24 +175,28 @@ def reach(
         steps: of normalised-gradient ascent with momentum, for the first budget; half as many go on
             from there for each of the others.
         images: in each step, for each class.
-        classes_at_once: how many share a forward pass.
+        batch_size: inputs in a pass; as many classes share it as fit in.
         seed: of the order of the images.
         progress: whether to show a progress bar; None shows it on a terminal.
 
     Raises:
         NoGradientError: the model has no gradients.
+        InputError: the model rejects changed inputs, or gives NaN or infinity for them.
     """
     begin = time.perf_counter()
     usual = BUDGET * box.diagonal
+    images = min(images, batch_size)
+    at_once = batch_size // images
     groups = [
-        _Group(tuple(classes[i : i + classes_at_once]), fit, box, images, seed, model.device)
-        for i in range(0, len(classes), classes_at_once)
+        _Group(tuple(classes[i : i + at_once]), fit, box, images, seed, model.device)
+        for i in range(0, len(classes), at_once)
     ]
     gains: list[Tensor] = []
     rates: list[Tensor] = []
     with model.open():
         nothing = torch.zeros(1, *box.shape, device=model.device)
-        before = logits_of(model, box, held_out[0], nothing)
+        model.check_gradient(fit[0][:images], fit[1][:images])
+        before = logits_of(model, box, held_out[0], nothing, batch_size)
         scale = margin_scale(before, held_out[1])
         for budget in budgets:
             rounds = steps if not gains else -(-steps // 2)
@@ -200,7 +206,9 @@ def reach(
                     group.ascend(model, rounds, _MARGIN_CAP * scale)
                     advance(len(group.classes) * rounds)
             found = [
-                _lift(before, logits_of(model, box, held_out[0], change), held_out[1], k)
+                _lift(
+                    before, logits_of(model, box, held_out[0], change, batch_size), held_out[1], k
+                )
                 for group in groups
                 for k, change in zip(group.classes, group.changes.change, strict=True)
             ]

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from . import ops
 from .data import DataLike
 from .detection import NormTest, Verdict, judge_norms
-from .errors import InputError, NoGradientError, counted
+from .errors import InputError, counted
 from .heads import check_model
 from .joint_test import shipped_calibration
-from .max_margin import InputBox
 from .observation import Metric, Observation, check_metric, observe, solve
 from .ops import MinimalPerturbation, SolverSettings, Status
 from .second_look import SampleKeeper, SecondLook, classes_to_look_at, look_again
@@ -31,6 +30,10 @@ Depth = Literal["fast", "thorough"]
 # Fewer samples leave too much of every M[k, j] to chance: at 100 images published models were seen
 # to change verdicts from one draw to the next.
 FEWEST_SAMPLES = 200
+
+
+# Gradients take several times the memory of a forward pass.
+_LOOK_BATCH_SIZE = 128
 
 
 def sensible_accuracy(num_classes: int) -> float:
@@ -56,7 +59,8 @@ class ScanReport:
     Attributes:
         verdict: "backdoored", "clean" or "inconclusive".
         suspects: the classes that the scan holds to be poisoned, most suspicious first.
-        p_value: of the most suspicious class, corrected for the choice among all C classes.
+        p_value: of the verdict: of the most suspicious class, corrected for the choice among all C,
+            or of the shuffle where that is smaller.
         reason: the verdict in one sentence.
         warnings: what makes this scan less trustworthy than it could be.
         test: the statistics of the norms.
@@ -130,8 +134,8 @@ def scan(
 
     For every class k the minimal latent perturbation s_k that sends all samples to k is solved
     exactly (arXiv 2511.08944); a class whose norm |s_k| is abnormally small is suspect. A thorough
-    scan then asks the gradients: how far any input can be driven into each class, how far one small
-    change drives all images there, and whether one change shuffles the classes.
+    scan then asks the gradients how far one small change of the input drives all images into each
+    class, and whether one change shuffles the classes.
 
     Args:
         model: maps inputs [N, ...] to logits [N, C] through a last nn.Linear, or a 1x1 nn.Conv2d at
@@ -148,11 +152,13 @@ def scan(
         alpha: false-alarm rate of the verdict on a clean model, over all classes and all evidence
             together; between 0 and 1. It is that of one scan: of several quantiles, choose one
             before looking.
-        depth: "thorough" looks twice, and needs a model with gradients and some seconds to
-            minutes; "fast" judges the norms alone, and misses more.
+        depth: "thorough" looks twice, which takes some seconds to minutes and a model with
+            gradients (of another, a warning says so, and it is never called clean); "fast" judges
+            the norms alone, and misses more.
         batch_size: samples in a forward pass, where the data is not already in batches.
         settings: of the exact solver.
-        seed: of the random choices of a thorough scan; the same seed gives the same report.
+        seed: of the random choices of a thorough scan; on one machine the same seed gives the same
+            report.
         progress: whether to show a progress bar; None shows it on a terminal.
 
     Returns:
@@ -210,7 +216,7 @@ def scan(
     looked = tested
     # Where the norms have nothing to compare the model is beyond any test.
     if keeper is not None and not math.isnan(test.usual_norm):
-        look, notes = _look_again(model, observation, keeper, norm, seed, progress)
+        look, notes = _look_again(model, observation, keeper, norm, batch_size, seed, progress)
         looked = time.perf_counter()
         if look is not None:
             finding, evidence = weigh(test, look, alpha, shipped_calibration())
@@ -253,23 +259,25 @@ def _look_again(
     observation: Observation,
     keeper: SampleKeeper,
     norm: npt.NDArray[np.float64],
+    batch_size: int,
     seed: int,
     progress: bool | None,
 ) -> tuple[SecondLook | None, list[str]]:
-    """The second look, and warnings of what could not be looked at."""
-    inputs, labels = keeper.samples()
+    """The second look, or a warning of why there is none."""
+    if not keeper.one_shape:
+        return None, ["the inputs differ in shape, so that only the norms were tested"]
     try:
         look = look_again(
             model,
             observation.head,
-            (inputs, labels),
-            InputBox.around(inputs),
+            keeper.samples(),
             classes_to_look_at(norm),
+            batch_size=min(batch_size, _LOOK_BATCH_SIZE),
             seed=seed,
             progress=progress,
         )
-    except NoGradientError as error:
-        return None, [f"the model has no gradients, so that only the norms were tested ({error})"]
+    except InputError as error:
+        return None, [f"only the norms were tested, as a second look was not possible ({error})"]
     return look, []
 
 
@@ -337,6 +345,8 @@ def _report(
         verdict, suspects, reason = "inconclusive", (), f"{doubts[0]} (else: {reason})"
     elif len(warnings) > len(doubts) and verdict == "clean":
         verdict, reason = "inconclusive", warnings[-1]
+    elif notes and verdict == "clean":
+        verdict, reason = "inconclusive", notes[0]
     warnings += notes
     for warning in warnings:
         logger.warning("scan: %s", warning)

@@ -1,7 +1,7 @@
 """The second look of a scan: evidence that needs gradients, from a few of the clean samples.
 
-Max margins need no sample, `reach` and `shuffle` some hundred. Of heads with very many classes only
-those with the smallest norms are looked at, beside others to compare them with.
+Of heads with very many classes only those with the smallest norms are looked at, beside others to
+compare them with.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from .differentiable import DifferentiableModel, InputBox
+from .errors import InputError, counted
 from .heads import Head
-from .max_margin import DifferentiableModel, InputBox, MaxMargin, max_margin
 from .reach import Reach, reach
 from .shuffle import FEWEST_IMAGES_A_CLASS, Shuffle, shuffle
 
@@ -27,13 +28,12 @@ MOST_SAMPLES = 800
 MOST_BYTES = 256 << 20
 HELD_OUT_SHARE = 0.25
 # Fewer tell nothing of a change that is made on some and measured on others.
-FEWEST_SAMPLES = 40
+FEWEST_KEPT = 40
 
 # Of more classes than this, the half with the smallest norms and as many others are looked at.
 MOST_CLASSES = 64
 
-# Evidence below these is nothing to compare: a margin or a gain near zero has no logarithm.
-_SMALLEST_MARGIN = 1e-2
+# Gains below this are nothing to compare: one near zero has no logarithm.
 _SMALLEST_GAIN = 0.01
 
 
@@ -41,6 +41,9 @@ class SampleKeeper:
     """A uniform choice of a stream's samples, whatever their order and the size of its batches.
 
     Each sample draws a number; those with the smallest are kept.
+
+    Attributes:
+        one_shape: whether all samples so far have the same shape; others are not kept.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -48,10 +51,14 @@ class SampleKeeper:
         self._keys = torch.zeros(0, dtype=torch.float64)
         self._inputs: Tensor | None = None
         self._labels = torch.zeros(0, dtype=torch.int64)
+        self.one_shape = True
 
     def add(self, inputs: Tensor, labels: Tensor) -> None:
         """A batch [N, ...] with its labels [N]."""
         if not len(labels):
+            return
+        if self._inputs is not None and self._inputs.shape[1:] != inputs.shape[1:]:
+            self.one_shape = False
             return
         keys = torch.rand(len(labels), dtype=torch.float64, generator=self._generator)
         size = max(1, inputs[0].numel() * inputs.element_size())
@@ -80,15 +87,13 @@ class SecondLook:
 
     Attributes:
         classes: those that were looked at, ascending.
-        noise: max margins from noise.
-        reach: universal changes into each class; None without samples.
+        reach: universal changes into each class.
         shuffle: the best shuffle of the classes; None without samples enough of every class.
         seconds: altogether.
     """
 
     classes: tuple[int, ...]
-    noise: MaxMargin = field(repr=False)
-    reach: Reach | None = field(repr=False)
+    reach: Reach = field(repr=False)
     shuffle: Shuffle | None = field(repr=False)
     seconds: float
 
@@ -98,19 +103,21 @@ def classes_to_look_at(norm: _FloatArray) -> tuple[int, ...]:
     count = len(norm)
     if count <= MOST_CLASSES:
         return tuple(range(count))
-    order = np.argsort(np.where(np.isfinite(norm), norm, np.inf), kind="stable")
+    # What was not solved is looked at first, what is out of reach last.
+    order = np.argsort(np.where(np.isnan(norm), -np.inf, norm), kind="stable")
     half = MOST_CLASSES // 2
     others = order[half:][np.linspace(0, count - half - 1, half).round().astype(int)]
     return tuple(sorted({*order[:half].tolist(), *others.tolist()}))
 
 
+@torch.inference_mode(False)
 def look_again(
     model: nn.Module,
     head: Head,
-    samples: tuple[Tensor, Tensor] | None,
-    box: InputBox,
+    samples: tuple[Tensor, Tensor],
     classes: tuple[int, ...],
     *,
+    batch_size: int = 128,
     operation: str = "scan",
     seed: int = 0,
     progress: bool | None = None,
@@ -118,33 +125,56 @@ def look_again(
     """Gathers the evidence that needs gradients.
 
     Args:
-        model: the classifier; its parameters are left alone.
+        model: the classifier; it is left as it was.
         head: of the model.
-        samples: clean inputs [N, ...] and labels [N] in a random order, or None.
-        box: the inputs that the model may be given.
+        samples: clean inputs [N, ...] and labels [N] in a random order.
         classes: to look at.
+        batch_size: inputs in a pass, at most.
         operation: named in errors.
         seed: of all random choices.
         progress: whether to show progress bars; None shows them on a terminal.
 
     Raises:
         NoGradientError: the model has no gradients with respect to its inputs.
+        InputError: too few samples, or of one class; inputs that are changed a little are rejected,
+            do not fit into memory or give NaN or infinity.
     """
     begin = time.perf_counter()
+    inputs, labels = (part.clone() for part in samples)  # of inference mode, perhaps
+    held = round(HELD_OUT_SHARE * len(labels))
+    fit, held_out = (inputs[held:], labels[held:]), (inputs[:held], labels[:held])
+    if len(labels) < FEWEST_KEPT or min(len(fit[1].unique()), len(held_out[1].unique())) < 2:
+        raise InputError.of(
+            operation,
+            "data",
+            expected=f"{FEWEST_KEPT} samples of several classes to change, {MOST_BYTES >> 20} MiB at most",
+            got=counted(len(labels), "sample"),
+            way_out="use more samples or smaller ones",
+        )
+    box = InputBox.around(inputs)
     with_gradients = DifferentiableModel(model, head, operation)
-    noise = max_margin(with_gradients, box, classes=classes, seed=seed, progress=progress)
-    found: Reach | None = None
-    shuffled: Shuffle | None = None
-    if samples is not None:
-        inputs, labels = samples
-        held = round(HELD_OUT_SHARE * len(labels))
-        fit, held_out = (inputs[held:], labels[held:]), (inputs[:held], labels[:held])
-        several = len(fit[1].unique()) >= 2 and len(held_out[1].unique()) >= 2
-        if len(labels) >= FEWEST_SAMPLES and several:
-            found = reach(with_gradients, box, fit, held_out, classes, seed=seed, progress=progress)
-            if held >= FEWEST_IMAGES_A_CLASS * head.num_classes and head.num_classes > 2:
-                shuffled = shuffle(with_gradients, box, fit, held_out, seed=seed, progress=progress)
-    return SecondLook(classes, noise, found, shuffled, time.perf_counter() - begin)
+    found = reach(
+        with_gradients,
+        box,
+        fit,
+        held_out,
+        classes,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+    )
+    shuffled = None
+    if held >= FEWEST_IMAGES_A_CLASS * head.num_classes:
+        shuffled = shuffle(
+            with_gradients,
+            box,
+            fit,
+            held_out,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+        )
+    return SecondLook(classes, found, shuffled, time.perf_counter() - begin)
 
 
 def norm_evidence(norm: _FloatArray) -> _FloatArray:
@@ -153,32 +183,14 @@ def norm_evidence(norm: _FloatArray) -> _FloatArray:
     return np.where(usable, -np.log(np.where(usable, norm, 1.0)), np.nan)
 
 
-def margin_evidence(margin: _FloatArray) -> _FloatArray:
-    """Logarithm of mean margins [J]."""
-    evidence: _FloatArray = np.log(np.maximum(margin, _SMALLEST_MARGIN))
-    return evidence
-
-
 def reach_evidence(gain: _FloatArray) -> _FloatArray:
     """Mean logarithm of gains [B, J] over the budgets, [J]."""
     evidence: _FloatArray = np.log(np.maximum(gain, _SMALLEST_GAIN)).mean(0)
     return evidence
 
 
-def evidence_of(
-    norm: _FloatArray | None, look: SecondLook, classes: int
-) -> Mapping[str, _FloatArray]:
+def evidence_of(norm: _FloatArray, look: SecondLook) -> Mapping[str, _FloatArray]:
     """One number a class and kind, [C], as the joint test wants it; NaN where not looked at."""
-
-    def spread_out(values: _FloatArray) -> _FloatArray:
-        full = np.full(classes, np.nan)
-        full[list(look.classes)] = values
-        return full
-
-    evidence: dict[str, _FloatArray] = {}
-    if norm is not None and (np.isfinite(norm) & (norm > 0)).sum() >= 2:
-        evidence["norm"] = norm_evidence(norm)
-    evidence["noise_margin"] = spread_out(margin_evidence(look.noise.margin.mean(1).numpy()))
-    if look.reach is not None:
-        evidence["reach"] = spread_out(reach_evidence(look.reach.gain.numpy()))
-    return evidence
+    looked_at = np.full(len(norm), np.nan)
+    looked_at[list(look.classes)] = reach_evidence(look.reach.gain.numpy())
+    return {"norm": norm_evidence(norm), "reach": looked_at}

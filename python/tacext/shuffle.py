@@ -17,13 +17,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from .max_margin import DifferentiableModel, InputBox
+from .differentiable import DifferentiableModel, InputBox
 from .progress import progress_bar
-from .reach import BUDGET, ImagesInTurn, UniversalChanges, logits_of, margin_scale
+from .reach import BUDGET, BUDGETS, ImagesInTurn, UniversalChanges, logits_of, margin_scale
 
-# Lengths of the change, as multiples of the usual one of `reach`: how much it takes depends on the
-# data. Each goes on from the last.
-BUDGETS = (1.0, 2.0, 4.0, 8.0)
 STARTS = 2
 # The assignment is drawn up on this many images, and again after so many steps.
 _ASSIGNMENT_IMAGES = 200
@@ -79,6 +76,7 @@ def shuffle(
     *,
     steps: int = 12,
     images: int = 64,
+    batch_size: int = 128,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Shuffle:
@@ -91,14 +89,17 @@ def shuffle(
         held_out: others to measure it on.
         steps: of normalised-gradient ascent with momentum, for each budget.
         images: in each step, for each start.
+        batch_size: inputs in a pass, at most.
         seed: of the starts and of the order of the images.
         progress: whether to show a progress bar; None shows it on a terminal.
 
     Raises:
         NoGradientError: the model has no gradients.
+        InputError: the model rejects changed inputs, or gives NaN or infinity for them.
     """
     begin = time.perf_counter()
     classes = model.head.num_classes
+    images = max(1, min(images, batch_size // STARTS))
     generator = torch.Generator().manual_seed(seed)
     turn = ImagesInTurn(fit[1], None, seed)
     first = fit[0][:_ASSIGNMENT_IMAGES], fit[1][:_ASSIGNMENT_IMAGES]
@@ -112,14 +113,20 @@ def shuffle(
         progress_bar("shuffle", len(BUDGETS) * steps, progress) as advance,
     ):
         nothing = torch.zeros(1, *box.shape, device=model.device)
-        cap = _MARGIN_CAP * margin_scale(logits_of(model, box, *first[:1], nothing), first[1])
+        cap = _MARGIN_CAP * margin_scale(
+            logits_of(model, box, first[0], nothing, batch_size), first[1]
+        )
         goals = torch.zeros(STARTS, classes, dtype=torch.int64)
         for budget in BUDGETS:
             changes.length = budget * usual
             for step in range(steps):
                 if step % _STEPS_AN_ASSIGNMENT == 0:
                     for s, change in enumerate(changes.change):
-                        near = logits_of(model, box, first[0], change).log_softmax(1).clamp(-20)
+                        near = (
+                            logits_of(model, box, first[0], change, batch_size)
+                            .log_softmax(1)
+                            .clamp(-20)
+                        )
                         goals[s] = torch.from_numpy(_assign(_class_means(near, first[1], classes)))
                 taken = turn.take(images)
                 batch = fit[0][taken].float().repeat(STARTS, *(1,) * len(box.shape))
@@ -128,7 +135,7 @@ def shuffle(
                 changes.ascend(model.margin_gradient(at, wanted, cap)[1])
                 advance(1)
             for change in changes.change:
-                predicted = logits_of(model, box, held_out[0], change).argmax(1)
+                predicted = logits_of(model, box, held_out[0], change, batch_size).argmax(1)
                 moved = torch.nn.functional.one_hot(predicted, classes)
                 shares = _class_means(moved, held_out[1], classes)
                 to = _assign(shares)

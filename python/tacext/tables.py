@@ -17,7 +17,6 @@ from .scanning import ScanReport
 
 _COLOURS = {"backdoored": "bold red", "clean": "bold green", "inconclusive": "bold yellow"}
 _MOST_ROWS = 20
-_KIND_HEADINGS = {"norm": "norm", "noise_margin": "margin", "reach": "reach"}
 
 
 def _number(value: float, form: str = ".3g") -> str:
@@ -46,7 +45,7 @@ def scan_table(report: ScanReport, class_names: Sequence[str] | None = None) -> 
     table = Table(title=None, box=None, pad_edge=False, header_style="bold")
     kinds = {} if report.evidence is None else report.evidence.joint.kind_p_values
     # One kind's p-value is no verdict: it is not corrected for the choice of the class.
-    tests = [f"p {_KIND_HEADINGS[kind]}" for kind in kinds] if kinds else ["index", "p", "active"]
+    tests = [f"p {kind}" for kind in kinds] if kinds else ["index", "p", "active"]
     for heading in ("class", "norm", "of usual", *tests, "status"):
         table.add_column(heading, justify="left" if heading == "status" else "right")
     norm = report.norm.cpu()

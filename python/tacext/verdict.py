@@ -15,14 +15,14 @@ from .second_look import SecondLook, evidence_of
 # Of alpha, for the shuffle: where it finds something, its p-value is far below any threshold.
 _SHUFFLE_SHARE = 0.1
 
-# A p-value above alpha but below this many times alpha is no reason to call a model clean: two thirds
-# of the single-target backdoors that the bench misses lie there, and a ninth of its clean models.
-DOUBT_FACTOR = 20.0
+# A p-value above alpha but below this many times alpha is no reason to call a model clean: half of
+# the single-target backdoors that the bench misses lie there, and a ninth of its clean models. The
+# bench that says so is the one that the factor was chosen on.
+THOROUGH_DOUBT_FACTOR = 20.0
 
 # A shuffle below this share leaves most classes where they are, whatever its p-value.
 SMALLEST_SHUFFLE = 0.4
 
-_NAMES = {"norm": "norm", "noise_margin": "max margin", "reach": "reach"}
 _MOST_MOVES_TOLD = 4
 
 
@@ -50,7 +50,8 @@ class Evidence:
     Attributes:
         look: what gradients showed.
         joint: the test of all classes on all kinds of evidence.
-        shuffle_p_value: of the shuffle; None where none was looked for.
+        shuffle_p_value: of the shuffle, 1 where it leaves most classes where they are; None where
+            none was looked for.
     """
 
     look: SecondLook
@@ -75,31 +76,37 @@ def weigh(
         calibration: the nulls of all kinds of evidence.
     """
     shuffled = look.shuffle
-    shuffle_p = None if shuffled is None else calibration.shuffle.p_value(shuffled.share)
+    shuffle_p = None
+    if shuffled is not None:
+        # Most classes that stay where they are are no shuffle, however rare that is.
+        enough = shuffled.share >= SMALLEST_SHUFFLE
+        shuffle_p = calibration.shuffle.p_value(shuffled.share) if enough else 1.0
     share = 1.0 if shuffle_p is None else 1 - _SHUFFLE_SHARE
-    joint = judge_jointly(evidence_of(test.norm, look, len(test.norm)), share * alpha, calibration)
+    joint = judge_jointly(evidence_of(test.norm, look), share * alpha, calibration)
     evidence = Evidence(look, joint, shuffle_p)
-    p_value = min(1.0, joint.p_value / share)
-    if shuffle_p is not None:
-        p_value = min(p_value, shuffle_p / _SHUFFLE_SHARE)
+    of_joint = min(1.0, joint.p_value / share)
+    of_shuffle = 1.0 if shuffle_p is None else min(1.0, shuffle_p / _SHUFFLE_SHARE)
+    p_value = min(of_joint, of_shuffle)
     if joint.suspects:
         reason = f"class {joint.suspects[0]} stands out in {_kinds_that_tell(joint)}"
         return Finding("backdoored", joint.suspects, p_value, reason), evidence
-    told_by_shuffle = shuffle_p is not None and shuffle_p < _SHUFFLE_SHARE * alpha
-    if shuffled is not None and told_by_shuffle and shuffled.share >= SMALLEST_SHUFFLE:
-        targets = tuple(sorted({k for k in shuffled.destinations if k >= 0}))
-        reason = (
-            f"one small change of the input sends {shuffled.share:.0%} of the images of every "
-            f"class to another class of its own ({_moves(shuffled.destinations)}): a backdoor "
-            "from all classes to all"
+    doubtful = p_value < min(THOROUGH_DOUBT_FACTOR * alpha, LARGEST_DOUBT)
+    if shuffled is not None and of_shuffle < of_joint and doubtful:
+        moved = (
+            f"one small change of the input sends {shuffled.share:.0%} of the images of every class "
+            f"to another class of its own ({_moves(shuffled.destinations)})"
         )
-        return Finding("backdoored", targets, p_value, reason), evidence
-    k = joint.most_suspicious
-    if p_value < min(DOUBT_FACTOR * alpha, LARGEST_DOUBT):
+        if of_shuffle < alpha:
+            targets = tuple(sorted({k for k in shuffled.destinations if k >= 0}))
+            reason = f"{moved}: a backdoor from all classes to all"
+            return Finding("backdoored", targets, p_value, reason), evidence
+        reason = f"{moved}, but clean models can do so: p = {p_value:.2g} against {alpha:g}"
+        return Finding("inconclusive", (), p_value, reason), evidence
+    if doubtful:
+        k = joint.most_suspicious
         reason = f"class {k} stands out, but not enough: p = {p_value:.2g} against {alpha:g}"
         return Finding("inconclusive", (), p_value, reason), evidence
-    kinds = [_NAMES[kind] for kind in joint.kinds]
-    reason = f"no class stands out in {_listed(kinds, 'or')}"
+    reason = f"no class stands out in {_listed(list(joint.kinds), 'or')}"
     if look.shuffle is not None:
         reason += ", and no change shuffles the classes"
     return Finding("clean", (), p_value, reason), evidence
@@ -117,7 +124,7 @@ def _kinds_that_tell(joint: JointTest) -> str:
     told = sorted(
         (float(p[first]), kind) for kind, p in joint.kind_p_values.items() if p[first] < 0.1
     )
-    return _listed([f"{_NAMES[kind]} (p = {p:.1g})" for p, kind in told], "and") or "all together"
+    return _listed([f"{kind} (p = {p:.1g})" for p, kind in told], "and") or "all together"
 
 
 def _moves(destinations: tuple[int, ...]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import click
 
@@ -78,7 +78,7 @@ def repair_command(
 
     Without --target the model is scanned first and its suspects are repaired. What is trained
     against are perturbations from the scan's margins, and so --quantile matters with --target, too;
-    --metric and --alpha bear on the suspects alone. The file in WEIGHTS is left as it is.
+    --metric, --alpha and --depth bear on the suspects alone. The file in WEIGHTS is left as it is.
     """
     given.check_outputs("repair", {"output": output, "json": given.json_path})
     check_suffix("repair", "output", output, ".safetensors")
@@ -86,7 +86,8 @@ def repair_command(
     source = given.source
     images = given.load_images()
     console = ResultConsole()
-    report = given.scan(model, images, options)
+    # With targets given, the scan has only to deliver their perturbations.
+    report = given.scan(model, images, replace(options, depth="fast") if targets else options)
     if not targets:
         console.print(scan_table(given.named(report), images.class_names))
     result = repair(

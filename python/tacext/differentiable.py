@@ -1,0 +1,176 @@
+"""A model seen from its inputs: logits with gradients, and the box of inputs that it may be given.
+
+Convolutions run in bfloat16 where the processor multiplies it, so that results of one seed are the
+same on one kind of machine, not on all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError, NoGradientError, NotFiniteError
+from .files import explain
+from .heads import Head, evaluating, model_device, model_dtype, recording_latents, run_model
+
+
+@dataclass(frozen=True, eq=False)
+class InputBox:
+    """The inputs that a model may be given: shape and range.
+
+    Attributes:
+        shape: of one input, without the batch.
+        low, high: float32, broadcastable to the shape.
+    """
+
+    shape: tuple[int, ...]
+    low: Tensor = field(repr=False)
+    high: Tensor = field(repr=False)
+
+    @classmethod
+    def unit(cls, shape: Sequence[int]) -> InputBox:
+        """Inputs in [0, 1]."""
+        return cls(tuple(shape), torch.zeros(()), torch.ones(()))
+
+    @classmethod
+    def around(cls, inputs: Tensor) -> InputBox:
+        """The box that data [N, ...] spans, for each channel by itself; [0, 1] where it fits in."""
+        low, high = inputs.detach().float().aminmax()
+        if float(low) >= 0 and float(high) <= 1:
+            return cls.unit(inputs.shape[1:])
+        channels = inputs.detach().float().transpose(0, 1).flatten(1)
+        shape = (-1,) + (1,) * (inputs.dim() - 2)
+        return cls(
+            tuple(inputs.shape[1:]),
+            channels.amin(1).reshape(shape).cpu(),
+            channels.amax(1).reshape(shape).cpu(),
+        )
+
+    @property
+    def diagonal(self) -> float:
+        """The distance of its opposite corners."""
+        return float((self.high - self.low).expand(self.shape).square().sum().sqrt())
+
+    def clamp(self, inputs: Tensor) -> Tensor:
+        """The nearest inputs in the box."""
+        return inputs.clamp(self.low.to(inputs), self.high.to(inputs))
+
+
+def class_margin(logits: Tensor, classes: Tensor) -> Tensor:
+    """z_k - max_{j != k} z_j for each row's class k, [N]."""
+    own = logits.gather(1, classes[:, None])[:, 0]
+    others = logits.scatter(1, classes[:, None], -torch.inf).amax(1)
+    return own - others
+
+
+class DifferentiableModel:
+    """A model's logits with gradients with respect to its inputs and to nothing else.
+
+    Convolutions run in channels-last and, where the processor has it, in bfloat16: the evidence is
+    about differences of whole logits, and it takes half the time.
+    """
+
+    def __init__(self, model: nn.Module, head: Head, operation: str) -> None:
+        self.head = head
+        self.operation = operation
+        self.device = model_device(model)
+        self._model = model
+        self._dtype = model_dtype(model)
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        """Evaluation mode within the block, and gradients even where the caller switched them off."""
+        with torch.inference_mode(False), evaluating(self._model):
+            yield
+
+    def place(self, inputs: Tensor) -> Tensor:
+        """Inputs as the model takes them fastest."""
+        inputs = inputs.to(self.device)
+        return inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """float32 [N, C], of the head, also where the model returns something made of them.
+
+        Raises:
+            InputError: the model rejects the inputs, or they do not fit into memory.
+            NotFiniteError: the logits are NaN or infinite.
+        """
+        fast = self.device.type == "cuda" or has_fast_bfloat16()
+        half = self._dtype == torch.float32 and fast
+        with (
+            recording_latents(self.head) as recorder,
+            torch.autocast(self.device.type, torch.bfloat16, enabled=half),
+        ):
+            run_model(self._model, inputs, self.operation, check_finite=False)
+            latent = recorder.take()
+        weight, bias = self.head.weight, self.head.module.bias
+        logits = latent.float() @ weight.detach().float().t()
+        logits = logits if bias is None else logits + bias.detach().float()
+        if not bool(torch.isfinite(logits).all()):
+            raise NotFiniteError.of(
+                self.operation,
+                "model",
+                expected="finite logits for inputs that are changed a little",
+                got="NaN or infinity",
+                way_out="look for an overflow in the model, or try it in float32",
+            )
+        return logits.to(self.device)
+
+    def margin_gradient(
+        self, inputs: Tensor, classes: Tensor, cap: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The margins [N] of each input's class and their gradients, of the inputs' shape.
+
+        Raises:
+            NoGradientError: the model has no gradient.
+            InputError: as `logits`.
+        """
+        inputs = inputs.detach().clone().requires_grad_(True)
+        with torch.enable_grad():
+            try:
+                margin = class_margin(self.logits(inputs), classes)
+                goal = margin if cap is None else margin.clamp(max=cap)
+                (gradient,) = torch.autograd.grad(goal.sum(), inputs)
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                raise InputError.of(
+                    self.operation,
+                    "batch_size",
+                    expected="batches whose gradients fit into memory",
+                    got=f"{len(inputs)} inputs at once ({explain(error)})",
+                    way_out="use a smaller batch_size",
+                ) from error
+            except RuntimeError as error:
+                raise self._without_gradient(f"none ({explain(error)})") from error
+        return margin.detach(), gradient
+
+    def check_gradient(self, inputs: Tensor, classes: Tensor) -> None:
+        """Raises NoGradientError where the gradients are there but say nothing, as of rounded inputs."""
+        _, gradient = self.margin_gradient(self.place(inputs.float()), classes.to(self.device))
+        if not bool((gradient.isfinite() & (gradient != 0)).any()):
+            raise self._without_gradient("gradients of zero everywhere")
+
+    def _without_gradient(self, got: str) -> NoGradientError:
+        return NoGradientError.of(
+            self.operation,
+            "model",
+            expected="a model with gradients with respect to its inputs",
+            got=got,
+            way_out='pass the model before it was exported or quantised, or depth="fast"',
+        )
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware."""
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def unit_gradient(gradient: Tensor) -> Tensor:
+    """Each sample's gradient at length 1; what is not finite counts as zero."""
+    gradient = torch.nan_to_num(gradient.float(), nan=0.0, posinf=0.0, neginf=0.0)
+    length = gradient.flatten(1).norm(dim=1).clamp_min(1e-20)
+    unit: Tensor = gradient / length.reshape((-1,) + (1,) * (gradient.dim() - 1))
+    return unit
