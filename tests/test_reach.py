@@ -117,3 +117,23 @@ def test_the_scale_is_the_median_margin_of_what_is_right() -> None:
     logits = torch.tensor([[3.0, 1.0], [5.0, 1.0], [1.0, 9.0], [0.0, 6.0]])
     assert margin_scale(logits, torch.tensor([0, 0, 0, 1])) == 4.0
     assert margin_scale(logits, torch.tensor([1, 1, 0, 0])) == 1.0
+
+
+def test_images_that_are_far_enough_give_way_in_the_models_own_scale(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caps: set[float | None] = set()
+    ascent = DifferentiableModel.margin_gradient
+
+    def noting(
+        model: DifferentiableModel,
+        inputs: torch.Tensor,
+        classes: torch.Tensor,
+        cap: float | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        caps.add(cap)
+        return ascent(model, inputs, classes, cap)
+
+    monkeypatch.setattr(DifferentiableModel, "margin_gradient", noting)
+    found = _reach_of(digit_case().clean, [0, 1], steps=2)
+    assert caps == {None, 3 * found.scale}  # None: whether there are gradients at all

@@ -39,6 +39,20 @@ class DependencyError(TacextError, ImportError):
     """An optional dependency that is not installed; the message says how to install it."""
 
 
+def check_choice(
+    operation: str, argument: str, value: object, choices: tuple[str, ...], default: str
+) -> None:
+    """Raises InputError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise InputError.of(
+            operation,
+            argument,
+            expected=" or ".join(map(repr, choices)),
+            got=repr(value),
+            way_out=f"leave it out for {default!r}",
+        )
+
+
 class HeadNotFoundError(InputError):
     """The model's last linear layer could not be found by itself; name it with `head=`."""
 

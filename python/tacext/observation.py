@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -134,15 +134,3 @@ def solve(
         settings=settings,
     )
     return perturbations, scale
-
-
-def check_metric(metric: str, operation: str) -> None:
-    """Raises InputError unless the metric is known."""
-    if metric not in get_args(Metric):
-        raise InputError.of(
-            operation,
-            "metric",
-            expected=" or ".join(map(repr, get_args(Metric))),
-            got=repr(metric),
-            way_out="leave it out for 'standardized'",
-        )

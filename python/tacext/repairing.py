@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from . import ops
 from .data import DataLike, as_index, materialise
-from .errors import HeadNotFoundError, InputError, NotFiniteError
+from .errors import HeadNotFoundError, InputError, NotFiniteError, check_choice
 from .heads import (
     Head,
     check_labels_in_range,
@@ -174,14 +174,7 @@ def repair(
         InputError: nothing to repair, a target out of range or unreachable, a report of another
             model, too few samples, a loss that diverges, and everything that `scan` raises.
     """
-    if method not in get_args(Method):
-        raise InputError.of(
-            "repair",
-            "method",
-            expected=" or ".join(map(repr, get_args(Method))),
-            got=repr(method),
-            way_out="leave it out for 'finetune'",
-        )
+    check_choice("repair", "method", method, get_args(Method), "finetune")
     check_model(model, "repair")
     settings = FinetuneSettings() if settings is None else settings
     if not isinstance(settings, FinetuneSettings):

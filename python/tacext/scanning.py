@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from . import ops
 from .data import DataLike
 from .detection import NormTest, Verdict, judge_norms
-from .errors import InputError, counted
+from .errors import InputError, check_choice, counted
 from .heads import check_model
 from .joint_test import shipped_calibration
-from .observation import Metric, Observation, check_metric, observe, solve
+from .observation import Metric, Observation, observe, solve
 from .ops import MinimalPerturbation, SolverSettings, Status
 from .second_look import SampleKeeper, SecondLook, classes_to_look_at, look_again
 from .verdict import Evidence, Finding, finding_of_norms, weigh
@@ -170,8 +170,8 @@ def scan(
             of a shape that the model rejects.
     """
     check_model(model, "scan")
-    check_metric(metric, "scan")
-    check_depth(depth, "scan")
+    check_choice("scan", "metric", metric, get_args(Metric), "standardized")
+    check_choice("scan", "depth", depth, get_args(Depth), "thorough")
     ops.check_quantile(quantile, "scan")
     ops.check_settings(settings, "scan")
     if not ops.is_number(alpha) or not 0 < alpha < 1:
@@ -240,18 +240,6 @@ def scan(
             tested - solved + time.perf_counter() - looked,
         ),
     )
-
-
-def check_depth(depth: str, operation: str) -> None:
-    """Raises InputError unless the depth is known."""
-    if depth not in get_args(Depth):
-        raise InputError.of(
-            operation,
-            "depth",
-            expected=" or ".join(map(repr, get_args(Depth))),
-            got=repr(depth),
-            way_out="leave it out for 'thorough'",
-        )
 
 
 def _look_again(
