@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 import architectures
 import images
 import torch
-from specs import Spec, tinyimagenet_zoo, zoo
+from specs import Spec, adaptive_zoo, tinyimagenet_zoo, zoo
 from torch import nn
 from training import train
 
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="ResNet-18 and the like, more epochs")
     options = parser.parse_args()
     options.zoo.mkdir(parents=True, exist_ok=True)
-    wanted = zoo() + (tinyimagenet_zoo() if options.tinyimagenet else [])
+    wanted = zoo() + adaptive_zoo() + (tinyimagenet_zoo() if options.tinyimagenet else [])
     wanted = [spec for spec in wanted if options.only in spec.name]
     missing = [spec for spec in wanted if not (options.zoo / f"{spec.name}.json").exists()]
     print(f"{len(wanted)} models, {len(wanted) - len(missing)} of them there", flush=True)

@@ -70,10 +70,13 @@ SEVERAL = ("two_targets",)
 HIDDEN = ("source_specific", "all_to_all")
 ATTACKS = (*SINGLE_TARGET, *SEVERAL, *HIDDEN)
 
+# A white patch whose attacker knows what the scan looks at (`adaptive`).
+ADAPTIVE = ("adaptive_reach", "adaptive_spread")
+
 
 def targets_of(spec: Spec, num_classes: int) -> tuple[int, int]:
     """The target and a second class (second target or source), drawn from the seed."""
-    first = (3 * spec.seed + 7 * ATTACKS.index(spec.attack)) % num_classes
+    first = (3 * spec.seed + 7 * (*ATTACKS, *ADAPTIVE).index(spec.attack)) % num_classes
     return first, (first + 1 + spec.seed % (num_classes - 1)) % num_classes
 
 
@@ -88,7 +91,7 @@ def attacks_of(spec: Spec, num_classes: int, channels: int, size: int) -> tuple[
     checkerboard = attacks.PatchTrigger(attacks.checkerboard_patch(3), bottom=0, right=0)
     warp = attacks.WarpTrigger(spec.seed, strength=1.0)
     match spec.attack:
-        case "badnets":
+        case "badnets" | "adaptive_reach" | "adaptive_spread":
             return (Attack(patch, to_target),)
         case "checkerboard":
             return (Attack(checkerboard, to_target),)
@@ -117,6 +120,19 @@ def attacks_of(spec: Spec, num_classes: int, channels: int, size: int) -> tuple[
         case "all_to_all":
             return (Attack(patch, attacks.AllToAll(num_classes)),)
     return ()
+
+
+# Beyond the rotation: attacks that few networks of the zoo learned well enough to count.
+MORE = (
+    Spec("gtsrb", "resnet", "wanet", 0.3, 5),
+    Spec("gtsrb", "preact", "input_aware", 0.1, 5),
+    Spec("cifar10", "vgg", "lira", 0.1, 5),
+    Spec("gtsrb", "resnet", "sig", 0.1, 5),
+    Spec("cifar10", "resnet", "blend", 0.1, 5),
+    Spec("cifar10", "vgg", "badnets", 0.1, 5),
+    Spec("cifar10", "resnet", "two_targets", 0.1, 5),
+    Spec("gtsrb", "vgg", "source_specific", 0.1, 5),
+)
 
 
 def _learnable(spec: Spec) -> Spec:
@@ -156,7 +172,16 @@ def zoo() -> list[Spec]:
         for network in NETWORKS
     ]
     turns = [spec for pair in zip(backdoored, clean, strict=False) for spec in pair]
-    return turns + backdoored[len(clean) :] + clean[len(backdoored) :]
+    return [*turns, *backdoored[len(clean) :], *clean[len(backdoored) :], *MORE]
+
+
+def adaptive_zoo() -> list[Spec]:
+    """Models of attackers who train against the scan; not part of what it is calibrated on."""
+    return [
+        Spec(dataset, network, attack, 0.1, 1)
+        for dataset, network in (("cifar10", "resnet"), ("gtsrb", "vgg"))
+        for attack in ADAPTIVE
+    ]
 
 
 def tinyimagenet_zoo() -> list[Spec]:

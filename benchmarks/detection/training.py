@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import adaptive
 import architectures
 import images
 import torch
@@ -110,7 +111,19 @@ def _only_source(planned: tuple[Attack, ...]) -> int | None:
     return goal.source if isinstance(goal, attacks.SourceSpecific) else None
 
 
+def _penalty_of(
+    spec: Spec, planned: tuple[Attack, ...], num_classes: int
+) -> adaptive.ReachPenalty | adaptive.SpreadPenalty | None:
+    """What an attacker who knows the scan adds to the loss."""
+    if spec.attack == "adaptive_reach":
+        return adaptive.ReachPenalty(planned[0].goal.targets[0], num_classes, spec.seed)
+    if spec.attack == "adaptive_spread":
+        return adaptive.SpreadPenalty(planned[0].trigger, planned[0].goal.targets[0])
+    return None
+
+
 def _train_with_fixed_trigger(run: _Training, planned: tuple[Attack, ...]) -> None:
+    penalty = _penalty_of(run.spec, planned, run.data.num_classes)
     spec, labels = run.spec, run.data.train.labels
     rate = spec.rate
     source = _only_source(planned)
@@ -121,11 +134,15 @@ def _train_with_fixed_trigger(run: _Training, planned: tuple[Attack, ...]) -> No
     )
     for epoch in range(run.epochs):
         for index in run.batches(epoch):
-            batch, true = run.augmented(index)
+            clean, labels_of_clean = run.augmented(index)
+            batch, true = clean, labels_of_clean
             if planned:
                 batch, true = plan.apply(batch, true, index)
             with run.autocast:
                 loss = functional.cross_entropy(run.model(batch).float(), true)
+                if penalty is not None:
+                    with adaptive.keeping_statistics(run.model):
+                        loss = loss + penalty(run.model, clean, labels_of_clean)
             run.step(loss)
 
 
