@@ -40,13 +40,15 @@ def thorough_row(name: str, case: Any, report: ScanReport) -> str:
     """One line of the table of thorough scans."""
     assert report.evidence is not None
     joint, look = report.evidence.joint, report.evidence.look
+    assert look is not None  # there is data
     k = joint.most_suspicious
     kinds = " | ".join(f"{p[k]:.1g}" for p in joint.kind_p_values.values())
     verdict = report.verdict + "".join(f" {suspect}" for suspect in report.suspects)
     target = "none" if case.target is None else str(case.target)
+    patched = "-" if look.patch is None else f"{float(look.patch.rate.max()):.2f}"
     shuffled = "-" if look.shuffle is None else f"{look.shuffle.share:.2f}"
     return (
-        f"| {name} | {target} | {k} | {kinds} | {shuffled} | {report.p_value:.2g} | {verdict} | "
+        f"| {name} | {target} | {k} | {kinds} | {patched} | {shuffled} | {report.p_value:.2g} | {verdict} | "
         f"{report.timings.forward:.1f} s | {look.seconds:.1f} s |"
     )
 
@@ -93,8 +95,10 @@ def main() -> None:
         print("| model | classes | target | verdict | certificate | forward | analysis |")
         print("|---|---|---|---|---|---|---|")
     else:
-        print("| model | target | first | norm | reach | shuffle | p | verdict | forward | look |")
-        print("|---|---|---|---|---|---|---|---|---|---|")
+        print(
+            "| model | target | first | norm | reach | patch | shuffle | p | verdict | forward | look |"
+        )
+        print("|---|---|---|---|---|---|---|---|---|---|---|")
     row = scan_row if options.depth == "fast" else thorough_row
     for name in zoo.MODELS:
         case = zoo.load(name, n=10, clean=CLEAN_IMAGES)

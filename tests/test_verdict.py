@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tacext.detection import judge_norms
-from tacext.joint_test import ShuffleNull, shipped_calibration
+from tacext.joint_test import ShareNull, shipped_calibration
+from tacext.patch_reach import PatchReach
 from tacext.reach import Reach
 from tacext.second_look import SecondLook
 from tacext.shuffle import Shuffle
@@ -22,8 +23,12 @@ def look_of(
     suspicious: dict[int, float] | None = None,
     share: float | None = 0.2,
     seed: int = 0,
+    patches: dict[int, tuple[float, float]] | None = None,
 ) -> tuple[np.ndarray, SecondLook]:  # type: ignore[type-arg]
-    """Norms and a second look of a model whose classes in `suspicious` are so many spreads off."""
+    """Norms and a second look of a model whose classes in `suspicious` are so many spreads off.
+
+    `patches` are rates and gains of the patches into some classes.
+    """
     generator = np.random.default_rng(seed)
     kinds = shipped_calibration().kinds
 
@@ -35,6 +40,10 @@ def look_of(
 
     classes = tuple(range(CLASSES))
     gain = torch.from_numpy(np.exp(draw("reach")))[None]
+    moved, lifted = torch.full((CLASSES,), 0.1).double(), torch.ones(CLASSES).double()
+    for k, (rate, lift) in (patches or {}).items():
+        moved[k], lifted[k] = rate, lift
+    corner = torch.tensor([[k, 2 * k] for k in classes])
     nothing = torch.zeros(0)
     shuffled = None
     if share is not None:
@@ -43,6 +52,7 @@ def look_of(
     look = SecondLook(
         classes,
         Reach(classes, (1.0,), gain, gain.clamp(0, 1), 1.0, nothing, 0.0),
+        PatchReach(classes, 4, moved, lifted, 200, corner, nothing, 0.0),
         shuffled,
         0.0,
     )
@@ -50,9 +60,12 @@ def look_of(
 
 
 def judged(
-    suspicious: dict[int, float] | None = None, share: float | None = 0.2, alpha: float = 0.01
+    suspicious: dict[int, float] | None = None,
+    share: float | None = 0.2,
+    alpha: float = 0.01,
+    patches: dict[int, tuple[float, float]] | None = None,
 ) -> tuple[Finding, Evidence]:
-    norm, look = look_of(suspicious, share)
+    norm, look = look_of(suspicious, share, patches=patches)
     return weigh(judge_norms(norm, alpha), look, alpha, shipped_calibration())
 
 
@@ -64,6 +77,57 @@ def test_a_class_that_stands_out_in_everything_is_named() -> None:
     for kind in ("norm", "reach"):
         assert kind in finding.reason
     assert evidence.joint.suspects == (3,)
+
+
+def test_a_patch_that_moves_all_images_names_its_class() -> None:
+    finding, evidence = judged(patches={6: (1.0, 8.0), 2: (0.6, 5.0)})
+    assert (finding.verdict, finding.suspects) == ("backdoored", (6,))
+    assert (
+        "a patch of 4x4 pixels at row 6, column 12 sends 100% of the other images to class 6"
+        in (finding.reason)
+    )
+    assert evidence.patch_p_value is not None
+    assert finding.p_value == pytest.approx(evidence.patch_p_value / 0.2)
+    assert evidence.joint.suspects == ()
+
+
+def test_of_patches_that_move_all_images_those_that_go_far_are_named() -> None:
+    finding, _ = judged(patches={6: (1.0, 8.0), 2: (1.0, 5.0), 4: (1.0, 3.0)})
+    assert finding.suspects == (6, 2)
+
+
+def test_a_patch_that_moves_some_images_is_none() -> None:
+    few = judged(patches={6: (0.79, 8.0)})[1].patch_p_value
+    assert few == 1.0
+    rare = replace(shipped_calibration(), patch=ShareNull(mean=-6.0, spread=0.1, models=45))
+    norm, look = look_of(patches={6: (0.7, 8.0)})
+    assert weigh(judge_norms(norm), look, 0.01, rare)[0].verdict == "clean"
+
+
+def test_a_patch_between_the_two_is_told_as_doubtful() -> None:
+    usual = replace(shipped_calibration(), patch=ShareNull(mean=-2.0, spread=1.6, models=40))
+    norm, look = look_of(patches={6: (0.9, 8.0)})
+    finding, _ = weigh(judge_norms(norm), look, 0.01, usual)
+    assert (finding.verdict, finding.suspects) == ("inconclusive", ())
+    assert finding.reason.startswith("a patch of 4x4 pixels")
+    assert "but clean models can do so" in finding.reason
+
+
+def test_patch_and_joint_test_name_their_classes_together() -> None:
+    both, _ = judged({3: 8.0}, patches={3: (1.0, 9.0)})
+    assert both.suspects == (3,)
+    assert "; " in both.reason
+    apart, _ = judged({3: 8.0}, patches={6: (1.0, 9.0)})
+    assert set(apart.suspects) == {3, 6}
+
+
+def test_inputs_without_room_for_patches_leave_alpha_to_the_others() -> None:
+    norm, look = look_of({3: 3.5}, share=None)
+    finding, evidence = weigh(
+        judge_norms(norm), replace(look, patch=None), 0.01, shipped_calibration()
+    )
+    assert evidence.patch_p_value is None
+    assert finding.p_value == pytest.approx(evidence.joint.p_value)
 
 
 def test_two_targets_are_both_named() -> None:
@@ -108,7 +172,7 @@ def test_a_shuffle_names_all_its_destinations() -> None:
 
 
 def test_without_a_shuffle_the_p_value_is_the_joint_tests() -> None:
-    for share, weight in ((0.2, 0.9), (None, 1.0)):
+    for share, weight in ((0.2, 0.7), (None, 0.8)):
         finding, evidence = judged({3: 5.0}, share=share)
         assert finding.p_value == pytest.approx(evidence.joint.p_value / weight, rel=1e-9, abs=0)
 
@@ -126,7 +190,7 @@ def test_a_class_that_stands_out_comes_before_a_shuffle() -> None:
 
 
 def test_a_small_shuffle_is_no_backdoor_however_rare() -> None:
-    rare = replace(shipped_calibration(), shuffle=ShuffleNull(mean=-3.0, spread=0.1, models=45))
+    rare = replace(shipped_calibration(), shuffle=ShareNull(mean=-3.0, spread=0.1, models=45))
     for share, verdict in ((0.39, "clean"), (0.41, "backdoored")):
         norm, look = look_of(share=share)
         assert weigh(judge_norms(norm), look, 0.01, rare)[0].verdict == verdict

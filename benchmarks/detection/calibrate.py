@@ -8,7 +8,6 @@ Writes python/tacext/calibration.json, which comes with the package.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,23 +19,28 @@ import numpy.typing as npt
 from scipy import optimize, special, stats
 
 from tacext.joint_test import (
+    COMBINATIONS,
     KINDS,
     Calibration,
     JointNull,
     KindNull,
-    ShuffleNull,
+    ShareNull,
     calibration_from_json,
     joint_scores,
+    logit_of_share,
     moderated_p_values,
 )
-from tacext.second_look import norm_evidence, reach_evidence
+from tacext.second_look import margin_evidence, norm_evidence, reach_evidence
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence"
 TABLE = Path(__file__).resolve().parents[2] / "python" / "tacext" / "calibration.json"
-VERSION = 1
+VERSION = 2
 
 # The norms that the constants are fitted on: those of a scan by default.
 NORM = "standardized 1 2500"
+
+# Fewer clean models tell nothing of the tail of a law.
+FEWEST_MODELS = 8
 
 # Moments of a few dozen logits are known no better than so.
 _SMALLEST_SPREAD = 1e-3
@@ -46,7 +50,7 @@ _FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """The evidence of one model, as the joint test wants it."""
+    """The evidence of one model, as the joint test wants it; older files lack some kinds."""
 
     name: str
     attack: str
@@ -55,6 +59,7 @@ class Case:
     targets: tuple[int, ...]
     evidence: dict[str, _FloatArray]
     shuffle: float | None
+    patch: float | None
     raw: dict[str, Any]
 
 
@@ -66,8 +71,13 @@ def read_case(file: Path, norm: str = NORM) -> Case:
         "norm": norm_evidence(np.array(raw["norms"][norm])),
         "reach": reach_evidence(np.array(raw["reach"]["gain"])),
     }
+    if "prototype_norm" in raw:
+        evidence["margin"] = margin_evidence(np.array(raw["margin"]["margin"]))
+        evidence["prototype"] = norm_evidence(np.array(raw["prototype_norm"]))
     shuffled = raw["shuffle"]["share"] if raw["shuffle"] else None
-    return Case(file.stem, attack, network, dataset, tuple(raw["targets"]), evidence, shuffled, raw)
+    patched = max(raw["patch"]["rate"]) if "patch" in raw else None
+    targets = tuple(raw["targets"])
+    return Case(file.stem, attack, network, dataset, targets, evidence, shuffled, patched, raw)
 
 
 def read_cases() -> list[Case]:
@@ -105,34 +115,41 @@ def fit_joint(largest: _FloatArray, classes: _FloatArray) -> JointNull:
     return JointNull(float(shape), float(scale), len(largest))
 
 
-def fit_shuffle(shares: Sequence[float]) -> ShuffleNull:
+def fit_share(shares: Sequence[float]) -> ShareNull:
     """Mean and spread of the logits."""
-    logits = special.logit(np.clip(shares, 1e-3, 1 - 1e-3))
+    logits = np.array([logit_of_share(share) for share in shares])
     spread = max(float(logits.std(ddof=1)), _SMALLEST_SPREAD)
-    return ShuffleNull(float(logits.mean()), spread, len(logits))
+    return ShareNull(float(logits.mean()), spread, len(logits))
 
 
 def fit(cases: Sequence[Case]) -> Calibration:
     """All constants, from clean models."""
-    kinds = {kind: fit_kind([case.evidence[kind] for case in cases]) for kind in KINDS}
-    p_values = [
-        {kind: moderated_p_values(case.evidence[kind], kinds[kind]) for kind in KINDS}
-        for case in cases
-    ]
-    classes = np.array([float(len(case.evidence["norm"])) for case in cases])
-    joint = {}
-    for size in range(1, len(KINDS) + 1):
-        for chosen in itertools.combinations(KINDS, size):
-            largest = [joint_scores([p[kind] for kind in chosen]).max() for p in p_values]
-            joint[chosen] = fit_joint(np.array(largest), classes)
-    shares = [case.shuffle for case in cases if case.shuffle is not None]
-    return Calibration(VERSION, len(cases), kinds, joint, fit_shuffle(shares))
+    kinds = {}
+    for kind in KINDS:
+        known = [case.evidence[kind] for case in cases if kind in case.evidence]
+        if len(known) < FEWEST_MODELS:
+            raise ValueError(
+                f"{kind}: {len(known)} clean models have it, {FEWEST_MODELS} are needed"
+            )
+        kinds[kind] = fit_kind(known)
+    joint: dict[tuple[str, ...], JointNull] = {}
+    for chosen in COMBINATIONS:
+        complete = [case.evidence for case in cases if set(chosen) <= set(case.evidence)]
+        largest = [
+            joint_scores([moderated_p_values(e[kind], kinds[kind]) for kind in chosen]).max()
+            for e in complete
+        ]
+        classes = np.array([float(len(e["norm"])) for e in complete])
+        joint[chosen] = fit_joint(np.array(largest), classes)
+    shuffled = [case.shuffle for case in cases if case.shuffle is not None]
+    patched = [case.patch for case in cases if case.patch is not None]
+    return Calibration(VERSION, len(cases), kinds, joint, fit_share(shuffled), fit_share(patched))
 
 
 def to_json(calibration: Calibration) -> str:
     """As `calibration_from_json` reads it."""
 
-    def rounded(null: KindNull | JointNull | ShuffleNull) -> dict[str, float]:
+    def rounded(null: KindNull | JointNull | ShareNull) -> dict[str, float]:
         return {name: float(f"{value:.4g}") for name, value in vars(null).items()}
 
     table = {
@@ -142,6 +159,7 @@ def to_json(calibration: Calibration) -> str:
         "kinds": {name: rounded(null) for name, null in calibration.kinds.items()},
         "joint": {"+".join(name): rounded(null) for name, null in calibration.joint.items()},
         "shuffle": rounded(calibration.shuffle),
+        "patch": rounded(calibration.patch),
     }
     text = json.dumps(table, indent=1)
     assert calibration_from_json(text).models == calibration.models

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from tacext import ImageSet
 from tacext.data import as_batches
+from tacext.data_free import observe_prototypes
+from tacext.differentiable import InputBox
 from tacext.heads import find_head
 from tacext.observation import Metric, observe, solve
 from tacext.second_look import SampleKeeper, look_again
@@ -82,7 +84,23 @@ def _look(model: nn.Module, data: ImageSet, seed: int) -> dict[str, Any]:
         progress=False,
     )
     shuffled = found.shuffle
+    assert found.patch is not None  # all images of the zoo have room for patches
+    seen, noise = observe_prototypes(
+        model, head, InputBox.unit(inputs.shape[1:]), batch_size=128, seed=seed, progress=False
+    )
     return {
+        "prototype_norm": _rounded(solve(seen, "standardized", operation="scan")[0].norm),
+        "margin": {
+            "margin": _rounded(noise.margin.mean(1)),
+            "seconds": round(noise.seconds, 2),
+        },
+        "patch": {
+            "side": found.patch.side,
+            "rate": _rounded(found.patch.rate),
+            "gain": _rounded(found.patch.gain),
+            "images": found.patch.images,
+            "seconds": round(found.patch.seconds, 2),
+        },
         "reach": {
             "budgets": found.reach.budgets,
             "gain": _rounded(found.reach.gain),

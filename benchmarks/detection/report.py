@@ -1,6 +1,6 @@
 """Scores the detectors on the evidence of the zoo, each model by constants fitted without its kind.
 
-    python benchmarks/detection/report.py [--alpha 0.01] [--leave-out network|dataset] [--models]
+    python benchmarks/detection/report.py [--alpha 0.01] [--leave-out network|dataset] [--models] [--plot FILE]
 
 Prints, for every attack, network and data set: how many backdoored models are flagged, how many with
 the right class first, and how many clean ones are flagged, with 95 % intervals; and beside the
@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import calibrate
 import numpy as np
@@ -22,10 +23,11 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
-from specs import HIDDEN, SEVERAL
+from specs import ADAPTIVE, HIDDEN, SEVERAL
 
 from tacext.detection import anomaly_index, judge_norms
 from tacext.joint_test import Calibration
+from tacext.patch_reach import PatchReach
 from tacext.reach import Reach
 from tacext.second_look import SecondLook
 from tacext.shuffle import Shuffle
@@ -71,6 +73,19 @@ def look_of(case: Case) -> SecondLook:
         nothing,
         raw["shuffle"]["seconds"],
     )
+    patched = None
+    if "patch" in raw:
+        rate = torch.tensor(raw["patch"]["rate"], dtype=torch.float64)
+        patched = PatchReach(
+            classes,
+            raw["patch"]["side"],
+            rate,
+            torch.tensor(raw["patch"]["gain"], dtype=torch.float64),
+            raw["patch"]["images"],
+            torch.zeros(len(classes), 2, dtype=torch.int64),
+            nothing,
+            raw["patch"]["seconds"],
+        )
     return SecondLook(
         classes,
         Reach(
@@ -82,6 +97,7 @@ def look_of(case: Case) -> SecondLook:
             nothing,
             raw["reach"]["seconds"],
         ),
+        patched,
         shuffled or None,
         0.0,
     )
@@ -165,6 +181,33 @@ def summary(outcomes: Sequence[Outcome]) -> list[str]:
     ]
 
 
+def plot_p_values(outcomes: Sequence[Outcome], path: Path) -> None:
+    """A PNG of how many clean models have a p-value below each threshold."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    p_values = np.sort([np.exp(-o.score) for o in outcomes if not o.case.targets])
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="0.5", linestyle="--", label="uniform")
+    count = np.arange(1, len(p_values) + 1)
+    band = stats.binom.interval(0.95, len(p_values), np.linspace(0, 1, 201))
+    axes.fill_between(
+        np.linspace(0, 1, 201),
+        band[0] / len(p_values),
+        band[1] / len(p_values),
+        color="0.5",
+        alpha=0.2,
+        label="95 % of the time",
+    )
+    axes.step(p_values, count / len(p_values), where="post", label=f"{len(p_values)} clean models")
+    axes.set_xlabel("p-value of the scan")
+    axes.set_ylabel("share of clean models below")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
 HEADINGS = ("one target, flagged", "target named", "others, flagged", "clean, flagged", "AUROC")
 
 
@@ -188,8 +231,9 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=0.01)
     parser.add_argument("--leave-out", choices=("network", "dataset"), default="network")
     parser.add_argument("--models", action="store_true", help="a line for every model as well")
+    parser.add_argument("--plot", type=Path, help="PNG of the p-values of clean models")
     options = parser.parse_args()
-    cases = calibrate.read_cases()
+    cases = [case for case in calibrate.read_cases() if case.attack not in ADAPTIVE]
     outcomes = {
         "thorough": cross_validated(cases, options.alpha, options.leave_out),
         "fast": [fast(case, options.alpha) for case in cases],
@@ -201,6 +245,8 @@ def main() -> None:
         outcomes, lambda c: (f"attack {c.attack}", f"network {c.network}", f"data {c.dataset}")
     ):
         console.print(table)
+    if options.plot is not None:
+        plot_p_values(outcomes["thorough"], options.plot)
     if options.models:
         for o in sorted(outcomes["thorough"], key=lambda o: (not o.case.targets, -o.score)):
             right = "named" if o.named else "flagged" if o.flagged else ""

@@ -16,7 +16,8 @@ from .neurons import NeuronScores, score_neurons
 from .normalisation import Normalized
 from .ops import MinimalPerturbation, SolverSettings, Status
 from .repairing import FinetuneSettings, RepairResult, repair
-from .scanning import ScanReport, scan
+from .scan_report import ScanReport
+from .scanning import scan
 from .weights import load_model, load_state_dict, save_weights
 
 __version__ = ops.build_info().version

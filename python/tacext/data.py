@@ -72,7 +72,8 @@ def first_not_finite(images: Tensor) -> int | None:
     return int((~finite).nonzero()[0])
 
 
-def _check_positive(operation: str, argument: str, value: object, at_most: int | None) -> int:
+def check_positive(operation: str, argument: str, value: object, at_most: int | None) -> int:
+    """The value as an int. Raises InputError unless it is a whole number of 1 or more."""
     if (
         not isinstance(value, int | np.integer)
         or isinstance(value, bool)
@@ -175,7 +176,7 @@ class ImageSet:
         Raises:
             InputError: a batch size below 1.
         """
-        step = _check_positive("ImageSet.batches", "batch_size", batch_size, None)
+        step = check_positive("ImageSet.batches", "batch_size", batch_size, None)
         if shuffle_seed is None:
             pairs = zip(torch.split(self.images, step), torch.split(self.labels, step), strict=True)
             return ((_to_float(images), labels) for images, labels in pairs)
@@ -194,7 +195,7 @@ class ImageSet:
         Raises:
             InputError: a count out of range.
         """
-        number = _check_positive("ImageSet.sample", "count", count, len(self))
+        number = check_positive("ImageSet.sample", "count", count, len(self))
         return self.subset(self._permutation(seed)[:number])
 
     def subset(self, indices: Sequence[int] | Tensor) -> ImageSet:
@@ -349,7 +350,7 @@ def as_batches(
             not a pair of tensors of one length, inputs that are neither floating nor uint8, NaN or
             infinity, labels that are not class indices, or no sample at all.
     """
-    step = _check_positive(operation, "batch_size", batch_size, None)
+    step = check_positive(operation, "batch_size", batch_size, None)
     if isinstance(data, ImageSet):
         return _checked(operation, data.batches(step))
     if isinstance(data, Dataset):
@@ -415,7 +416,7 @@ def materialise(
     Raises:
         InputError: as `as_batches`; also a limit below 1, or batches whose samples differ in shape.
     """
-    left = None if limit is None else _check_positive(operation, "limit", limit, None)
+    left = None if limit is None else check_positive(operation, "limit", limit, None)
     inputs: list[Tensor] = []
     labels: list[Tensor] = []
     for images, classes in as_batches(data, operation=operation):

@@ -21,7 +21,8 @@ from .files import explain
 from .plots import plot_norms
 from .progress import progress_bar
 from .repairing import FinetuneSettings, RepairResult, repair
-from .scanning import ScanReport, scan
+from .scan_report import ScanReport
+from .scanning import scan
 from .weights import save_weights
 
 logger = logging.getLogger(__name__)

@@ -70,6 +70,17 @@ class NormTest:
     usual_norm: float
     reason: str
 
+    @property
+    def null_band(self) -> tuple[float, float]:
+        """From the norm below which norms alone flag a class to as far above the usual one.
+
+        Below it lies a class of a clean model in a share alpha of all models. NaN if not tested.
+        """
+        low, high = self.usual_norm * self.detectable_ratio, math.inf
+        if low > 0:
+            high = self.usual_norm * (self.usual_norm / low)
+        return (low, high) if math.isfinite(high) else (math.nan, math.nan)
+
 
 def anomaly_index(norm: _FloatArray) -> _FloatArray:
     """(median - r_k) / (1.4826 MAD), [C]; non-finite norms are left out and get NaN."""

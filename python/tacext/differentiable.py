@@ -55,6 +55,12 @@ class InputBox:
         """The distance of its opposite corners."""
         return float((self.high - self.low).expand(self.shape).square().sum().sqrt())
 
+    def noise(self, count: int, seed: int) -> Tensor:
+        """Uniform noise, float32 [count, ...]; the same for the same seed, on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        unit = torch.rand(count, *self.shape, generator=generator)
+        return self.low + unit * (self.high - self.low)
+
     def clamp(self, inputs: Tensor) -> Tensor:
         """The nearest inputs in the box."""
         return inputs.clamp(self.low.to(inputs), self.high.to(inputs))
@@ -74,7 +80,15 @@ class DifferentiableModel:
     about differences of whole logits, and it takes half the time.
     """
 
-    def __init__(self, model: nn.Module, head: Head, operation: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        head: Head,
+        operation: str,
+        *,
+        without_gradients: str = 'or depth="fast"',
+    ) -> None:
+        self._without = without_gradients  # the way out of having none
         self.head = head
         self.operation = operation
         self.device = model_device(model)
@@ -114,7 +128,7 @@ class DifferentiableModel:
             raise NotFiniteError.of(
                 self.operation,
                 "model",
-                expected="finite logits for inputs that are changed a little",
+                expected="finite logits for changed or synthetic inputs",
                 got="NaN or infinity",
                 way_out="look for an overflow in the model, or try it in float32",
             )
@@ -159,7 +173,7 @@ class DifferentiableModel:
             "model",
             expected="a model with gradients with respect to its inputs",
             got=got,
-            way_out='pass the model before it was exported or quantised, or depth="fast"',
+            way_out=f"pass the model before it was exported or quantised, {self._without}",
         )
 
 

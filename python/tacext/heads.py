@@ -111,7 +111,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def run_model(
-    model: nn.Module, inputs: Tensor, operation: str, *, check_finite: bool = True
+    model: nn.Module,
+    inputs: Tensor,
+    operation: str,
+    *,
+    check_finite: bool = True,
+    argument: str = "data",
 ) -> Tensor:
     """The model's logits [N, C] for inputs that may live elsewhere, with errors that help.
 
@@ -132,7 +137,7 @@ def run_model(
     except Exception as error:
         raise InputError.of(
             operation,
-            "data",
+            argument,
             expected="inputs that the model takes",
             got=f"shape {list(inputs.shape)}, which it rejects ({explain(error)})",
             way_out="check the architecture, the image size and the number of channels",

@@ -1,4 +1,4 @@
-"""The joint test of a scan: norms and reach of all classes, as one p-value.
+"""The joint test of a scan: all evidence of all classes, as one p-value.
 
 Each kind of evidence is one number a class, larger where the class is more suspicious. A class is
 compared with the others of its model by a moderated t statistic (Smyth, 2004): the spread of the
@@ -28,7 +28,9 @@ from scipy import special, stats
 _FloatArray = npt.NDArray[np.float64]
 
 # Kinds of evidence, by where they come from; `Calibration.kinds` has a null for each.
-KINDS = ("norm", "reach")
+KINDS = ("norm", "reach", "margin", "prototype")
+# Those that a scan joins: with data and without any.
+COMBINATIONS = (("norm", "reach"), ("margin", "prototype"))
 
 # A single p-value below this adds no more to the score: far tails of a t law are not that well known.
 SMALLEST_P = 1e-8
@@ -66,9 +68,20 @@ class JointNull:
     models: int
 
 
+# Shares of a few hundred images are known no better than so.
+_SMALLEST_SHARE = 2e-3
+
+
+def logit_of_share(share: float) -> float:
+    """log(share / (1 - share)), of none and all as of the smallest and largest that can be told."""
+    return float(special.logit(min(max(share, _SMALLEST_SHARE), 1 - _SMALLEST_SHARE)))
+
+
 @dataclass(frozen=True)
-class ShuffleNull:
-    """The law of the logit of the share that `shuffle` reaches on clean models: a t distribution.
+class ShareNull:
+    """The law of the logit of a share of images on clean models: a t distribution.
+
+    The share that `shuffle` moves, or the largest share that any class's patch does.
 
     Attributes:
         mean, spread: of the logits.
@@ -81,7 +94,7 @@ class ShuffleNull:
 
     def p_value(self, share: float) -> float:
         """P(a clean model gives such a share or a larger one)."""
-        z = (special.logit(min(max(share, 1e-3), 1 - 1e-3)) - self.mean) / self.spread
+        z = (logit_of_share(share) - self.mean) / self.spread
         return float(stats.t.sf(z / math.sqrt(1 + 1 / self.models), self.models - 1))
 
 
@@ -93,15 +106,16 @@ class Calibration:
         version: of the table.
         models: how many clean models it was fitted on.
         kinds: the null of each kind.
-        joint: the null of each combination of kinds, named by them in the order of `KINDS`.
-        shuffle: the null of the shuffle.
+        joint: the null of each of `COMBINATIONS`.
+        shuffle, patch: the nulls of the shuffle and of the patch that moves most images.
     """
 
     version: int
     models: int
     kinds: Mapping[str, KindNull] = field(repr=False)
     joint: Mapping[tuple[str, ...], JointNull] = field(repr=False)
-    shuffle: ShuffleNull = field(repr=False)
+    shuffle: ShareNull = field(repr=False)
+    patch: ShareNull = field(repr=False)
 
 
 def calibration_from_json(text: str) -> Calibration:
@@ -112,7 +126,8 @@ def calibration_from_json(text: str) -> Calibration:
         table["models"],
         {name: KindNull(**values) for name, values in table["kinds"].items()},
         {tuple(name.split("+")): JointNull(**values) for name, values in table["joint"].items()},
-        ShuffleNull(**table["shuffle"]),
+        ShareNull(**table["shuffle"]),
+        ShareNull(**table["patch"]),
     )
 
 
@@ -202,7 +217,8 @@ def judge_jointly(
 
     Args:
         evidence: float64 [C] for each kind, larger where a class is more suspicious; NaN where it
-            was not measured, which counts as no suspicion.
+            was not measured, which counts as no suspicion. Of `COMBINATIONS` the first that it has
+            all kinds of is tested.
         alpha: the false-alarm rate of the whole test on a clean model.
         calibration: fitted on clean models, other than the one that is judged.
 
@@ -210,7 +226,7 @@ def judge_jointly(
         JointTest. Suspects are found one after the other: while the most suspicious class is an
         outlier, it is set aside and the rest is tested again.
     """
-    kinds = tuple(kind for kind in KINDS if kind in evidence)
+    kinds = next(chosen for chosen in COMBINATIONS if set(chosen) <= set(evidence))
     null = calibration.joint[kinds]
     total = len(evidence[kinds[0]])
 

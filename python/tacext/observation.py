@@ -31,13 +31,24 @@ Metric = Literal["standardized", "l2"]
 
 @dataclass(frozen=True)
 class Observation:
-    """What one pass over the data leaves: everything the QPs need, nothing of size N."""
+    """What one pass over the data leaves: everything the QPs need, nothing of size N.
+
+    Attributes:
+        head: the last layer.
+        margins: M, [C, C].
+        moments: of the latents.
+        samples, correct: how many there were, and how many the model got right.
+        confidence: the mean probability that the model gives to its own answers.
+        classes_seen: how many classes the labels have.
+        forward_seconds, margin_seconds: in the model and beside it.
+    """
 
     head: Head
     margins: Tensor
     moments: LatentMoments
     samples: int
     correct: int
+    confidence: float
     classes_seen: int
     forward_seconds: float
     margin_seconds: float
@@ -65,6 +76,7 @@ def observe(
     margins = MarginMax() if quantile == 1 else MarginQuantile(quantile, count or None)
     seen = torch.zeros(0, dtype=torch.bool)
     samples = correct = 0
+    confidence = 0.0
     forward_seconds = margin_seconds = 0.0
     with progress_bar("clean data", count, progress) as advance:
         for inputs, given_labels in as_batches(data, operation=operation, batch_size=batch_size):
@@ -76,7 +88,7 @@ def observe(
             check_labels_in_range(labels, found.num_classes, operation)
             started = time.perf_counter()
             with evaluating(model), torch.no_grad(), recording_latents(found) as recorder:
-                run_model(model, inputs, operation)
+                output = run_model(model, inputs, operation)
                 latent = recorder.take()
                 logits = found.logits(latent)
             now = time.perf_counter()
@@ -87,6 +99,7 @@ def observe(
             if keeper is not None:
                 keeper.add(inputs, labels)
             seen[labels] = True
+            confidence += float(_probabilities(output).amax(1).sum())
             correct += int((logits.argmax(1).cpu() == labels).sum())
             samples += len(labels)
             advance(len(labels))
@@ -100,10 +113,19 @@ def observe(
         moments,
         samples,
         correct,
+        confidence / samples,
         int(seen.sum()),
         forward_seconds,
         margin_seconds,
     )
+
+
+def _probabilities(output: Tensor) -> Tensor:
+    """float32 [N, C] of a model that returns logits, their log-softmax or softmax."""
+    output = output.float()
+    total = output.sum(1)
+    are_already = bool((output >= 0).all()) and bool((total - 1).abs().max() < 1e-2)
+    return output if are_already else output.softmax(1)
 
 
 def solve(

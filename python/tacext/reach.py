@@ -26,7 +26,7 @@ MOMENTUM = 0.8
 BUDGETS = (1.0, 2.0, 4.0, 8.0)
 ENOUGH_GAIN = 0.5
 # Images that are driven far already give way to those that are not; in units of the model's scale.
-_MARGIN_CAP = 3.0
+MARGIN_CAP = 3.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +121,7 @@ class _Group:
             self.changes.ascend(model.margin_gradient(at, self._goal, cap)[1])
 
 
-def _lift(before: Tensor, after: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def lift(before: Tensor, after: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """How much the margin of class k grew on images of other classes, and how many are k now."""
     others = labels != k
     wanted = torch.full((int(others.sum()),), k)
@@ -203,12 +203,10 @@ def reach(
             with progress_bar(f"reach {budget:g}x", len(classes) * rounds, progress) as advance:
                 for group in groups:
                     group.changes.length = budget * usual
-                    group.ascend(model, rounds, _MARGIN_CAP * scale)
+                    group.ascend(model, rounds, MARGIN_CAP * scale)
                     advance(len(group.classes) * rounds)
             found = [
-                _lift(
-                    before, logits_of(model, box, held_out[0], change, batch_size), held_out[1], k
-                )
+                lift(before, logits_of(model, box, held_out[0], change, batch_size), held_out[1], k)
                 for group in groups
                 for k, change in zip(group.classes, group.changes.change, strict=True)
             ]

@@ -30,7 +30,8 @@ from .heads import (
 from .heads import run_model as run
 from .ops import Status
 from .progress import progress_bar
-from .scanning import Depth, ScanReport, scan, sensible_accuracy
+from .scan_report import Depth, ScanReport
+from .scanning import scan, sensible_accuracy
 
 logger = logging.getLogger(__name__)
 

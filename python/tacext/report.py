@@ -17,7 +17,7 @@ from .evaluation import Evaluation
 from .files import StrPath, write_text_atomically
 from .ops import Status
 from .repairing import RepairResult
-from .scanning import ScanReport
+from .scan_report import ScanReport
 
 __all__ = ["evaluation_to_dict", "json_schema", "repair_to_dict", "scan_to_dict", "write_json"]
 
@@ -83,6 +83,7 @@ def scan_to_dict(
         "warnings": list(report.warnings),
         "alpha": report.alpha,
         "depth": report.depth,
+        "patch": _patch(report),
         "shuffle": _shuffle(report),
         "detectable_ratio": report.test.detectable_ratio,
         "metric": report.metric,
@@ -91,17 +92,41 @@ def scan_to_dict(
         "num_classes": report.num_classes,
         "latent_dim": report.latent_dim,
         "samples": report.samples,
-        "accuracy": report.accuracy,
+        "samples_advised": report.samples_advised,
+        "accuracy": _finite(report.accuracy),
+        "confidence": _finite(report.confidence),
         "certificate": _finite(report.certificate),
         "seconds": asdict(report.timings),
         "classes": rows,
     }
 
 
-def _shuffle(report: ScanReport) -> Json | None:
-    if report.evidence is None or report.evidence.look.shuffle is None:
+def _patch(report: ScanReport) -> Json | None:
+    look = None if report.evidence is None else report.evidence.look
+    if report.evidence is None or look is None or look.patch is None:
         return None
-    found = report.evidence.look.shuffle
+    found = look.patch
+    return {
+        "p_value": report.evidence.patch_p_value,
+        "side": found.side,
+        "classes": [
+            {"class": k, "rate": rate, "gain": gain, "row": row, "column": column}
+            for k, rate, gain, (row, column) in zip(
+                found.classes,
+                found.rate.tolist(),
+                found.gain.tolist(),
+                found.corner.tolist(),
+                strict=True,
+            )
+        ],
+    }
+
+
+def _shuffle(report: ScanReport) -> Json | None:
+    look = None if report.evidence is None else report.evidence.look
+    if report.evidence is None or look is None or look.shuffle is None:
+        return None
+    found = look.shuffle
     return {
         "share": found.share,
         "p_value": report.evidence.shuffle_p_value,

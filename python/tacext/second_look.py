@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .differentiable import DifferentiableModel, InputBox
 from .errors import InputError, counted
 from .heads import Head
+from .patch_reach import PatchReach, has_room, patch_reach
 from .reach import Reach, reach
 from .shuffle import FEWEST_IMAGES_A_CLASS, Shuffle, shuffle
 
@@ -33,8 +34,9 @@ FEWEST_KEPT = 40
 # Of more classes than this, the half with the smallest norms and as many others are looked at.
 MOST_CLASSES = 64
 
-# Gains below this are nothing to compare: one near zero has no logarithm.
+# Below these gains and margins are nothing to compare: one near zero has no logarithm.
 _SMALLEST_GAIN = 0.01
+_SMALLEST_MARGIN = 0.5
 
 
 class SampleKeeper:
@@ -88,12 +90,14 @@ class SecondLook:
     Attributes:
         classes: those that were looked at, ascending.
         reach: universal changes into each class.
+        patch: universal patches into each class; None where inputs are no images with room for one.
         shuffle: the best shuffle of the classes; None without samples enough of every class.
         seconds: altogether.
     """
 
     classes: tuple[int, ...]
     reach: Reach = field(repr=False)
+    patch: PatchReach | None = field(repr=False)
     shuffle: Shuffle | None = field(repr=False)
     seconds: float
 
@@ -163,6 +167,18 @@ def look_again(
         seed=seed,
         progress=progress,
     )
+    patched = None
+    if has_room(box.shape):
+        patched = patch_reach(
+            with_gradients,
+            box,
+            fit,
+            held_out,
+            found,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+        )
     shuffled = None
     if held >= FEWEST_IMAGES_A_CLASS * head.num_classes:
         shuffled = shuffle(
@@ -174,7 +190,7 @@ def look_again(
             seed=seed,
             progress=progress,
         )
-    return SecondLook(classes, found, shuffled, time.perf_counter() - begin)
+    return SecondLook(classes, found, patched, shuffled, time.perf_counter() - begin)
 
 
 def norm_evidence(norm: _FloatArray) -> _FloatArray:
@@ -186,6 +202,12 @@ def norm_evidence(norm: _FloatArray) -> _FloatArray:
 def reach_evidence(gain: _FloatArray) -> _FloatArray:
     """Mean logarithm of gains [B, J] over the budgets, [J]."""
     evidence: _FloatArray = np.log(np.maximum(gain, _SMALLEST_GAIN)).mean(0)
+    return evidence
+
+
+def margin_evidence(margin: _FloatArray) -> _FloatArray:
+    """Logarithm of mean margins [J]."""
+    evidence: _FloatArray = np.log(np.maximum(margin, _SMALLEST_MARGIN))
     return evidence
 
 

@@ -12,8 +12,9 @@ from rich.text import Text
 from .errors import counted, printable
 from .evaluation import Evaluation
 from .ops import Status
+from .patch_reach import PatchReach
 from .repairing import RepairResult
-from .scanning import ScanReport
+from .scan_report import ScanReport
 
 _COLOURS = {"backdoored": "bold red", "clean": "bold green", "inconclusive": "bold yellow"}
 _MOST_ROWS = 20
@@ -31,13 +32,15 @@ def scan_table(report: ScanReport, class_names: Sequence[str] | None = None) -> 
     verdict.append(f"   p = {report.p_value:.2g}")
     # The paper's quantile, 1, needs no mention.
     share = "" if report.quantile == 1 else f"quantile {report.quantile:g}, "
+    margins = None if report.evidence is None else report.evidence.margin
+    seen = f"{counted(report.samples, 'sample')}, {share}accuracy {report.accuracy:.3f}"
     facts = (
-        f"{counted(report.samples, 'sample')}, {share}accuracy {report.accuracy:.3f}; "
-        f"layer {printable(report.head) or '(the model)'}: {report.num_classes} classes, "
+        f"{'no data' if margins is not None else seen}; layer {printable(report.head) or '(the model)'}: {report.num_classes} classes, "
         f"{report.latent_dim} latents"
     )
     seconds = report.timings
-    looked = f"{seconds.look:.1f} s in the second look, " if report.evidence is not None else ""
+    where = "the ascent from noise" if margins is not None else "the second look"
+    looked = f"{seconds.look:.1f} s in {where}, " if report.evidence is not None else ""
     cost = (
         f"largest KKT residual {_number(report.certificate, '.0e')}; {seconds.forward:.2f} s in the model, "
         f"{looked}{seconds.margins + seconds.solve + seconds.test:.3f} s in the analysis"
@@ -46,13 +49,20 @@ def scan_table(report: ScanReport, class_names: Sequence[str] | None = None) -> 
     kinds = {} if report.evidence is None else report.evidence.joint.kind_p_values
     # One kind's p-value is no verdict: it is not corrected for the choice of the class.
     tests = [f"p {kind}" for kind in kinds] if kinds else ["index", "p", "active"]
-    for heading in ("class", "norm", "of usual", *tests, "status"):
+    look = None if report.evidence is None else report.evidence.look
+    patched = {} if look is None or look.patch is None else _patch_rates(look.patch)
+    if patched:
+        tests.append("patch")
+    norms = ("norm", "of usual") if margins is None else ("margin", "norm")
+    for heading in ("class", *norms, *tests, "status"):
         table.add_column(heading, justify="left" if heading == "status" else "right")
     norm = report.norm.cpu()
     usual = report.test.usual_norm
     order = _order(report)
     for k in order[:_MOST_ROWS]:
         tested = [_number(float(p[k]), ".1g") for p in kinds.values()]
+        if patched:
+            tested.append(patched.get(k, "-"))
         if not kinds:
             tested = [
                 _number(float(report.test.anomaly_index[k]), ".1f"),
@@ -60,10 +70,12 @@ def scan_table(report: ScanReport, class_names: Sequence[str] | None = None) -> 
                 str(int(report.perturbations.active[k])),
             ]
         name = Text(f"{k}" if class_names is None else printable(f"{k} {class_names[k]}"))
+        measured = [_number(float(norm[k]), ".4g"), _number(float(norm[k]) / usual, ".2f")]
+        if margins is not None:
+            measured = [_number(float(margins.margin[k].mean()), ".4g"), measured[0]]
         table.add_row(
             name,
-            _number(float(norm[k]), ".4g"),
-            _number(float(norm[k]) / usual, ".2f"),
+            *measured,
             *tested,
             Status(int(report.perturbations.status[k])).name.lower().replace("_", " "),
             style="red" if k in report.suspects else None,
@@ -73,7 +85,14 @@ def scan_table(report: ScanReport, class_names: Sequence[str] | None = None) -> 
         parts.append(Text(f"... and {len(order) - _MOST_ROWS} less suspicious classes", "dim"))
     parts += [Text(""), verdict, Text(report.reason), Text(facts, "dim"), Text(cost, "dim")]
     parts += [Text(f"warning: {warning}", "yellow") for warning in report.warnings]
+    if report.samples_advised is not None:
+        parts.append(Text(f"{report.samples_advised} clean samples may tell more", "yellow"))
     return Group(*parts)
+
+
+def _patch_rates(found: PatchReach) -> dict[int, str]:
+    """Of each class that was looked at, the share of images that a patch sends into it."""
+    return {k: f"{float(r):.0%}" for k, r in zip(found.classes, found.rate, strict=True)}
 
 
 def _order(report: ScanReport) -> list[int]:

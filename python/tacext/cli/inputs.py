@@ -20,11 +20,14 @@ from ..files import check_writable
 from ..images import load_images
 from ..normalisation import Normalized
 from ..report import Json
-from ..scanning import ScanReport, scan
+from ..scan_report import ScanReport
+from ..scanning import scan
 from ..user_code import code_file
 from ..weights import load_model
 
 BATCH_SIZE = 256
+
+_Command = Callable[..., int | None]
 
 
 class Finite(click.FloatRange):
@@ -67,7 +70,28 @@ def _size(
     return int(parts[0]), int(parts[-1])
 
 
-_OPTIONS = (
+def _shape(
+    _context: click.Context, parameter: click.Parameter, text: str | None
+) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = text.lower().replace("x", " ").replace(",", " ").split()
+    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise click.BadParameter(f"expected 3x32x32, got {text!r}", param=parameter)
+    return tuple(map(int, parts))
+
+
+def _data_option(required: bool) -> Callable[[_Command], _Command]:
+    return click.option(
+        "--data",
+        "data_path",
+        required=required,
+        type=click.Path(),
+        help="Images: an .npz, a folder of class folders, or binary batches of CIFAR-10 or CIFAR-100.",
+    )
+
+
+_MODEL_OPTIONS = (
     click.argument("weights", type=click.Path()),
     click.option(
         "--arch",
@@ -75,13 +99,9 @@ _OPTIONS = (
         metavar="MODULE_OR_FILE:FACTORY",
         help="What builds the model; runs that code. Example: zoo.py:resnet20.",
     ),
-    click.option(
-        "--data",
-        "data_path",
-        required=True,
-        type=click.Path(),
-        help="Images: an .npz, a folder of class folders, or binary batches of CIFAR-10 or CIFAR-100.",
-    ),
+)
+
+_DATA_OPTIONS = (
     click.option("--split", help="Part of the data, such as train or test."),
     click.option(
         "--samples",
@@ -156,7 +176,7 @@ class ModelAndData:
 
     weights: str
     arch: str
-    data_path: str
+    data_path: str | None
     split: str | None
     samples: int | None
     seed: int
@@ -179,6 +199,7 @@ class ModelAndData:
 
     def load_images(self) -> ImageSet:
         """The images, or a random choice of them."""
+        assert self.data_path is not None  # only a scan can do without
         images = load_images(self.data_path, split=self.split, size=self.size)
         if self.samples is None:
             return images
@@ -196,11 +217,18 @@ class ModelAndData:
         """A layer's name as the loaded model has it, behind its normalisation."""
         return head if head is None or self.mean is None else f"model.{head}"
 
-    def scan(self, model: nn.Module, images: ImageSet, options: ScanOptions) -> ScanReport:
+    def scan(
+        self,
+        model: nn.Module,
+        images: ImageSet | None,
+        options: ScanOptions,
+        input_shape: tuple[int, ...] | None = None,
+    ) -> ScanReport:
         """Scans the loaded model as the command line asks for."""
         return scan(
             model,
             images,
+            input_shape=input_shape,
             head=self.head_in_model(options.head),
             metric="l2" if options.metric == "l2" else "standardized",
             quantile=options.quantile,
@@ -236,7 +264,7 @@ class ModelAndData:
             **(inputs or {}),
         }
         taken = {os.path.realpath(path): name for name, path in read.items() if path is not None}
-        data = Path(os.path.realpath(self.data_path))
+        data = None if self.data_path is None else Path(os.path.realpath(self.data_path))
         for argument, path in outputs.items():
             if path is None:
                 continue
@@ -244,7 +272,7 @@ class ModelAndData:
             conflict = None
             if str(target) in taken:
                 conflict = f"which is {taken[str(target)]}"
-            elif data.is_dir() and data in target.parents:
+            elif data is not None and data.is_dir() and data in target.parents:
                 conflict = "which is inside the folder of --data"
             if conflict is not None:
                 raise FileError.of(
@@ -293,9 +321,6 @@ def inner(model: nn.Module) -> nn.Module:
     return model.model if isinstance(model, Normalized) else model
 
 
-_Command = Callable[..., int | None]
-
-
 def _collecting(
     kind: type[Any], name: str, options: Sequence[Callable[[_Command], _Command]], command: _Command
 ) -> _Command:
@@ -314,7 +339,20 @@ def _collecting(
 
 def model_and_data(command: _Command) -> _Command:
     """Adds WEIGHTS and the options that name a model and images; they arrive as one `given`."""
-    return _collecting(ModelAndData, "given", _OPTIONS, command)
+    options = (*_MODEL_OPTIONS, _data_option(True), *_DATA_OPTIONS)
+    return _collecting(ModelAndData, "given", options, command)
+
+
+def model_and_perhaps_data(command: _Command) -> _Command:
+    """As `model_and_data`, with `--input-shape`, apart from them, where there are no images."""
+    shape = click.option(
+        "--input-shape",
+        callback=_shape,
+        metavar="CxHxW",
+        help="Scan without images: the shape of one, such as 3x32x32. Settles little.",
+    )
+    options = (*_MODEL_OPTIONS, _data_option(False), *_DATA_OPTIONS)
+    return shape(_collecting(ModelAndData, "given", options, command))
 
 
 def scan_options(command: _Command) -> _Command:

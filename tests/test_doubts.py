@@ -1,0 +1,78 @@
+"""What makes a scan doubtful is said, and what would help: other data, more samples."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from digits import digit_case
+from tacext import scan
+from tacext.scan_report import ENOUGH_SAMPLES
+from tacext.scanning import LARGEST_CONFIDENCE_GAP
+from tacext.tables import scan_table
+
+DEPTHS = pytest.mark.parametrize("depth", ["fast", "thorough"])
+
+
+@DEPTHS
+def test_a_model_that_is_surer_than_right_is_not_cleared(depth: str) -> None:
+    images, labels = digit_case().data.defender
+    wrong = labels.clone()
+    wrong[::3] = (wrong[::3] + 1) % 10  # a third: the accuracy alone would still pass
+    report = scan(digit_case().clean, (images, wrong), depth=depth)  # type: ignore[arg-type]
+    assert report.accuracy > 0.6
+    assert report.confidence - report.accuracy > LARGEST_CONFIDENCE_GAP
+    assert report.verdict == "inconclusive"
+    assert any("of another kind than it was trained on" in w for w in report.warnings)
+
+
+def test_the_confidence_is_the_mean_largest_probability() -> None:
+    images, labels = digit_case().data.defender
+    report = scan(digit_case().clean, (images, labels), depth="fast", batch_size=64)
+    with torch.no_grad():
+        expected = digit_case().clean(images).softmax(1).amax(1).mean()
+    assert report.confidence == pytest.approx(float(expected), abs=1e-5)
+    assert report.confidence - report.accuracy < 0.05
+    assert not report.warnings
+
+
+def test_probabilities_are_the_models_own() -> None:
+    class Cooler(nn.Module):
+        def __init__(self, as_softmax: bool) -> None:
+            super().__init__()
+            self.model = digit_case().clean
+            self.as_softmax = as_softmax
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.model(images) / 5
+            return logits.softmax(1) if self.as_softmax else logits
+
+    images, labels = digit_case().data.defender
+    with torch.no_grad():
+        expected = float((digit_case().clean(images) / 5).softmax(1).amax(1).mean())
+    for as_softmax in (True, False):
+        network = Cooler(as_softmax)
+        report = scan(network, (images, labels), head="model.19", depth="fast")
+        assert report.confidence == pytest.approx(expected, abs=1e-4)
+
+
+def test_more_samples_are_advised_where_they_may_help() -> None:
+    images, labels = digit_case().data.defender
+    few = scan(digit_case().clean, (images[:100], labels[:100]), depth="fast")
+    assert (few.verdict, few.samples_advised) == ("inconclusive", ENOUGH_SAMPLES)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(scan_table(few))
+    assert f"{ENOUGH_SAMPLES} clean samples may tell more" in console.export_text()
+    crooked = (labels + 1) % 10, (labels * torch.tensor([1, 0, 1]).repeat(134)[:400])
+    for wrong in crooked:  # more samples would not mend wrong labels
+        assert scan(digit_case().clean, (images, wrong), depth="fast").samples_advised is None
+    clear = scan(digit_case().backdoored, (images, labels), depth="fast")
+    assert (clear.verdict, clear.samples_advised) == ("backdoored", None)
+    repeated = images[:100].repeat(25, 1, 1, 1), labels[:100].repeat(25)
+    many = scan(digit_case().clean, repeated, depth="fast", alpha=0.3)
+    assert many.samples == ENOUGH_SAMPLES
+    assert many.samples_advised is None
