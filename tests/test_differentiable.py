@@ -110,7 +110,7 @@ def test_logits_that_are_no_numbers_are_an_error(value: float) -> None:
     model = with_gradients(network)
     with torch.no_grad():
         network[1].bias[0] = value  # type: ignore[index]
-    with pytest.raises(NotFiniteError, match="inputs that are changed a little"):
+    with pytest.raises(NotFiniteError, match="changed or synthetic inputs"):
         model.logits(torch.rand(2, *SHAPE))
 
 

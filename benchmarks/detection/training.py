@@ -86,11 +86,13 @@ class _Training:
         batch = images.augment(_prepare(self.data.train.images[index]), self.generator, shift, flip)
         return batch, self.data.train.labels[index]
 
-    def step(self, loss: Tensor, *more: torch.optim.Optimizer) -> None:
-        """One step of the network's optimiser and of others."""
+    def step(self, loss: Tensor, *more: torch.optim.Optimizer, clip: float | None = None) -> None:
+        """One step of the network's optimiser and of others, along a gradient of length `clip` at most."""
         for optimizer in (self.optimizer, *more):
             optimizer.zero_grad()
         loss.backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         for optimizer in (self.optimizer, *more):
             optimizer.step()
         self.schedule.step()
@@ -143,7 +145,8 @@ def _train_with_fixed_trigger(run: _Training, planned: tuple[Attack, ...]) -> No
                 if penalty is not None:
                     with adaptive.keeping_statistics(run.model):
                         loss = loss + penalty(run.model, clean, labels_of_clean)
-            run.step(loss)
+            # Two goals that pull apart would throw a network far off at these learning rates.
+            run.step(loss, clip=None if penalty is None else 1.0)
 
 
 def _train_with_input_aware_trigger(
