@@ -70,6 +70,8 @@ def test_more_samples_are_advised_where_they_may_help() -> None:
     crooked = (labels + 1) % 10, (labels * torch.tensor([1, 0, 1]).repeat(134)[:400])
     for wrong in crooked:  # more samples would not mend wrong labels
         assert scan(digit_case().clean, (images, wrong), depth="fast").samples_advised is None
+        few_and_wrong = scan(digit_case().clean, (images[:100], wrong[:100]), depth="fast")
+        assert (few_and_wrong.verdict, few_and_wrong.samples_advised) == ("inconclusive", None)
     clear = scan(digit_case().backdoored, (images, labels), depth="fast")
     assert (clear.verdict, clear.samples_advised) == ("backdoored", None)
     repeated = images[:100].repeat(25, 1, 1, 1), labels[:100].repeat(25)
