@@ -11,7 +11,14 @@ from torch import nn
 from digits import digit_case
 from tacext.differentiable import DifferentiableModel, InputBox, class_margin
 from tacext.heads import find_head
-from tacext.patch_reach import PatchReach, has_room, heaviest_squares, patch_reach
+from tacext.patch_reach import (
+    FEWEST_CLASSES,
+    ROUNDS,
+    PatchReach,
+    has_room,
+    heaviest_squares,
+    patch_reach,
+)
 from tacext.reach import margin_scale, reach
 
 BOX = InputBox.unit((1, 8, 8))
@@ -77,6 +84,36 @@ def test_classes_do_not_depend_on_their_neighbours() -> None:
     again = _patched(network, [0, 4, 9])
     assert torch.equal(together.gain, again.gain)
     assert torch.equal(together.pattern, again.pattern)
+
+
+def test_classes_that_fall_behind_cost_little_and_are_measured_all_the_same() -> None:
+    """Steps are counted by the images that pass; a class given up keeps the patch it had."""
+    count = 0
+
+    def add(_module: nn.Module, given: tuple[torch.Tensor]) -> None:
+        nonlocal count
+        count += len(given[0])
+
+    network = digit_case().backdoored
+    images, labels = digit_case().data.defender
+    model = DifferentiableModel(network, find_head(network, images[:4]), "scan")
+    fit, held_out = (images[:300], labels[:300]), (images[300:], labels[300:])
+    reached = reach(model, BOX, fit, held_out, range(10), progress=False)
+    with network.register_forward_pre_hook(add):
+        found = patch_reach(model, BOX, fit, held_out, reached, side=SIDE, progress=False)
+    measured = (len(reached.classes) + 1) * len(held_out[1])
+    in_full = sum(10 * turn.places * turn.steps * turn.images for turn in ROUNDS)
+    last = ROUNDS[-1]
+    saved = (10 - max(FEWEST_CLASSES, round(10 * last.classes))) * last.steps * last.images
+    assert count == measured + in_full - saved
+    assert found.classes == tuple(range(10))
+    for row, k in enumerate(found.classes):
+        y, x = found.corner[row].tolist()
+        patched = held_out[0].clone()
+        patched[:, :, y : y + found.side, x : x + found.side] = found.pattern[row]
+        with torch.no_grad():
+            rate = (network(patched).argmax(1) == k)[held_out[1] != k].double().mean()
+        assert float(found.rate[row]) == pytest.approx(float(rate), abs=0.04)
 
 
 def test_small_batches_bound_every_pass() -> None:

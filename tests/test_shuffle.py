@@ -15,7 +15,7 @@ from tacext import demo
 from tacext.attacks import AllToAll, Attack, plan_poisoning
 from tacext.differentiable import DifferentiableModel, InputBox
 from tacext.heads import find_head
-from tacext.reach import BUDGETS
+from tacext.reach import BUDGET, BUDGETS
 from tacext.shuffle import Shuffle, _assign, shuffle
 
 
@@ -75,6 +75,17 @@ def test_the_share_is_what_the_change_does_to_held_out_images() -> None:
     torch.testing.assert_close(found.shares.float(), shares, atol=0.1, rtol=0)  # bfloat16
     assert found.share == pytest.approx(float(found.shares.mean()))
     assert sorted(found.destinations) == list(range(10))
+
+
+def test_only_the_given_budgets_are_tried() -> None:
+    images, labels = digit_case().data.defender
+    network = digit_case().clean
+    model = DifferentiableModel(network, find_head(network, images[:4]), "scan")
+    box = InputBox.unit((1, 8, 8))
+    parts = images, labels
+    found = shuffle(model, box, parts, parts, budgets=(0.5,), steps=3, progress=False)
+    assert found.budget == 0.5
+    assert float(found.change.norm()) <= 0.5 * BUDGET * box.diagonal * (1 + 1e-5)
 
 
 def test_the_same_seed_finds_the_same() -> None:

@@ -2,7 +2,7 @@
 
 What a class looks like fills an image; a patch trigger works from a corner of it. For every class
 small squares where reach's change weighs heaviest are given any colours at all, by gradient ascent
-on the mean margin of the class. A patch made on some images that sends nearly all others into one
+on the mean margin of the class, for most classes only until it shows that they fall behind. A patch made on some images that sends nearly all others into one
 class is a backdoor, whoever put it there.
 """
 
@@ -29,8 +29,34 @@ FEWEST_PIXELS = 12
 # Squares that are tried for each class beside the four corners of the image, where nothing that a
 # class looks like draws reach's change.
 HEAVY_PLACES = 2
-# Successive halving: how many of the places go on, and for how many steps.
-ROUNDS = ((HEAVY_PLACES + 4, 3), (2, 4), (1, 16))
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of successive halving.
+
+    Attributes:
+        places: for each class, that go on; those that got furthest.
+        classes: share of them that go on.
+        steps: of ascent.
+        images: in each step, for each patch.
+    """
+
+    places: int
+    classes: float
+    steps: int
+    images: int
+
+
+# Which place is best shows after a few steps on few images. Which class a patch may conquer shows
+# soon after: a backdoor is ahead from the first round on.
+ROUNDS = (
+    Round(HEAVY_PLACES + 4, 1.0, 4, 8),
+    Round(2, 1.0, 4, 16),
+    Round(1, 0.4, 16, 16),
+)
+# Of so few classes all go on.
+FEWEST_CLASSES = 5
 
 # Of the range of each input, in each step; the velocity counts twice as much as a step at most.
 _STEP = 0.15
@@ -44,7 +70,8 @@ class PatchReach:
     Attributes:
         classes: those that were to be reached, J of them.
         side: of the squares, in pixels.
-        rate: float64 [J], share of the images of other classes that are predicted as the class.
+        rate: float64 [J], share of the images of other classes that are predicted as the class; at
+            least so many, as classes that fall behind are given up.
         gain: float64 [J], how much the patch lifts the class's margin, as a mean over these images
             and in units of the model's margin (`Reach.scale`).
         images: how many held-out images there were.
@@ -86,6 +113,17 @@ def heaviest_squares(change: Tensor, side: int, count: int) -> Tensor:
     return torch.stack(corners, 1)
 
 
+def _square(corner: Tensor, side: int) -> tuple[slice, slice, slice]:
+    y, x = corner.tolist()
+    return slice(None), slice(y, y + side), slice(x, x + side)
+
+
+def _paste(inputs: Tensor, corner: Tensor, pattern: Tensor) -> Tensor:
+    """Inputs [N, ...] with a patch, in place."""
+    inputs[(slice(None), *_square(corner, pattern.shape[-1]))] = pattern.to(inputs)
+    return inputs
+
+
 def _corners(size: Sequence[int], side: int) -> Tensor:
     """Of the squares in the four corners of the image, [1, 4, 2]."""
     last = torch.tensor([size[0] - side, size[1] - side])
@@ -102,15 +140,15 @@ class _Patches:
         side: int,
         fit: tuple[Tensor, Tensor],
         box: InputBox,
-        images: int,
         seed: int,
         device: torch.device,
     ) -> None:
-        places = corner.shape[1]
+        self.places = places = corner.shape[1]
         self.classes = [k for k in classes for _ in range(places)]
         self.corner = corner.flatten(0, 1)
         self.margin = torch.zeros(len(self.classes))  # before the last step
-        self._side, self._box, self._images = side, box, images
+        self._left: dict[int, tuple[Tensor, Tensor]] = {}
+        self._side, self._box = side, box
         self._inputs = fit[0]
         self._turns = [ImagesInTurn(fit[1], k, seed) for k in self.classes]
         mean = fit[0].float().mean(0).to(device)
@@ -120,27 +158,23 @@ class _Patches:
         self._range = torch.stack([full[self._square(j)] for j in range(len(self.classes))])
 
     def _square(self, j: int) -> tuple[slice, slice, slice]:
-        y, x = self.corner[j].tolist()
-        return slice(None), slice(y, y + self._side), slice(x, x + self._side)
+        return _square(self.corner[j], self._side)
 
-    def paste(self, j: int, inputs: Tensor) -> Tensor:
-        """Inputs [N, ...] with the j-th patch, in place."""
-        inputs[(slice(None), *self._square(j))] = self.pattern[j]
-        return inputs
-
-    def ascend(self, model: DifferentiableModel, cap: float, at_once: int) -> None:
-        """One step for each patch, so many in a pass."""
+    def ascend(self, model: DifferentiableModel, cap: float, images: int, batch_size: int) -> None:
+        """One step for each patch, with so many images; as many patches share a pass as fit in."""
+        images = min(images, batch_size)
+        at_once = batch_size // images
         for first in range(0, len(self.classes), at_once):
             rows = range(first, min(first + at_once, len(self.classes)))
-            index = torch.cat([self._turns[j].take(self._images) for j in rows])
+            index = torch.cat([self._turns[j].take(images) for j in rows])
             at = model.place(self._inputs[index].float().clone())
-            for group, j in zip(at.split(self._images), rows, strict=True):
-                self.paste(j, group)
+            for group, j in zip(at.split(images), rows, strict=True):
+                _paste(group, self.corner[j], self.pattern[j])
             goal = torch.tensor([self.classes[j] for j in rows], device=at.device)
-            margin, gradient = model.margin_gradient(at, goal.repeat_interleave(self._images), cap)
-            capped = margin.float().clamp(max=cap).unflatten(0, (len(rows), self._images))
+            margin, gradient = model.margin_gradient(at, goal.repeat_interleave(images), cap)
+            capped = margin.float().clamp(max=cap).unflatten(0, (len(rows), images))
             self.margin[first : first + len(rows)] = capped.mean(1).cpu()
-            mean = gradient.float().unflatten(0, (len(rows), self._images)).mean(1)
+            mean = gradient.float().unflatten(0, (len(rows), images)).mean(1)
             self._step(rows, [mean[i][self._square(j)] for i, j in enumerate(rows)])
 
     def _step(self, rows: range, gradients: list[Tensor]) -> None:
@@ -158,17 +192,27 @@ class _Patches:
             self.pattern[j] = torch.minimum(torch.maximum(moved[i], low), high)
         self._velocity[part] = velocity
 
-    def keep_best(self, of: int, count: int) -> None:
-        """Of the patches of each class, so many, those that got furthest."""
-        order = self.margin.unflatten(0, (-1, of)).argsort(dim=1, descending=True, stable=True)
-        chosen = torch.arange(0, len(self.classes), of)[:, None] + order[:, :count]
-        rows = chosen.flatten()
+    def keep_best(self, places: int, classes: int) -> None:
+        """So many classes, with so many patches for each: those that got furthest."""
+        margin = self.margin.unflatten(0, (-1, self.places))
+        order = margin.argsort(dim=1, descending=True, stable=True)
+        order += torch.arange(0, len(self.classes), self.places)[:, None]
+        furthest = margin.amax(1).argsort(descending=True, stable=True)
+        for row in order[furthest[classes:], 0].tolist():
+            self._left[self.classes[row]] = self.corner[row], self.pattern[row].float().cpu()
+        rows = order[furthest[:classes].sort().values, :places].flatten()
+        self.places = places
         self.classes = [self.classes[j] for j in rows.tolist()]
         self._turns = [self._turns[j] for j in rows.tolist()]
         self.corner, self.margin = self.corner[rows], self.margin[rows]
         rows = rows.to(self.pattern.device)
         self.pattern, self._velocity = self.pattern[rows], self._velocity[rows]
         self._range = self._range[rows]
+
+    def best(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """For each class the corner of its square and what is in it, of those left behind as well."""
+        self.keep_best(1, 0)
+        return self._left
 
 
 def patch_reach(
@@ -179,7 +223,6 @@ def patch_reach(
     reached: Reach,
     *,
     side: float = SIDE,
-    images: int = 16,
     batch_size: int = 128,
     seed: int = 0,
     progress: bool | None = None,
@@ -193,7 +236,6 @@ def patch_reach(
         held_out: others to measure them on; both have images of 2 classes or more.
         reached: the changes of `reach`, which tell where to look; the same classes are looked at.
         side: of the squares, as a share of the shorter side of the images.
-        images: in each step, for each patch.
         batch_size: inputs in a pass; as many patches share it as fit in.
         seed: of the order of the images.
         progress: whether to show a progress bar; None shows it on a terminal.
@@ -205,8 +247,6 @@ def patch_reach(
     begin = time.perf_counter()
     classes = reached.classes
     pixels = max(1, round(side * min(box.shape[1:])))
-    images = min(images, batch_size)
-    at_once = batch_size // images
     inputs, labels = held_out
     places = torch.cat(
         [
@@ -216,23 +256,26 @@ def patch_reach(
         1,
     )
     cap = MARGIN_CAP * reached.scale
-    work = len(classes) * sum(count * steps for count, steps in ROUNDS)
+    rounds = [
+        (turn, max(round(turn.classes * len(classes)), min(len(classes), FEWEST_CLASSES)))
+        for turn in ROUNDS
+    ]
+    work = sum(going_on * turn.places * turn.steps for turn, going_on in rounds)
     with model.open(), progress_bar("patches", work, progress) as advance:
         nothing = torch.zeros((), device=model.device)
         before = logits_of(model, box, inputs, nothing, batch_size)
-        patches = _Patches(classes, places, pixels, fit, box, images, seed, model.device)
-        left = places.shape[1]
-        for count, steps in ROUNDS:
-            patches.keep_best(left, count)
-            left = count
-            for _ in range(steps):
-                patches.ascend(model, cap, at_once)
+        patches = _Patches(classes, places, pixels, fit, box, seed, model.device)
+        for turn, going_on in rounds:
+            patches.keep_best(turn.places, going_on)
+            for _ in range(turn.steps):
+                patches.ascend(model, cap, turn.images, batch_size)
                 advance(len(patches.classes))
+        best = patches.best()
         found: list[tuple[Tensor, Tensor]] = []
-        for j, k in enumerate(classes):
+        for k in classes:
             with torch.no_grad():
                 after = [
-                    model.logits(patches.paste(j, model.place(batch.float().clone()))).cpu()
+                    model.logits(_paste(model.place(batch.float().clone()), *best[k])).cpu()
                     for batch in inputs.split(batch_size)
                 ]
             found.append(lift(before, torch.cat(after), labels, k))
@@ -242,7 +285,7 @@ def patch_reach(
         torch.stack([rate for _, rate in found]),
         torch.stack([gain for gain, _ in found]) / reached.scale,
         len(labels),
-        patches.corner,
-        patches.pattern.float().cpu(),
+        torch.stack([best[k][0] for k in classes]),
+        torch.stack([best[k][1] for k in classes]),
         time.perf_counter() - begin,
     )

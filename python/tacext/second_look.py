@@ -19,7 +19,7 @@ from .differentiable import DifferentiableModel, InputBox
 from .errors import InputError, counted
 from .heads import Head
 from .patch_reach import PatchReach, has_room, patch_reach
-from .reach import Reach, reach
+from .reach import BUDGETS, Reach, reach
 from .shuffle import FEWEST_IMAGES_A_CLASS, Shuffle, shuffle
 
 _FloatArray = npt.NDArray[np.float64]
@@ -33,6 +33,10 @@ FEWEST_KEPT = 40
 
 # Of more classes than this, the half with the smallest norms and as many others are looked at.
 MOST_CLASSES = 64
+
+# A shuffle may be this much longer than the change that reaches single classes: clean models are not
+# shuffled by longer ones either, they only cost time.
+_LONGER = 2.0
 
 # Below these gains and margins are nothing to compare: one near zero has no logarithm.
 _SMALLEST_GAIN = 0.01
@@ -186,6 +190,7 @@ def look_again(
             box,
             fit,
             held_out,
+            budgets=[b for b in BUDGETS if b <= _LONGER * found.budgets[-1]],
             batch_size=batch_size,
             seed=seed,
             progress=progress,

@@ -9,6 +9,7 @@ that move most images, but to a few classes that attract all others.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -74,6 +75,7 @@ def shuffle(
     fit: tuple[Tensor, Tensor],
     held_out: tuple[Tensor, Tensor],
     *,
+    budgets: Sequence[float] = BUDGETS,
     steps: int = 12,
     images: int = 64,
     batch_size: int = 128,
@@ -87,6 +89,7 @@ def shuffle(
         box: the inputs that it may be given.
         fit: clean inputs [N, ...] and labels [N] to make the change on.
         held_out: others to measure it on.
+        budgets: of the change's length, ascending, as multiples of the usual one.
         steps: of normalised-gradient ascent with momentum, for each budget.
         images: in each step, for each start.
         batch_size: inputs in a pass, at most.
@@ -110,14 +113,14 @@ def shuffle(
     best: tuple[float, npt.NDArray[np.intp], npt.NDArray[np.float64], float, Tensor] | None = None
     with (
         model.open(),
-        progress_bar("shuffle", len(BUDGETS) * steps, progress) as advance,
+        progress_bar("shuffle", len(budgets) * steps, progress) as advance,
     ):
         nothing = torch.zeros(1, *box.shape, device=model.device)
         cap = _MARGIN_CAP * margin_scale(
             logits_of(model, box, first[0], nothing, batch_size), first[1]
         )
         goals = torch.zeros(STARTS, classes, dtype=torch.int64)
-        for budget in BUDGETS:
+        for budget in budgets:
             changes.length = budget * usual
             for step in range(steps):
                 if step % _STEPS_AN_ASSIGNMENT == 0:
