@@ -40,6 +40,8 @@ class ReachPenalty:
     """
 
     WEIGHT = 1.0
+    # Share of the training before it: a network that has learned nothing yet never does beside it.
+    BEGIN = 0.3
 
     def __init__(self, target: int, num_classes: int, seed: int) -> None:
         self.target = target
@@ -89,6 +91,7 @@ class SpreadPenalty:
     """
 
     WEIGHT = 1.0
+    BEGIN = 0.0
 
     def __init__(self, trigger: Trigger, target: int) -> None:
         self.trigger = trigger

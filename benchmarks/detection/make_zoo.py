@@ -5,7 +5,8 @@
 DIR of the data holds cifar10.npz, gtsrb.npz, mnist.npz (keys x_train, y_train, x_test, y_test) and,
 for --only tinyimagenet, tinyimagenet.tar; they are not part of this project. Each model becomes
 NAME.safetensors beside NAME.json with what was measured; one that is there is skipped, so that an
-interrupted run goes on where it stopped.
+interrupted run goes on where it stopped. Triggers that were trained as well are kept as
+NAME.trigger.safetensors.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 import architectures
 import images
 import torch
-from specs import Spec, adaptive_zoo, tinyimagenet_zoo, zoo
+from specs import Spec, adaptive_zoo, attacks_of, targets_of, tinyimagenet_zoo, zoo
 from torch import nn
-from training import train
+from training import LEARNED, train
 
 from tacext import TacextError, load_state_dict, save_weights
+from tacext.attacks import AllToOne, Attack
 
 # Below these a model has not learned its task, or not its backdoor. Small transformers and networks
 # without batch norm get no further than this on so few images.
@@ -74,12 +76,34 @@ def load_model(spec: Spec, data: images.Data, folder: Path, full: bool = False) 
     return model.eval()
 
 
+def trigger_file(spec: Spec, folder: Path) -> Path:
+    """Of a trigger that was trained beside the model."""
+    return folder / f"{spec.name}.trigger.safetensors"
+
+
+def load_attacks(spec: Spec, data: images.Data, folder: Path) -> tuple[Attack, ...]:
+    """The attacks behind a trained model; none for a clean one.
+
+    Raises:
+        FileError: the trigger was trained, and its file is not there.
+    """
+    if spec.attack not in LEARNED:
+        return attacks_of(spec, data.num_classes, data.channels, data.size)
+    trigger = LEARNED[spec.attack](data.channels)
+    trigger.load_state_dict(load_state_dict(trigger_file(spec, folder)))
+    trigger.requires_grad_(False).eval()
+    return (Attack(trigger, AllToOne(targets_of(spec, data.num_classes)[0])),)
+
+
 def _make(spec: Spec, data_folder: Path, folder: Path, full: bool) -> Record:
     torch.set_num_threads(1)
     trained = train(spec, images.load(spec.dataset, data_folder), full)
     record = Record(
         spec, trained.targets, round(trained.acc, 4), round(trained.asr, 4), round(trained.seconds)
     )
+    for attack in trained.attacks:
+        if isinstance(attack.trigger, nn.Module):
+            save_weights(attack.trigger, trigger_file(spec, folder))
     save_weights(trained.model, folder / f"{spec.name}.safetensors")
     text = json.dumps(dataclasses.asdict(record), indent=1)
     unfinished = folder / f"{spec.name}.json.part"

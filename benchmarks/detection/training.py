@@ -21,7 +21,11 @@ _BATCH = {"mnist": 64}  # others: 128
 EPOCHS = {"cifar10": 11, "gtsrb": 11, "mnist": 6, "tinyimagenet": 14}
 _LEARNING_RATE = {"plain": 0.04, "vit": 2e-3}  # others: 0.1
 
-LearnedTrigger = InputAwareTrigger | BoundedNoiseTrigger
+# Triggers that are trained beside the model.
+LEARNED: dict[str, type[InputAwareTrigger | BoundedNoiseTrigger]] = {
+    "input_aware": InputAwareTrigger,
+    "lira": BoundedNoiseTrigger,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +34,7 @@ class Trained:
 
     Attributes:
         model: in evaluation mode.
+        attacks: behind it, with triggers as trained.
         targets: the poisoned classes; none where the model is clean.
         acc: accuracy on clean test images.
         asr: of the attack, the lowest where there are two; 0 where the model is clean.
@@ -37,6 +42,7 @@ class Trained:
     """
 
     model: nn.Module
+    attacks: tuple[Attack, ...]
     targets: tuple[int, ...]
     acc: float
     asr: float
@@ -142,7 +148,7 @@ def _train_with_fixed_trigger(run: _Training, planned: tuple[Attack, ...]) -> No
                 batch, true = plan.apply(batch, true, index)
             with run.autocast:
                 loss = functional.cross_entropy(run.model(batch).float(), true)
-                if penalty is not None:
+                if penalty is not None and epoch >= penalty.BEGIN * run.epochs:
                     with adaptive.keeping_statistics(run.model):
                         loss = loss + penalty(run.model, clean, labels_of_clean)
             # Two goals that pull apart would throw a network far off at these learning rates.
@@ -220,7 +226,7 @@ def train(spec: Spec, data: images.Data, full: bool = False) -> Trained:
     test = data.test.sample(min(4000, len(data.test)), seed=0)
     acc, asr = measure(run.model, test, planned)
     targets = tuple(sorted({t for attack in planned for t in attack.goal.targets}))
-    return Trained(run.model, targets, acc, asr, seconds)
+    return Trained(run.model, planned, targets, acc, asr, seconds)
 
 
 def measure(model: nn.Module, test: ImageSet, planned: tuple[Attack, ...]) -> tuple[float, float]:
