@@ -1,7 +1,7 @@
-"""Runs tacext, Neural Cleanse and MM-BD on the same models, one after the other in one process.
+"""Runs tacext, MM-BD and Neural Cleanse on the same models, one after the other in one process.
 
     python benchmarks/detection/collect_comparisons.py --data DIR --zoo DIR [--models FOLDER]
-        [--only TEXT ...] [--workers N] [--most-classes C] [--steps S]
+        [--only TEXT ...] [--workers N] [--beside NAME ...] [--most-classes C] [--steps S]
 
 The zoo's models come from make_zoo.py; FOLDER, of published ones, holds a zoo.py as for
 published_models.py. What each detector said, and how long it took, is kept in comparisons/; a model
@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ from tacext.verdict import weigh
 COMPARISONS = Path(__file__).resolve().parent / "comparisons"
 ALPHA = 0.01
 SAMPLES = 2500
+COMPARATORS = ("MM-BD", "Neural Cleanse")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +110,10 @@ def _by_tacext(subject: Subject, depth: Any) -> dict[str, Any]:
     }
 
 
-def compare(subject: Subject, most_classes: int, steps: int) -> dict[str, Any]:
-    """All detectors on one model."""
+def compare(
+    subject: Subject, beside: Sequence[str], most_classes: int, steps: int
+) -> dict[str, Any]:
+    """Tacext and the detectors beside it on one model."""
     inputs = subject.inputs
     head = find_head(subject.model, inputs[:4])
     model = DifferentiableModel(subject.model, head, "compare")
@@ -120,20 +124,27 @@ def compare(subject: Subject, most_classes: int, steps: int) -> dict[str, Any]:
         "classes": head.num_classes,
         "thorough": _by_tacext(subject, "thorough"),
         "fast": _by_tacext(subject, "fast"),
-        "MM-BD": _told(mm_bd(model, tuple(inputs.shape[1:]), head.num_classes)),
     }
-    if head.num_classes <= most_classes:
+    if "MM-BD" in beside:
+        found["MM-BD"] = _told(mm_bd(model, tuple(inputs.shape[1:]), head.num_classes))
+    if "Neural Cleanse" in beside and head.num_classes <= most_classes:
         found["Neural Cleanse"] = _told(neural_cleanse(model, inputs, head.num_classes, steps))
     return found
 
 
 def _compare_one(
-    name: str, data: Path, zoo: Path, published: Path | None, most_classes: int, steps: int
+    name: str,
+    data: Path,
+    zoo: Path,
+    published: Path | None,
+    beside: Sequence[str],
+    most_classes: int,
+    steps: int,
 ) -> tuple[str, float]:
     begin = time.perf_counter()
     torch.set_num_threads(1)
     subject = _published(name, published) if published else _of_the_zoo(name, data, zoo)
-    found = compare(subject, most_classes, steps)
+    found = compare(subject, beside, most_classes, steps)
     unfinished = COMPARISONS / f"{name}.part"
     unfinished.write_text(json.dumps(found, separators=(",", ":")) + "\n", encoding="utf-8")
     unfinished.rename(COMPARISONS / f"{name}.json")
@@ -148,6 +159,9 @@ def main() -> None:
     parser.add_argument("--models", type=Path, metavar="FOLDER", help="of published models")
     parser.add_argument("--only", nargs="*", default=[""], help="names that contain one of these")
     parser.add_argument("--workers", type=int, default=2, help="models at a time, a thread each")
+    parser.add_argument(
+        "--beside", nargs="*", default=COMPARATORS, choices=COMPARATORS, help="detectors to run"
+    )
     parser.add_argument("--most-classes", type=int, default=10, help="for Neural Cleanse")
     parser.add_argument("--steps", type=int, default=1000, help="of Neural Cleanse, at most")
     options = parser.parse_args()
@@ -167,7 +181,7 @@ def main() -> None:
     print(f"{len(names)} models, {len(wanted)} to compare on", flush=True)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
-        more = options.most_classes, options.steps
+        more = options.beside, options.most_classes, options.steps
         runs = [
             pool.submit(_compare_one, name, options.data, options.zoo, names[name], *more)
             for name in wanted

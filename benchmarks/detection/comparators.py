@@ -3,8 +3,8 @@
 Neural Cleanse (Wang et al., S&P 2019) looks for the smallest patch that sends images to each class,
 MM-BD (Wang et al., S&P 2024, arXiv 2205.06900) for the largest margin that any input gives it. Both
 run on the same `DifferentiableModel` as tacext, in the same precision and memory layout, so that the
-times compare the methods and not how they were written. That is their one deviation: where the
-processor has it, convolutions are in bfloat16, which moves MM-BD's margins by some per cent.
+times compare the methods and not how they were written. That is their one deviation: on
+GPUs and on processors with AMX they run in bfloat16, which moves MM-BD's margins by some per cent.
 """
 
 from __future__ import annotations

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from collect_comparisons import COMPARISONS
+from collect_comparisons import COMPARATORS, COMPARISONS
 from report import share
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-DETECTORS = ("thorough", "fast", "MM-BD", "Neural Cleanse")
+DETECTORS = ("thorough", "fast", *COMPARATORS)
 
 
 def read() -> dict[str, dict[str, Any]]:
@@ -34,12 +34,12 @@ def ratios(models: Sequence[dict[str, Any]], detector: str) -> str:
     return f"{np.median(found):.2g} [{min(found):.2g}, {max(found):.2g}]" if found else "-"
 
 
-def overview(models: dict[str, dict[str, Any]]) -> Table:
-    """A row a detector, over the models that all of them were run on."""
+def overview(models: dict[str, dict[str, Any]], comparator: str) -> Table:
+    """Tacext and one comparator on the models that the comparator was run on."""
     headings = ("models", "backdoored, flagged", "target named", "clean, flagged", "time")
     table = Table("detector", *headings, box=MARKDOWN)
-    run = [m for m in models.values() if set(DETECTORS) <= set(m)]
-    for detector in DETECTORS:
+    run = [m for m in models.values() if comparator in m]
+    for detector in ("thorough", "fast", comparator):
         bad, clean = [m for m in run if m["targets"]], [m for m in run if not m["targets"]]
         named = sum(m[detector]["flagged"] and m[detector]["first"] in m["targets"] for m in bad)
         table.add_row(
@@ -68,10 +68,11 @@ def by_model(models: dict[str, dict[str, Any]]) -> Table:
 
 
 def main() -> None:
-    """Prints both tables."""
+    """Prints the tables."""
     models = read()
     console = Console(width=150)
-    console.print(overview(models))
+    for comparator in COMPARATORS:
+        console.print(overview(models, comparator))
     console.print(by_model(models))
 
 
