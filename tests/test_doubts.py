@@ -11,8 +11,7 @@ from torch import nn
 
 from digits import digit_case
 from tacext import scan
-from tacext.scan_report import ENOUGH_SAMPLES
-from tacext.scanning import LARGEST_CONFIDENCE_GAP
+from tacext.doubts import ENOUGH_SAMPLES, LARGEST_CONFIDENCE_GAP
 from tacext.tables import scan_table
 
 DEPTHS = pytest.mark.parametrize("depth", ["fast", "thorough"])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .detection import judge_norms
 from .differentiable import DifferentiableModel, InputBox
+from .doubts import ENOUGH_SAMPLES
 from .errors import InputError
 from .files import explain
 from .heads import Head, evaluating, find_head, run_model
@@ -25,7 +26,7 @@ from .joint_test import judge_jointly, shipped_calibration
 from .max_margin import MaxMargin, drive_classes
 from .observation import Metric, Observation, observe, solve
 from .ops import SolverSettings, Status
-from .scan_report import ENOUGH_SAMPLES, ScanReport, ScanTimings
+from .scan_report import ScanReport, ScanTimings
 from .second_look import margin_evidence, norm_evidence
 from .verdict import Evidence, weigh_without_data
 

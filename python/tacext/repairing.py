@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from . import ops
 from .data import DataLike, as_index, materialise
+from .doubts import sensible_accuracy
 from .errors import HeadNotFoundError, InputError, NotFiniteError, check_choice
 from .heads import (
     Head,
@@ -31,7 +32,7 @@ from .heads import run_model as run
 from .ops import Status
 from .progress import progress_bar
 from .scan_report import Depth, ScanReport
-from .scanning import scan, sensible_accuracy
+from .scanning import scan
 
 logger = logging.getLogger(__name__)
 

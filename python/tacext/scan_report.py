@@ -14,9 +14,6 @@ from .verdict import Evidence
 
 Depth = Literal["fast", "thorough"]
 
-# The constants of all tests were fitted with as many samples; verdicts do not change beyond them.
-ENOUGH_SAMPLES = 2500
-
 
 @dataclass(frozen=True)
 class ScanTimings:

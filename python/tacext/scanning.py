@@ -16,34 +16,21 @@ from torch import Tensor, nn
 from . import ops
 from .data import DataLike, check_positive
 from .data_free import scan_without_data
-from .detection import LARGEST_DOUBT, NormTest, judge_norms
+from .detection import NormTest, judge_norms
+from .doubts import doubted, doubts_of, samples_advised
 from .errors import InputError, check_choice, counted
 from .heads import check_model
 from .joint_test import shipped_calibration
 from .observation import Metric, Observation, observe, solve
 from .ops import MinimalPerturbation, SolverSettings, Status
-from .scan_report import ENOUGH_SAMPLES, Depth, ScanReport, ScanTimings
+from .scan_report import Depth, ScanReport, ScanTimings
 from .second_look import SampleKeeper, SecondLook, classes_to_look_at, look_again
 from .verdict import Evidence, Finding, finding_of_norms, weigh
 
 logger = logging.getLogger(__name__)
 
-# Fewer samples leave too much of every M[k, j] to chance: at 100 images published models were seen
-# to change verdicts from one draw to the next.
-FEWEST_SAMPLES = 200
-
-# A model that is surer than it is right by more than this sees images, or labels, of another kind
-# than it was trained on: on held-out images of the bench the gap is .03 at most, on mirrored and
-# mixed ones .25 or more.
-LARGEST_CONFIDENCE_GAP = 0.2
-
 # Gradients take several times the memory of a forward pass.
 _LOOK_BATCH_SIZE = 128
-
-
-def sensible_accuracy(num_classes: int) -> float:
-    """Below this a classifier was most likely fed images unlike those it was trained with."""
-    return 0.5 if num_classes <= 100 else 0.25
 
 
 def scan(
@@ -269,79 +256,27 @@ def _report(
     depth: Depth,
     timings: ScanTimings,
 ) -> ScanReport:
-    num_classes = observation.head.num_classes
-    accuracy = observation.correct / observation.samples
-    doubts: list[str] = []  # each is reason enough not to trust any verdict
-    if accuracy < sensible_accuracy(num_classes):
-        doubts.append(
-            f"the model is right on only {accuracy:.1%} of the samples; check the normalisation "
-            "(mean and std) and the order of the classes"
-        )
-    if observation.samples < FEWEST_SAMPLES:
-        doubts.append(
-            f"{counted(observation.samples, 'sample is', 'samples are')} too few for a verdict; "
-            f"use {FEWEST_SAMPLES} or more"
-        )
-    unsolved = perturbations.classes[perturbations.status == Status.ITERATION_LIMIT].tolist()
-    if unsolved:
-        doubts.append(f"classes without a certificate: {', '.join(map(str, unsolved[:20]))}")
-    if 2 * observation.classes_seen < num_classes:
-        doubts.append(
-            f"the data covers only {observation.classes_seen} of {num_classes} classes; "
-            "pass samples of all"
-        )
-    warnings = list(doubts)
-    gap = observation.confidence - accuracy
-    if gap > LARGEST_CONFIDENCE_GAP:
-        surer = (
-            f"the model is {observation.confidence:.0%} sure of its answers and right on "
-            f"{accuracy:.0%}: the data may be of another kind than it was trained on, or the labels wrong"
-        )
-        notes = [surer, *notes]
-    if num_classes / 2 <= observation.classes_seen < num_classes:
-        warnings.append(
-            f"the data covers {observation.classes_seen} of {num_classes} classes; all norms are "
-            "smaller than with samples of every class"
-        )
-    verdict, suspects, reason = finding.verdict, finding.suspects, finding.reason
-    if doubts and verdict != "inconclusive":
-        verdict, suspects, reason = "inconclusive", (), f"{doubts[0]} (else: {reason})"
-    elif len(warnings) > len(doubts) and verdict == "clean":
-        verdict, reason = "inconclusive", warnings[-1]
-    elif notes and verdict == "clean":
-        verdict, reason = "inconclusive", notes[0]
-    too_few = observation.samples < FEWEST_SAMPLES
-    uncovered = observation.classes_seen < num_classes
-    between = not math.isnan(test.usual_norm) and finding.p_value < LARGEST_DOUBT
-    other_reasons = (
-        len(doubts) - too_few - (2 * observation.classes_seen < num_classes) + len(notes)
-    )
-    advised = None
-    if (
-        verdict == "inconclusive"
-        and observation.samples < ENOUGH_SAMPLES
-        and not other_reasons
-        and (too_few or uncovered or between)
-    ):
-        advised = ENOUGH_SAMPLES
-    warnings += notes
-    for warning in warnings:
-        logger.warning("scan: %s", warning)
+    doubts = doubts_of(observation, perturbations, notes)
+    finding = doubted(finding, doubts)
+    for doubt in doubts:
+        logger.warning("scan: %s", doubt.text)
     return ScanReport(
-        verdict=verdict,
-        suspects=suspects,
+        verdict=finding.verdict,
+        suspects=finding.suspects,
         p_value=finding.p_value,
-        reason=reason,
-        warnings=tuple(warnings),
+        reason=finding.reason,
+        warnings=tuple(doubt.text for doubt in doubts),
         test=test,
         evidence=evidence,
         perturbations=perturbations,
         head=observation.head.name,
-        num_classes=num_classes,
+        num_classes=observation.head.num_classes,
         latent_dim=observation.head.latent_dim,
         samples=observation.samples,
-        samples_advised=advised,
-        accuracy=accuracy,
+        samples_advised=samples_advised(
+            finding, doubts, observation.samples, comparable=not math.isnan(test.usual_norm)
+        ),
+        accuracy=observation.correct / observation.samples,
         confidence=observation.confidence,
         metric=metric,
         quantile=quantile,
