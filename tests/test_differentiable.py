@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tacext import differentiable
 from tacext.differentiable import DifferentiableModel, InputBox, class_margin, unit_gradient
 from tacext.errors import InputError, NoGradientError, NotFiniteError
 from tacext.heads import find_head
@@ -47,9 +48,44 @@ def test_the_box_follows_the_data() -> None:
 
 
 def test_gradients_have_length_one_whatever_they_were() -> None:
-    gradient = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e-30, 0.0], [torch.nan, 1.0]])
-    assert unit_gradient(gradient)[0].tolist() == pytest.approx([0.6, 0.8])
-    assert bool(torch.isfinite(unit_gradient(gradient)).all())
+    gradient = torch.tensor(
+        [[3.0, 4.0], [0.0, 0.0], [3e-30, 4e-30], [3e30, 4e30], [torch.nan, 2.0]]
+    )
+    unit = unit_gradient(gradient)
+    for row in (0, 2, 3):
+        assert unit[row].tolist() == pytest.approx([0.6, 0.8])
+    assert unit[1].tolist() == [0, 0]
+    assert unit[4].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1e10, 1e30])
+def test_gradients_do_not_depend_on_the_scale_of_the_logits(scale: float) -> None:
+    """Weights alone could hide a backdoor otherwise: argmax, ACC and ASR stay as they are."""
+    network = linear_model()
+    inputs, classes = torch.rand(3, *SHAPE), torch.tensor([0, 1, 2])
+    _, expected = with_gradients(network).margin_gradient(inputs, classes)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(scale)
+    _, gradient = with_gradients(network).margin_gradient(inputs, classes)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1024.0])
+def test_a_model_that_bfloat16_makes_another_of_runs_in_float32(
+    monkeypatch: pytest.MonkeyPatch, offset: float
+) -> None:
+    monkeypatch.setattr(differentiable, "has_fast_bfloat16", lambda: True)
+    there, back = nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1)
+    with torch.no_grad():
+        for layer, bias in ((there, offset), (back, -offset)):
+            layer.weight.fill_(1)
+            layer.bias.fill_(bias)  # type: ignore[union-attr]
+    network = nn.Sequential(there, nn.ReLU(), back, *linear_model())
+    inputs = torch.rand(64, *SHAPE)
+    logits = with_gradients(network).logits(inputs)
+    apart = float((logits - network(inputs)).abs().max().detach())
+    assert (apart > 1e-4) == (offset == 0)  # rounded where that tells the same, exact where not
 
 
 def test_a_model_without_gradients_is_refused() -> None:
@@ -87,7 +123,8 @@ def test_the_gradient_is_that_of_the_lead_and_ends_at_the_cap() -> None:
         rivals = network(inputs).scatter(1, classes[:, None], -torch.inf).argmax(1)
     margin, gradient = model.margin_gradient(inputs, classes)
     expected = (weight[classes] - weight[rivals]).reshape(gradient.shape)
-    torch.testing.assert_close(gradient, expected, rtol=0.02, atol=0.02)  # bfloat16
+    largest = float(margin.abs().max())
+    torch.testing.assert_close(gradient * largest, expected, rtol=0.02, atol=0.02)  # bfloat16
     _, capped = model.margin_gradient(inputs, classes, float(margin.median()) - 1e-3)
     assert int((capped.flatten(1).abs().sum(1) == 0).sum()) == 2
 
@@ -122,7 +159,7 @@ def test_too_little_memory_is_not_taken_for_a_lack_of_gradients() -> None:
 
         @staticmethod
         def backward(_context: object, *_gradients: Tensor) -> Tensor:
-            raise torch.OutOfMemoryError("no memory")
+            return torch.empty(10**15)  # what the CPU's allocator says of it
 
     class Net(nn.Module):
         def __init__(self) -> None:

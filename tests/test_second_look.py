@@ -10,6 +10,7 @@ from torch import Tensor
 from digits import digit_case
 from tacext import InputError, second_look
 from tacext.heads import find_head
+from tacext.reach import BUDGETS
 from tacext.second_look import (
     MOST_CLASSES,
     MOST_SAMPLES,
@@ -20,6 +21,7 @@ from tacext.second_look import (
     look_again,
     norm_evidence,
     reach_evidence,
+    shuffle_budgets,
 )
 
 
@@ -126,3 +128,26 @@ def test_samples_of_another_shape_are_noticed() -> None:
     keeper.add(torch.zeros(2, 1, 9, 9), torch.zeros(2, dtype=torch.int64))
     assert not keeper.one_shape
     assert len(keeper.samples()[1]) == 3
+
+
+@pytest.mark.parametrize(
+    ("reached", "tried"),
+    [((1.0,), (1.0, 2.0)), ((1.0, 2.0), (1.0, 2.0, 4.0)), ((1.0, 2.0, 4.0, 8.0), BUDGETS)],
+)
+def test_a_shuffle_is_at_most_twice_as_long_as_the_changes(
+    reached: tuple[float, ...], tried: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert shuffle_budgets(reached) == tried
+    given: list[tuple[float, ...]] = []
+    search = second_look.shuffle
+
+    def noting(*arguments: object, budgets: tuple[float, ...], **options: object) -> object:
+        given.append(budgets)
+        return search(*arguments, budgets=budgets[:1], **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(second_look, "shuffle", noting)
+    images, labels = digit_case().data.defender
+    network = digit_case().clean
+    head = find_head(network, images[:4])
+    look = look_again(network, head, (images, labels), tuple(range(10)), progress=False)
+    assert given == [shuffle_budgets(look.reach.budgets)]

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from tacext import scan
 from tacext.differentiable import DifferentiableModel
+from tacext.doubts import Doubt, doubted
 from tacext.heads import find_head
 from tacext.joint_test import Calibration, shipped_calibration
 from tacext.verdict import weigh
@@ -96,9 +97,9 @@ def _by_tacext(subject: Subject, depth: Any) -> dict[str, Any]:
     first = suspects[0] if suspects else int(report.norm.argmin())
     if report.evidence is not None and report.evidence.look is not None:
         finding, evidence = weigh(report.test, report.evidence.look, ALPHA, subject.calibration)
-        p_value = finding.p_value
-        if not report.warnings:  # which may have made it inconclusive
-            verdict, suspects = finding.verdict, finding.suspects
+        doubts = tuple(Doubt(warning, severe=False) for warning in report.warnings)
+        finding = doubted(finding, doubts)
+        verdict, suspects, p_value = finding.verdict, finding.suspects, finding.p_value
         first = suspects[0] if suspects else evidence.joint.most_suspicious
     return {
         "verdict": verdict,

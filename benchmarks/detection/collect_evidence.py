@@ -30,7 +30,7 @@ from tacext.data_free import observe_prototypes
 from tacext.differentiable import InputBox
 from tacext.heads import find_head
 from tacext.observation import Metric, observe, solve
-from tacext.second_look import SampleKeeper, look_again
+from tacext.second_look import MOST_CLASSES, SampleKeeper, look_again, shuffle_budgets
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence"
 SAMPLES = 2500
@@ -75,6 +75,7 @@ def _look(model: nn.Module, data: ImageSet, seed: int) -> dict[str, Any]:
         keeper.add(inputs, labels)
     inputs, labels = keeper.samples()
     head = find_head(model, inputs[:4])
+    assert head.num_classes <= MOST_CLASSES  # of more, a scan looks at some, by their norms
     found = look_again(
         model,
         head,
@@ -112,6 +113,7 @@ def _look(model: nn.Module, data: ImageSet, seed: int) -> dict[str, Any]:
         and {
             "share": float(f"{shuffled.share:.4g}"),
             "budget": shuffled.budget,
+            "budgets": shuffle_budgets(found.reach.budgets),
             "destinations": shuffled.destinations,
             "seconds": round(shuffled.seconds, 2),
         },

@@ -72,6 +72,19 @@ def first_not_finite(images: Tensor) -> int | None:
     return int((~finite).nonzero()[0])
 
 
+def check_seed(operation: str, seed: object) -> int:
+    """The seed as an int. Raises InputError unless it is a whole number from 0 to 2^31 - 1."""
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed < 2**31:
+        raise InputError.of(
+            operation,
+            "seed",
+            expected="a whole number from 0 to 2**31 - 1",
+            got=repr(seed),
+            way_out="leave it out for 0",
+        )
+    return int(seed)
+
+
 def check_positive(operation: str, argument: str, value: object, at_most: int | None) -> int:
     """The value as an int. Raises InputError unless it is a whole number of 1 or more."""
     if (
@@ -367,7 +380,10 @@ def as_batches(
                     way_out="let the data set convert its images to tensors of one size",
                 ) from error
 
-        return _checked(operation, DataLoader(data, batch_size=step, collate_fn=collate))
+        # A generator of its own: a loader draws a seed for its workers even where it has none.
+        private = torch.Generator().manual_seed(0)
+        loader = DataLoader(data, batch_size=step, collate_fn=collate, generator=private)
+        return _checked(operation, loader)
     arrays = Tensor | np.ndarray
     if (
         isinstance(data, tuple | list)

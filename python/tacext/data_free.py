@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .detection import judge_norms
+from .detection import FEWEST_CLASSES, judge_norms
 from .differentiable import DifferentiableModel, InputBox
-from .doubts import ENOUGH_SAMPLES
-from .errors import InputError
+from .doubts import ENOUGH_SAMPLES, Doubt, doubted, unsolved_doubt
+from .errors import InputError, counted
 from .files import explain
 from .heads import Head, evaluating, find_head, run_model
 from .joint_test import judge_jointly, shipped_calibration
@@ -104,6 +104,7 @@ def observe_prototypes(
     return observation, MaxMargin(classes, torch.cat(margins), seconds)
 
 
+@torch.inference_mode(False)
 def scan_without_data(
     model: nn.Module,
     input_shape: Sequence[int],
@@ -137,12 +138,18 @@ def scan_without_data(
     }
     joint = judge_jointly(evidence, alpha, shipped_calibration())
     finding = weigh_without_data(joint)
+    unsolved = unsolved_doubt(perturbations)
+    doubts: tuple[Doubt, ...] = () if unsolved is None else (unsolved,)
+    if np.isfinite(norm).sum() < FEWEST_CLASSES:
+        few = f"{counted(int(np.isfinite(norm).sum()), 'class has', 'classes have')} a norm"
+        doubts += (Doubt(f"{few}; {FEWEST_CLASSES} or more can be compared", severe=True),)
+    finding = doubted(finding, doubts)
     return ScanReport(
         verdict=finding.verdict,
         suspects=finding.suspects,
         p_value=finding.p_value,
         reason=finding.reason,
-        warnings=(),
+        warnings=tuple(doubt.text for doubt in doubts),
         test=test,
         evidence=Evidence(None, found, joint, None, None),
         perturbations=perturbations,

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from .errors import InputError, NoGradientError, NotFiniteError
 from .files import explain
-from .heads import Head, evaluating, model_device, model_dtype, recording_latents, run_model
+from .heads import (
+    Head,
+    evaluating,
+    is_out_of_memory,
+    model_device,
+    model_dtype,
+    recording_latents,
+    run_model,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +101,9 @@ class DifferentiableModel:
         self.operation = operation
         self.device = model_device(model)
         self._model = model
-        self._dtype = model_dtype(model)
+        fast = self.device.type == "cuda" or has_fast_bfloat16()
+        self._half = fast and model_dtype(model) == torch.float32
+        self._half_checked = False
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
@@ -109,12 +119,21 @@ class DifferentiableModel:
     def logits(self, inputs: Tensor) -> Tensor:
         """float32 [N, C], of the head, also where the model returns something made of them.
 
+        The first inputs are looked at in float32 as well; a model that bfloat16 makes another of, by
+        accident or on purpose, is run in float32 from there on.
+
         Raises:
             InputError: the model rejects the inputs, or they do not fit into memory.
             NotFiniteError: the logits are NaN or infinite.
         """
-        fast = self.device.type == "cuda" or has_fast_bfloat16()
-        half = self._dtype == torch.float32 and fast
+        if self._half and not self._half_checked:
+            self._half_checked = True
+            with torch.no_grad():
+                exact, rounded = self._logits(inputs, half=False), self._logits(inputs, half=True)
+            self._half = _tell_the_same(exact, rounded)
+        return self._logits(inputs, self._half)
+
+    def _logits(self, inputs: Tensor, half: bool) -> Tensor:
         with (
             recording_latents(self.head) as recorder,
             torch.autocast(self.device.type, torch.bfloat16, enabled=half),
@@ -139,6 +158,9 @@ class DifferentiableModel:
     ) -> tuple[Tensor, Tensor]:
         """The margins [N] of each input's class and their gradients, of the inputs' shape.
 
+        Gradients are those of the margins divided by the largest of them, so that a model whose
+        logits are scaled to anything that float32 holds has the same ones.
+
         Raises:
             NoGradientError: the model has no gradient.
             InputError: as `logits`.
@@ -148,16 +170,17 @@ class DifferentiableModel:
             try:
                 margin = class_margin(self.logits(inputs), classes)
                 goal = margin if cap is None else margin.clamp(max=cap)
-                (gradient,) = torch.autograd.grad(goal.sum(), inputs)
-            except (MemoryError, torch.OutOfMemoryError) as error:
-                raise InputError.of(
-                    self.operation,
-                    "batch_size",
-                    expected="batches whose gradients fit into memory",
-                    got=f"{len(inputs)} inputs at once ({explain(error)})",
-                    way_out="use a smaller batch_size",
-                ) from error
-            except RuntimeError as error:
+                unit = margin.detach().abs().amax().clamp_min(torch.finfo(margin.dtype).tiny)
+                (gradient,) = torch.autograd.grad((goal / unit).sum(), inputs)
+            except (MemoryError, RuntimeError) as error:
+                if is_out_of_memory(error):
+                    raise InputError.of(
+                        self.operation,
+                        "batch_size",
+                        expected="batches whose gradients fit into memory",
+                        got=f"{len(inputs)} inputs at once ({explain(error)})",
+                        way_out="use a smaller batch_size",
+                    ) from error
                 raise self._without_gradient(f"none ({explain(error)})") from error
         return margin.detach(), gradient
 
@@ -188,7 +211,31 @@ def has_fast_bfloat16() -> bool:
 
 def unit_gradient(gradient: Tensor) -> Tensor:
     """Each sample's gradient at length 1; what is not finite counts as zero."""
-    gradient = torch.nan_to_num(gradient.float(), nan=0.0, posinf=0.0, neginf=0.0)
-    length = gradient.flatten(1).norm(dim=1).clamp_min(1e-20)
+    gradient = largest_one(gradient)
+    length = gradient.flatten(1).norm(dim=1).clamp_min(1.0)  # zero, or at least its largest entry
     unit: Tensor = gradient / length.reshape((-1,) + (1,) * (gradient.dim() - 1))
     return unit
+
+
+def largest_one(gradient: Tensor) -> Tensor:
+    """Each sample's gradient with its largest entry at 1 or -1; what is not finite counts as zero."""
+    gradient = torch.nan_to_num(gradient.float(), nan=0.0, posinf=0.0, neginf=0.0)
+    largest = gradient.flatten(1).abs().amax(1)
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    scaled: Tensor = gradient / largest.reshape((-1,) + (1,) * (gradient.dim() - 1))
+    return scaled
+
+
+# Rounded logits tell the same where nearly all predictions and half of the margins are as they were.
+_SAME_PREDICTIONS = 0.95
+_SAME_MARGIN = 0.1
+
+
+def _tell_the_same(exact: Tensor, rounded: Tensor) -> bool:
+    predicted = exact.argmax(1)
+    same = float((rounded.argmax(1) == predicted).double().mean())
+    margin = class_margin(exact, predicted)
+    apart = (class_margin(rounded, predicted) - margin).abs()
+    return same >= _SAME_PREDICTIONS and float(apart.median()) <= _SAME_MARGIN * float(
+        margin.median()
+    )

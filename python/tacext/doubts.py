@@ -55,7 +55,7 @@ def doubts_of(
     """
     num_classes, samples = observation.head.num_classes, observation.samples
     seen, accuracy = observation.classes_seen, observation.correct / observation.samples
-    unsolved = perturbations.classes[perturbations.status == Status.ITERATION_LIMIT].tolist()
+    unsolved = unsolved_doubt(perturbations)
     found: list[Doubt] = []
     if accuracy < sensible_accuracy(num_classes):
         found.append(
@@ -69,9 +69,8 @@ def doubts_of(
         few = counted(samples, "sample is", "samples are")
         text = f"{few} too few for a verdict; use {FEWEST_SAMPLES} or more"
         found.append(Doubt(text, severe=True, cured_by_samples=True))
-    if unsolved:
-        classes = ", ".join(map(str, unsolved[:20]))
-        found.append(Doubt(f"classes without a certificate: {classes}", severe=True))
+    if unsolved is not None:
+        found.append(unsolved)
     if 2 * seen < num_classes:
         text = f"the data covers only {seen} of {num_classes} classes; pass samples of all"
         found.append(Doubt(text, severe=True, cured_by_samples=True))
@@ -91,6 +90,15 @@ def doubts_of(
             )
         )
     return (*found, *(Doubt(note, severe=False) for note in notes))
+
+
+def unsolved_doubt(perturbations: MinimalPerturbation) -> Doubt | None:
+    """The doubt about classes whose perturbations have no certificate; None where all have one."""
+    unsolved = perturbations.classes[perturbations.status == Status.ITERATION_LIMIT].tolist()
+    if not unsolved:
+        return None
+    classes = ", ".join(map(str, unsolved[:20]))
+    return Doubt(f"classes without a certificate: {classes}", severe=True)
 
 
 def doubted(finding: Finding, doubts: tuple[Doubt, ...]) -> Finding:

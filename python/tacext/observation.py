@@ -15,8 +15,10 @@ from .errors import InputError
 from .heads import (
     Head,
     check_labels_in_range,
+    check_predictions,
     evaluating,
     find_head,
+    is_out_of_memory,
     recording_latents,
     run_model,
 )
@@ -91,16 +93,17 @@ def observe(
                 output = run_model(model, inputs, operation)
                 latent = recorder.take()
                 logits = found.logits(latent)
+                check_predictions(logits, output, operation)
             now = time.perf_counter()
             forward_seconds += now - started
-            margins.update(logits)
+            _update(margins, logits, operation)
             moments.update(latent)
             margin_seconds += time.perf_counter() - now
             if keeper is not None:
                 keeper.add(inputs, labels)
             seen[labels] = True
             confidence += float(_probabilities(output).amax(1).sum())
-            correct += int((logits.argmax(1).cpu() == labels).sum())
+            correct += int((output.argmax(1).cpu() == labels).sum())
             samples += len(labels)
             advance(len(labels))
     assert found is not None  # as_batches raises where there is no sample
@@ -118,6 +121,22 @@ def observe(
         forward_seconds,
         margin_seconds,
     )
+
+
+def _update(margins: MarginMax | MarginQuantile, logits: Tensor, operation: str) -> None:
+    try:
+        margins.update(logits)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        classes = logits.shape[1]
+        raise InputError.of(
+            operation,
+            "model",
+            expected="a head whose margins fit into memory",
+            got=f"{classes} classes, which take {8 * classes**2 / 2**30:.1f} GiB",
+            way_out="use a machine with more memory",
+        ) from error
 
 
 def _probabilities(output: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .differentiable import DifferentiableModel, InputBox
+from .differentiable import DifferentiableModel, InputBox, largest_one
 from .progress import progress_bar
 from .reach import MARGIN_CAP, MOMENTUM, ImagesInTurn, Reach, lift, logits_of
 
@@ -70,8 +70,8 @@ class PatchReach:
     Attributes:
         classes: those that were to be reached, J of them.
         side: of the squares, in pixels.
-        rate: float64 [J], share of the images of other classes that are predicted as the class; at
-            least so many, as classes that fall behind are given up.
+        rate: float64 [J], share of the images of other classes, and not taken for the class before,
+            that are predicted as it; at least so many, as classes that fall behind are given up.
         gain: float64 [J], how much the patch lifts the class's margin, as a mean over these images
             and in units of the model's margin (`Reach.scale`).
         images: how many held-out images there were.
@@ -113,25 +113,69 @@ def heaviest_squares(change: Tensor, side: int, count: int) -> Tensor:
     return torch.stack(corners, 1)
 
 
-def _square(corner: Tensor, side: int) -> tuple[slice, slice, slice]:
-    y, x = corner.tolist()
-    return slice(None), slice(y, y + side), slice(x, x + side)
-
-
-def _paste(inputs: Tensor, corner: Tensor, pattern: Tensor) -> Tensor:
-    """Inputs [N, ...] with a patch, in place."""
-    inputs[(slice(None), *_square(corner, pattern.shape[-1]))] = pattern.to(inputs)
-    return inputs
-
-
 def _corners(size: Sequence[int], side: int) -> Tensor:
     """Of the squares in the four corners of the image, [1, 4, 2]."""
     last = torch.tensor([size[0] - side, size[1] - side])
     return torch.tensor([[[0, 0], [0, 1], [1, 0], [1, 1]]]) * last
 
 
+class Patterns:
+    """What is painted into some squares of the image, and the ascent that paints it.
+
+    Attributes:
+        corner: int64 [P, 2], row and column of the squares' first pixels.
+        pattern: float32 [P, channels, side, side].
+    """
+
+    def __init__(self, corner: Tensor, pattern: Tensor, box: InputBox) -> None:
+        self.corner, self.pattern = corner, pattern
+        self._velocity = torch.zeros_like(pattern)
+        self._low, self._high = (
+            torch.stack([self.cut(j, whole) for j in range(len(corner))])
+            for whole in (bound.to(pattern).expand(box.shape) for bound in (box.low, box.high))
+        )
+
+    @classmethod
+    def of_mean(cls, corner: Tensor, side: int, inputs: Tensor, box: InputBox) -> Patterns:
+        """The mean of the inputs [N, ...] in each square."""
+        mean = inputs.float().mean(0)
+        found = [mean[_square(at, side)] for at in corner]
+        return cls(corner, torch.stack(found), box)
+
+    def cut(self, j: int, image: Tensor) -> Tensor:
+        """The j-th square of an image [channels, height, width]."""
+        return image[_square(self.corner[j], self.pattern.shape[-1])]
+
+    def paste(self, j: int, inputs: Tensor, pattern: Tensor | None = None) -> Tensor:
+        """Inputs [N, ...] with the j-th pattern, or another in its place; changes the inputs."""
+        square = _square(self.corner[j], self.pattern.shape[-1])
+        pattern = self.pattern[j] if pattern is None else pattern
+        inputs[(slice(None), *square)] = pattern.to(inputs)
+        return inputs
+
+    def ascend(self, part: slice, gradient: Tensor) -> None:
+        """A step for some of them along gradients of their patterns' shape."""
+        velocity = MOMENTUM * self._velocity[part] + largest_one(gradient)
+        low, high = self._low[part], self._high[part]
+        step = _STEP * (high - low) * velocity.clamp(-_FASTEST, _FASTEST)
+        self.pattern[part] = (self.pattern[part] + step).maximum(low).minimum(high)
+        self._velocity[part] = velocity
+
+    def keep(self, rows: Tensor) -> None:
+        """These alone, in this order."""
+        self.corner = self.corner[rows]
+        rows = rows.to(self.pattern.device)
+        self.pattern, self._velocity = self.pattern[rows], self._velocity[rows]
+        self._low, self._high = self._low[rows], self._high[rows]
+
+
+def _square(corner: Tensor, side: int) -> tuple[slice, slice, slice]:
+    y, x = corner.tolist()
+    return slice(None), slice(y, y + side), slice(x, x + side)
+
+
 class _Patches:
-    """Some patches for every class, side by side, and the ascent that paints them."""
+    """Some patches for every class, side by side, each with its images to be made on."""
 
     def __init__(
         self,
@@ -145,20 +189,11 @@ class _Patches:
     ) -> None:
         self.places = places = corner.shape[1]
         self.classes = [k for k in classes for _ in range(places)]
-        self.corner = corner.flatten(0, 1)
         self.margin = torch.zeros(len(self.classes))  # before the last step
         self._left: dict[int, tuple[Tensor, Tensor]] = {}
-        self._side, self._box = side, box
         self._inputs = fit[0]
         self._turns = [ImagesInTurn(fit[1], k, seed) for k in self.classes]
-        mean = fit[0].float().mean(0).to(device)
-        self.pattern = torch.stack([mean[self._square(j)] for j in range(len(self.classes))])
-        self._velocity = torch.zeros_like(self.pattern)
-        full = (box.high - box.low).to(device).expand(box.shape)
-        self._range = torch.stack([full[self._square(j)] for j in range(len(self.classes))])
-
-    def _square(self, j: int) -> tuple[slice, slice, slice]:
-        return _square(self.corner[j], self._side)
+        self._patterns = Patterns.of_mean(corner.flatten(0, 1), side, fit[0].to(device), box)
 
     def ascend(self, model: DifferentiableModel, cap: float, images: int, batch_size: int) -> None:
         """One step for each patch, with so many images; as many patches share a pass as fit in."""
@@ -169,28 +204,14 @@ class _Patches:
             index = torch.cat([self._turns[j].take(images) for j in rows])
             at = model.place(self._inputs[index].float().clone())
             for group, j in zip(at.split(images), rows, strict=True):
-                _paste(group, self.corner[j], self.pattern[j])
+                self._patterns.paste(j, group)
             goal = torch.tensor([self.classes[j] for j in rows], device=at.device)
             margin, gradient = model.margin_gradient(at, goal.repeat_interleave(images), cap)
             capped = margin.float().clamp(max=cap).unflatten(0, (len(rows), images))
             self.margin[first : first + len(rows)] = capped.mean(1).cpu()
             mean = gradient.float().unflatten(0, (len(rows), images)).mean(1)
-            self._step(rows, [mean[i][self._square(j)] for i, j in enumerate(rows)])
-
-    def _step(self, rows: range, gradients: list[Tensor]) -> None:
-        part = slice(rows.start, rows.stop)
-        gradient = torch.nan_to_num(torch.stack(gradients), nan=0.0, posinf=0.0, neginf=0.0)
-        largest = gradient.flatten(1).abs().amax(1).clamp_min(1e-20)
-        velocity = MOMENTUM * self._velocity[part] + gradient / largest[:, None, None, None]
-        step = _STEP * self._range[part] * velocity.clamp(-_FASTEST, _FASTEST)
-        moved = self.pattern[part] + step
-        for i, j in enumerate(rows):
-            low, high = (
-                bound.to(moved).expand(self._box.shape)[self._square(j)]
-                for bound in (self._box.low, self._box.high)
-            )
-            self.pattern[j] = torch.minimum(torch.maximum(moved[i], low), high)
-        self._velocity[part] = velocity
+            gradients = [self._patterns.cut(j, mean[i]) for i, j in enumerate(rows)]
+            self._patterns.ascend(slice(rows.start, rows.stop), torch.stack(gradients))
 
     def keep_best(self, places: int, classes: int) -> None:
         """So many classes, with so many patches for each: those that got furthest."""
@@ -199,15 +220,14 @@ class _Patches:
         order += torch.arange(0, len(self.classes), self.places)[:, None]
         furthest = margin.amax(1).argsort(descending=True, stable=True)
         for row in order[furthest[classes:], 0].tolist():
-            self._left[self.classes[row]] = self.corner[row], self.pattern[row].float().cpu()
+            pattern = self._patterns.pattern[row].float().cpu()
+            self._left[self.classes[row]] = self._patterns.corner[row], pattern
         rows = order[furthest[:classes].sort().values, :places].flatten()
         self.places = places
         self.classes = [self.classes[j] for j in rows.tolist()]
         self._turns = [self._turns[j] for j in rows.tolist()]
-        self.corner, self.margin = self.corner[rows], self.margin[rows]
-        rows = rows.to(self.pattern.device)
-        self.pattern, self._velocity = self.pattern[rows], self._velocity[rows]
-        self._range = self._range[rows]
+        self.margin = self.margin[rows]
+        self._patterns.keep(rows)
 
     def best(self) -> dict[int, tuple[Tensor, Tensor]]:
         """For each class the corner of its square and what is in it, of those left behind as well."""
@@ -271,11 +291,14 @@ def patch_reach(
                 patches.ascend(model, cap, turn.images, batch_size)
                 advance(len(patches.classes))
         best = patches.best()
+        corner = torch.stack([best[k][0] for k in classes])
+        pattern = torch.stack([best[k][1] for k in classes])
+        painted = Patterns(corner, pattern, box)
         found: list[tuple[Tensor, Tensor]] = []
-        for k in classes:
+        for j, k in enumerate(classes):
             with torch.no_grad():
                 after = [
-                    model.logits(_paste(model.place(batch.float().clone()), *best[k])).cpu()
+                    model.logits(painted.paste(j, model.place(batch.float().clone()))).cpu()
                     for batch in inputs.split(batch_size)
                 ]
             found.append(lift(before, torch.cat(after), labels, k))
@@ -285,7 +308,7 @@ def patch_reach(
         torch.stack([rate for _, rate in found]),
         torch.stack([gain for gain, _ in found]) / reached.scale,
         len(labels),
-        torch.stack([best[k][0] for k in classes]),
-        torch.stack([best[k][1] for k in classes]),
+        corner,
+        pattern,
         time.perf_counter() - begin,
     )

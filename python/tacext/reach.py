@@ -38,7 +38,8 @@ class Reach:
         budgets: bounds on the change's length, as multiples of the usual one, B of them.
         gain: float64 [B, J], how much the change lifts the class's margin, as a mean over images of
             other classes and in units of `scale`.
-        rate: float64 [B, J], share of these images that are predicted as the class.
+        rate: float64 [B, J], share of these images that are predicted as the class, of those that
+            were not before.
         scale: the usual margin of the model on clean images that it gets right.
         change: float32 [J, ...], the changes of the last budget.
         seconds: of the search.
@@ -122,11 +123,16 @@ class _Group:
 
 
 def lift(before: Tensor, after: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """How much the margin of class k grew on images of other classes, and how many are k now."""
+    """How much the margin of class k grew on images of other classes, and what share became k.
+
+    The share is one of those that were not taken for k before; none where there are none.
+    """
     others = labels != k
     wanted = torch.full((int(others.sum()),), k)
     lift = class_margin(after[others], wanted) - class_margin(before[others], wanted)
-    return lift.double().mean(), (after[others].argmax(1) == k).double().mean()
+    movable = after[others & (before.argmax(1) != k)]
+    moved = (movable.argmax(1) == k).double().sum() / max(1, len(movable))
+    return lift.double().mean(), moved
 
 
 def logits_of(
@@ -195,8 +201,8 @@ def reach(
     rates: list[Tensor] = []
     with model.open():
         nothing = torch.zeros(1, *box.shape, device=model.device)
-        model.check_gradient(fit[0][:images], fit[1][:images])
         before = logits_of(model, box, held_out[0], nothing, batch_size)
+        model.check_gradient(fit[0][:images], fit[1][:images])
         scale = margin_scale(before, held_out[1])
         for budget in budgets:
             rounds = steps if not gains else -(-steps // 2)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from . import ops
-from .data import DataLike, check_positive
+from .data import DataLike, check_positive, check_seed
 from .data_free import scan_without_data
 from .detection import NormTest, judge_norms
 from .doubts import doubted, doubts_of, samples_advised
@@ -23,6 +23,7 @@ from .heads import check_model
 from .joint_test import shipped_calibration
 from .observation import Metric, Observation, observe, solve
 from .ops import MinimalPerturbation, SolverSettings, Status
+from .reach import ENOUGH_GAIN
 from .scan_report import Depth, ScanReport, ScanTimings
 from .second_look import SampleKeeper, SecondLook, classes_to_look_at, look_again
 from .verdict import Evidence, Finding, finding_of_norms, weigh
@@ -104,6 +105,7 @@ def scan(
             way_out="leave it out for 0.01",
         )
     batch_size = check_positive("scan", "batch_size", batch_size, None)
+    seed = check_seed("scan", seed)
     quantile, alpha = float(quantile), float(alpha)  # numpy's have no place in JSON
     if (data is None) != (input_shape is not None):
         raise InputError.of(
@@ -221,6 +223,12 @@ def _look_again(
         )
     except InputError as error:
         return None, [f"only the norms were tested, as a second look was not possible ({error})"]
+    if float(look.reach.gain[-1].median()) < ENOUGH_GAIN:
+        unmoved = (
+            "no change of the inputs moves the model much, by its gradients at least; what hides them "
+            "would hide a backdoor from the second look, too"
+        )
+        return look, [unmoved]
     return look, []
 
 

@@ -7,7 +7,7 @@ compare them with.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,13 +34,14 @@ FEWEST_KEPT = 40
 # Of more classes than this, the half with the smallest norms and as many others are looked at.
 MOST_CLASSES = 64
 
-# A shuffle may be this much longer than the change that reaches single classes: clean models are not
-# shuffled by longer ones either, they only cost time.
+# A shuffle may be this much longer than the longest change that single classes needed. Chosen on the
+# bench: the four all-to-all models that it finds needed just that, longer ones only cost time.
 _LONGER = 2.0
 
-# Below these gains and margins are nothing to compare: one near zero has no logarithm.
+# Below these gains and margins are nothing to compare: one near zero has no logarithm. Margins as a
+# share of the median class's, whatever the scale of the logits.
 _SMALLEST_GAIN = 0.01
-_SMALLEST_MARGIN = 0.5
+_SMALLEST_MARGIN = 0.05
 
 
 class SampleKeeper:
@@ -118,6 +119,37 @@ def classes_to_look_at(norm: _FloatArray) -> tuple[int, ...]:
     return tuple(sorted({*order[:half].tolist(), *others.tolist()}))
 
 
+def split_samples(
+    samples: tuple[Tensor, Tensor], operation: str
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Those to make changes on, and those to measure them on.
+
+    Args:
+        samples: clean inputs [N, ...] and labels [N] in a random order.
+        operation: named in errors.
+
+    Raises:
+        InputError: too few samples, or of one class.
+    """
+    inputs, labels = (part.clone() for part in samples)  # of inference mode, perhaps
+    held = round(HELD_OUT_SHARE * len(labels))
+    fit, held_out = (inputs[held:], labels[held:]), (inputs[:held], labels[:held])
+    if len(labels) < FEWEST_KEPT or min(len(fit[1].unique()), len(held_out[1].unique())) < 2:
+        raise InputError.of(
+            operation,
+            "data",
+            expected=f"{FEWEST_KEPT} samples of several classes to change, {MOST_BYTES >> 20} MiB at most",
+            got=counted(len(labels), "sample"),
+            way_out="use more samples or smaller ones",
+        )
+    return fit, held_out
+
+
+def shuffle_budgets(reached: Sequence[float]) -> tuple[float, ...]:
+    """Those that a shuffle is tried with, given those that reach went through."""
+    return tuple(b for b in BUDGETS if b <= _LONGER * reached[-1])
+
+
 @torch.inference_mode(False)
 def look_again(
     model: nn.Module,
@@ -148,18 +180,8 @@ def look_again(
             do not fit into memory or give NaN or infinity.
     """
     begin = time.perf_counter()
-    inputs, labels = (part.clone() for part in samples)  # of inference mode, perhaps
-    held = round(HELD_OUT_SHARE * len(labels))
-    fit, held_out = (inputs[held:], labels[held:]), (inputs[:held], labels[:held])
-    if len(labels) < FEWEST_KEPT or min(len(fit[1].unique()), len(held_out[1].unique())) < 2:
-        raise InputError.of(
-            operation,
-            "data",
-            expected=f"{FEWEST_KEPT} samples of several classes to change, {MOST_BYTES >> 20} MiB at most",
-            got=counted(len(labels), "sample"),
-            way_out="use more samples or smaller ones",
-        )
-    box = InputBox.around(inputs)
+    fit, held_out = split_samples(samples, operation)
+    box = InputBox.around(samples[0])
     with_gradients = DifferentiableModel(model, head, operation)
     found = reach(
         with_gradients,
@@ -184,13 +206,13 @@ def look_again(
             progress=progress,
         )
     shuffled = None
-    if held >= FEWEST_IMAGES_A_CLASS * head.num_classes:
+    if len(held_out[1]) >= FEWEST_IMAGES_A_CLASS * head.num_classes:
         shuffled = shuffle(
             with_gradients,
             box,
             fit,
             held_out,
-            budgets=[b for b in BUDGETS if b <= _LONGER * found.budgets[-1]],
+            budgets=shuffle_budgets(found.budgets),
             batch_size=batch_size,
             seed=seed,
             progress=progress,
@@ -211,8 +233,11 @@ def reach_evidence(gain: _FloatArray) -> _FloatArray:
 
 
 def margin_evidence(margin: _FloatArray) -> _FloatArray:
-    """Logarithm of mean margins [J]."""
-    evidence: _FloatArray = np.log(np.maximum(margin, _SMALLEST_MARGIN))
+    """Logarithm of mean margins [J], in units of the median class's; zeros where that has none."""
+    usual = float(np.median(margin))
+    if not usual > 0:
+        return np.zeros(len(margin))
+    evidence: _FloatArray = np.log(np.maximum(margin / usual, _SMALLEST_MARGIN))
     return evidence
 
 

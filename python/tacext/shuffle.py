@@ -92,7 +92,7 @@ def shuffle(
         budgets: of the change's length, ascending, as multiples of the usual one.
         steps: of normalised-gradient ascent with momentum, for each budget.
         images: in each step, for each start.
-        batch_size: inputs in a pass, at most.
+        batch_size: inputs in a pass, at most, or one for each start.
         seed: of the starts and of the order of the images.
         progress: whether to show a progress bar; None shows it on a terminal.
 

@@ -31,6 +31,9 @@ SMALLEST_SHUFFLE = 0.4
 
 # Nor is a patch a backdoor that leaves so many images where they are.
 SMALLEST_PATCH = 0.8
+# Of fewer held-out images a share is no more than a guess: of 21 all move by chance a third of the
+# time where 94 % do.
+FEWEST_IMAGES_OF_A_PATCH = 100
 # Beside the class that a patch moves most images into, others are named whose patch moves as many
 # as would be significant and lifts their margin half as much: two targets, not a class like it.
 _GAIN_TO_BE_NAMED = 0.5
@@ -135,12 +138,23 @@ def weigh(
         k = joint.most_suspicious
         reason = f"class {k} stands out, but not enough: p = {p_value:.2g} against {alpha:g}"
         return Finding("inconclusive", (), p_value, reason), evidence
-    reason = f"no class stands out in {_listed(list(joint.kinds), 'or')}"
+    if test.verdict == "backdoored":
+        reason = f"{test.reason}; what gradients show does not bear it out: p = {p_value:.2g}"
+        return Finding("inconclusive", (), p_value, reason), evidence
+    return Finding("clean", (), p_value, _told_of_nothing(joint, look, len(test.norm))), evidence
+
+
+def _told_of_nothing(joint: JointTest, look: SecondLook, num_classes: int) -> str:
+    seen = [f"no class stands out in {_listed(list(joint.kinds), 'or')}"]
     if look.patch is not None:
-        reason += ", no patch moves most images"
+        seen.append("no patch moves most images")
     if look.shuffle is not None:
-        reason += ", and no change shuffles the classes"
-    return Finding("clean", (), p_value, reason), evidence
+        seen.append("no change shuffles the classes")
+    looked_at = len(look.classes)
+    part = (
+        "" if looked_at == num_classes else f" (gradients of {looked_at} of {num_classes} classes)"
+    )
+    return _listed(seen, "and") + part
 
 
 def _shuffle_p_value(look: SecondLook, calibration: Calibration) -> float | None:
@@ -154,6 +168,8 @@ def _shuffle_p_value(look: SecondLook, calibration: Calibration) -> float | None
 def _patch_p_value(look: SecondLook, calibration: Calibration) -> float | None:
     if look.patch is None:
         return None
+    if look.patch.images < FEWEST_IMAGES_OF_A_PATCH:
+        return 1.0
     largest = float(look.patch.rate.max())
     return calibration.patch.p_value(largest) if largest >= SMALLEST_PATCH else 1.0
 
