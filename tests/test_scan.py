@@ -29,6 +29,7 @@ from tacext import (
     scan,
 )
 from tacext.attacks import AllToAll, Attack, plan_poisoning
+from tacext.errors import NoGradientError
 from tacext.plots import plot_norms
 from tacext.report import scan_to_dict, write_json
 from tacext.tables import scan_table
@@ -474,9 +475,35 @@ def test_a_scan_in_inference_mode_looks_twice_as_well() -> None:
     with torch.inference_mode():
         report = scan(case.backdoored, case.data.defender)
         unborn = copy.deepcopy(case.backdoored)  # whose weights no gradient passes by
+        unborn_clean = copy.deepcopy(case.clean)
     assert report.evidence is not None
     assert report.verdict == "backdoored"
     assert scan(unborn, case.data.defender).verdict in ("backdoored", "inconclusive")
+    unseen = scan(unborn_clean, case.data.defender)
+    assert unseen.verdict == "inconclusive"
+    assert any("weights made in inference mode" in warning for warning in unseen.warnings)
+    with pytest.raises(NoGradientError, match="weights made in inference mode"):
+        scan(unborn_clean, None, input_shape=(1, 8, 8))
+
+
+def test_a_data_free_scan_in_inference_mode_needs_nothing_else() -> None:
+    with torch.inference_mode():
+        report = scan(digit_case().clean, None, input_shape=(1, 8, 8))
+    assert report.verdict == "inconclusive"
+
+
+def test_the_callers_random_numbers_are_left_alone() -> None:
+    dataset = TensorDataset(*digit_case().data.defender)
+    state = torch.get_rng_state()
+    for depth in ("fast", "thorough"):
+        scan(digit_case().clean, dataset, depth=depth)  # type: ignore[arg-type]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("seed", [None, "a", 1.5, -1, 2**70])
+def test_a_seed_is_a_whole_number(seed: object) -> None:
+    with pytest.raises(InputError, match="scan: seed: expected a whole number from 0"):
+        scan(digit_case().clean, digit_case().data.defender, seed=seed)  # type: ignore[arg-type]
 
 
 def test_of_many_classes_some_are_looked_at() -> None:

@@ -101,6 +101,14 @@ class DifferentiableModel:
         self.operation = operation
         self.device = model_device(model)
         self._model = model
+        if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+            raise NoGradientError.of(
+                operation,
+                "model",
+                expected="weights that gradients pass by",
+                got="weights made in inference mode",
+                way_out=f"build or copy the model outside torch.inference_mode(), {without_gradients}",
+            )
         fast = self.device.type == "cuda" or has_fast_bfloat16()
         self._half = fast and model_dtype(model) == torch.float32
         self._half_checked = False

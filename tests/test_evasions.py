@@ -1,0 +1,120 @@
+"""Tricks of whoever supplies the model: none of them may end in a clean verdict."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from digits import digit_case
+from tacext import demo, scan
+from tacext.detection import judge_norms
+from tacext.errors import HeadNotFoundError
+from tacext.joint_test import shipped_calibration
+from tacext.reach import Reach
+from tacext.second_look import SecondLook
+from tacext.verdict import weigh
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e30])
+def test_the_scale_of_the_logits_hides_nothing(scale: float) -> None:
+    case = digit_case()
+    scaled = copy.deepcopy(case.backdoored)
+    with torch.no_grad():
+        for parameter in scaled[-1].parameters():
+            parameter.mul_(scale)
+    found, expected = (scan(model, case.data.defender) for model in (scaled, case.backdoored))
+    assert found.verdict == expected.verdict == "backdoored"
+    assert found.suspects == expected.suspects == (demo.TARGET,)
+    assert found.evidence is not None
+    assert expected.evidence is not None
+    gains = found.evidence.look.reach.gain, expected.evidence.look.reach.gain  # type: ignore[union-attr]
+    torch.testing.assert_close(*gains, rtol=0.05, atol=0.02)
+
+
+def test_a_model_that_no_change_moves_is_not_cleared() -> None:
+    """Rounding hides all gradients but those of one pixel, which moves little."""
+
+    class Rounded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = digit_case().clean
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rounded = (16 * x).round() / 16
+            rounded[..., 0, 0] = x[..., 0, 0]
+            return self.model(rounded)  # type: ignore[no-any-return]
+
+    report = scan(Rounded(), digit_case().data.defender)
+    assert report.verdict == "inconclusive"
+    assert any("no change of the inputs moves the model" in w for w in report.warnings)
+
+
+def test_a_decoy_head_is_not_taken_for_the_models() -> None:
+    class Decoy(nn.Module):
+        """The backdoored model decides; the clean one adds what all classes share."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.decides, self.decoy = (
+                copy.deepcopy(digit_case().backdoored),
+                copy.deepcopy(digit_case().clean),
+            )
+            with torch.no_grad():
+                self.decoy[-1].bias += 1e5
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (5 * self.decides(x) + self.decoy(x)) / 2  # type: ignore[no-any-return]
+
+    with pytest.raises(HeadNotFoundError, match="an output that no such layer reproduces"):
+        scan(Decoy(), digit_case().data.defender)
+
+
+def test_the_head_must_agree_with_the_model_on_every_sample() -> None:
+    class Turncoat(nn.Module):
+        """The first linear layer decides, except of images that are bright somewhere."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = digit_case().clean
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.model(x)
+            bright = x.flatten(1).sum(1) > images.flatten(1).sum(1)[:8].max()
+            return torch.where(bright[:, None], -logits, logits)
+
+    images = digit_case().data.defender[0]
+    with pytest.raises(HeadNotFoundError, match="whose own differs on"):
+        scan(Turncoat(), digit_case().data.defender)
+
+
+def test_a_model_that_changes_its_inputs_leaves_the_callers_alone() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = digit_case().clean
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.model(x.sub_(0.05).clamp_(0, 1))  # type: ignore[no-any-return]
+
+    images, labels = digit_case().data.defender
+    mine = images.clone()
+    report = scan(InPlace(), (mine, labels))
+    assert torch.equal(mine, images)
+    assert report.evidence is not None
+
+
+def test_norms_that_tell_are_not_overruled() -> None:
+    """Norms so alike that one at nine tenths of them stands out, and gradients that see nothing."""
+    test = judge_norms(np.array([2.0, 2.04, 1.98, 1.8, 2.02, 1.99, 2.01, 1.97, 2.03, 2.0]), 0.01)
+    assert test.verdict == "backdoored"
+    classes = tuple(range(10))
+    gain = torch.full((1, 10), 0.6, dtype=torch.float64)
+    reached = Reach(classes, (1.0,), gain, gain, 1.0, torch.zeros(10, 4), 0.0)
+    look = SecondLook(classes, reached, None, None, 0.0)
+    finding, _ = weigh(test, look, 0.01, shipped_calibration())
+    assert finding.verdict == "inconclusive"
+    assert "does not bear it out" in finding.reason
