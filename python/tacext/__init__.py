@@ -10,12 +10,13 @@ from . import ops
 from .data import ImageSet
 from .errors import FileError, HeadNotFoundError, InputError, TacextError
 from .evaluation import Evaluation, evaluate
+from .finetuning import FinetuneSettings
 from .images import load_images
 from .margins import MarginMax, MarginQuantile
 from .neurons import NeuronScores, score_neurons
 from .normalisation import Normalized
 from .ops import MinimalPerturbation, SolverSettings, Status
-from .repairing import FinetuneSettings, RepairResult, repair
+from .repairing import RepairResult, repair
 from .scan_report import ScanReport
 from .scanning import scan
 from .weights import load_model, load_state_dict, save_weights

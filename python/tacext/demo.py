@@ -18,9 +18,10 @@ from torch.nn import functional
 from .errors import DependencyError, FileError
 from .evaluation import Evaluation, evaluate
 from .files import explain
+from .finetuning import FinetuneSettings
 from .plots import plot_norms
 from .progress import progress_bar
-from .repairing import FinetuneSettings, RepairResult, repair
+from .repairing import RepairResult, repair
 from .scan_report import ScanReport
 from .scanning import scan
 from .weights import save_weights
@@ -186,10 +187,9 @@ def _run(folder: Path, seed: int) -> DemoResult:
     # The defender repairs what the scan names. Were it to name nothing, the demo would still show
     # the repair, and its table the scan's verdict.
     suspects = report.suspects or (TARGET,)
-    # Gentle: at the default rate plain fine-tuning, too, would wash out this small net's backdoor.
-    settings = FinetuneSettings(epochs=6, learning_rate=0.01, batch_size=32, seed=seed)
+    settings = FinetuneSettings(seed=seed)
     result = repair(model, data.defender, report, suspects, settings=settings)
-    plain = replace(settings, beta=0.0)
+    plain = replace(settings, beta=0.0, gamma=0.0, distillation=0.0)
     fine_tuned = repair(model, data.defender, report, suspects, settings=plain)
     save_weights(result.model, repaired_file)
     return DemoResult(

@@ -1,36 +1,32 @@
-"""Removing a backdoor: fine-tuning against the reconstructed trigger-activated change."""
+"""Removing a backdoor: a repaired copy of the model, and what the repair cost."""
 
 from __future__ import annotations
 
 import copy
 import logging
-import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, SupportsIndex, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from . import ops
 from .data import DataLike, as_index, materialise
 from .doubts import sensible_accuracy
 from .errors import HeadNotFoundError, InputError, NotFiniteError, check_choice
+from .finetuning import EpochLosses, FinetuneSettings, diverged, finetune
 from .heads import (
     Head,
     check_labels_in_range,
     check_model,
     evaluating,
     find_head,
-    model_device,
-    model_dtype,
-    recording_latents,
 )
 from .heads import run_model as run
+from .input_adversary import InputAdversary
 from .ops import Status
-from .progress import progress_bar
 from .scan_report import Depth, ScanReport
 from .scanning import scan
 
@@ -39,73 +35,6 @@ logger = logging.getLogger(__name__)
 Method = Literal["finetune"]
 
 NOTABLE_LOSS = 0.05  # of accuracy; a repair that costs more says so
-
-
-@dataclass(frozen=True)
-class FinetuneSettings:
-    """Settings of `repair(..., method="finetune")`.
-
-    Attributes:
-        epochs: passes over the training part of the clean data.
-        learning_rate: peak of a cosine schedule with a short linear warm-up; SGD with momentum .9.
-        beta: weight of the loss on shifted latents; 0 is plain fine-tuning.
-        batch_size: samples in a step.
-        weight_decay: of SGD.
-        holdout: share of the clean data kept out of training, to measure accuracy on.
-        seed: of the split, the order of the samples and dropout.
-    """
-
-    epochs: int = 10
-    learning_rate: float = 0.05
-    beta: float = 1.0
-    batch_size: int = 128
-    weight_decay: float = 5e-4
-    holdout: float = 0.2
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        checks = (
-            ("epochs", _whole(self.epochs) and self.epochs >= 1, "a whole number, at least 1"),
-            (
-                "learning_rate",
-                ops.is_number(self.learning_rate) and self.learning_rate > 0,
-                "a positive number",
-            ),
-            ("beta", ops.is_number(self.beta) and self.beta >= 0, "0 or more"),
-            ("batch_size", _whole(self.batch_size) and self.batch_size >= 2, "at least 2"),
-            ("seed", _whole(self.seed) and 0 <= self.seed < 2**31, "a whole number below 2**31"),
-            (
-                "weight_decay",
-                ops.is_number(self.weight_decay) and self.weight_decay >= 0,
-                "0 or more",
-            ),
-            (
-                "holdout",
-                ops.is_number(self.holdout) and 0 < self.holdout < 1,
-                "a share between 0 and 1",
-            ),
-        )
-        for name, good, expected in checks:
-            if not good:
-                raise InputError.of(
-                    "FinetuneSettings",
-                    name,
-                    expected=expected,
-                    got=repr(getattr(self, name)),
-                    way_out="leave it out for the default",
-                )
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-@dataclass(frozen=True)
-class EpochLosses:
-    """Mean losses of one epoch: on clean latents, and on latents shifted by s_t."""
-
-    clean: float
-    shifted: float
 
 
 @dataclass(frozen=True)
@@ -150,12 +79,21 @@ def repair(
 ) -> RepairResult:
     """Removes the backdoor of the suspect classes and returns a repaired copy of the model.
 
-    Fine-tunes on clean data with CE(z(x), y) + beta CE(W(phi(x) + s_t) + b, y) (arXiv 2511.08944,
-    its removal step): latents shifted by the reconstructed trigger-activated change s_t are taught
-    their true class, until the shift no longer leads to t. With several targets every batch takes
-    the mean over them. The accuracies are measured on samples that are not trained on; s_t itself
-    comes from the report's margins: from all samples that it saw, at its quantile. A report at a
-    quantile below 1 has a shorter s_t, which some of the samples need not follow.
+    Fine-tunes on clean data with the loss
+
+        CE(z(x), y) + distillation KL(z_0(x) || z(x))
+                    + beta CE(W (phi(x) + s_t) + b, y) + gamma A(z(a_t(x)))
+
+    The first and the third term are the removal step of arXiv 2511.08944: latents shifted by the
+    reconstructed trigger-activated change s_t are taught their true class. The second holds the
+    model where it was. The last is an `InputAdversary`: small changes of the whole input and small
+    patches, made to lead into t and moving on with the model, must not lead there. With several
+    targets they take turns, and the third term is a mean over them. `FinetuneSettings.of_the_paper()`
+    is the published loss alone.
+
+    The accuracies are measured on samples that are not trained on; s_t comes from the report's
+    margins first, from all samples that it saw, at its quantile, and is solved again after every
+    epoch. A report at a quantile below 1 has a shorter s_t, which some of the samples need not follow.
 
     Args:
         model: the classifier, as for `scan`; it is copied and left untouched. Of the copy every
@@ -206,11 +144,21 @@ def repair(
     chosen = _choose_targets(report, targets, found)
     shifts = _reconstructed_tac(report, found, chosen)
 
+    started = time.perf_counter()
+    tuned_on = inputs[training], labels[training]
+    adversary, notes = _seek_adversary(model, found, tuned_on, chosen, settings, progress)
     repaired = copy.deepcopy(model)
     repaired_head = Head(found.name, repaired.get_submodule(found.name))  # type: ignore[arg-type]
-    started = time.perf_counter()
-    history = _finetune(
-        repaired, repaired_head, inputs[training], labels[training], shifts, settings, progress
+    history = finetune(
+        repaired,
+        repaired_head,
+        *tuned_on,
+        shifts,
+        chosen,
+        adversary,
+        settings,
+        quantile=report.quantile,
+        progress=progress,
     )
     seconds = time.perf_counter() - started
     repaired.eval()
@@ -220,7 +168,7 @@ def repair(
     try:
         after = _accuracy(repaired, *held_out)
     except NotFiniteError:
-        raise _diverged("logits of NaN or infinity") from None
+        raise diverged("logits of NaN or infinity") from None
     result = RepairResult(
         model=repaired,
         targets=chosen,
@@ -230,7 +178,7 @@ def repair(
         training_samples=len(training),
         holdout_samples=len(holdout),
         history=history,
-        warnings=_warnings(before, after, found.num_classes),
+        warnings=(*notes, *_warnings(before, after, found.num_classes)),
         settings=settings,
         seconds=seconds,
     )
@@ -243,6 +191,32 @@ def repair(
         result.accuracy_after,
     )
     return result
+
+
+def _seek_adversary(
+    model: nn.Module,
+    head: Head,
+    samples: tuple[Tensor, Tensor],
+    targets: tuple[int, ...],
+    settings: FinetuneSettings,
+    progress: bool | None,
+) -> tuple[InputAdversary | None, list[str]]:
+    """What the model is trained against beside shifted latents, or why there is nothing."""
+    if not settings.gamma:
+        return None, []
+    try:
+        adversary = InputAdversary.sought(
+            model,
+            head,
+            *samples,
+            targets,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            progress=progress,
+        )
+    except InputError as error:
+        return None, [f"only shifted latents were trained against, which removes less ({error})"]
+    return adversary, []
 
 
 def _warnings(before: float, after: float, num_classes: int) -> tuple[str, ...]:
@@ -352,97 +326,6 @@ def _split(samples: int, settings: FinetuneSettings) -> tuple[Tensor, Tensor]:
     return order[holdout:], order[:holdout]
 
 
-def _batches(samples: int, settings: FinetuneSettings, epoch: int) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
-    batches = list(torch.randperm(samples, generator=generator).split(settings.batch_size))
-    if len(batches) > 1 and len(batches[-1]) < 2:  # batch norm cannot train on one sample
-        batches.pop()
-    yield from batches
-
-
-def _learning_rate(step: int, steps: int, settings: FinetuneSettings) -> float:
-    warm_up = max(1, steps // 20)
-    if step < warm_up:
-        return settings.learning_rate * (step + 1) / warm_up
-    return (
-        settings.learning_rate
-        * 0.5
-        * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
-    )
-
-
-def _finetune(
-    model: nn.Module,
-    head: Head,
-    inputs: Tensor,
-    labels: Tensor,
-    shifts: Tensor,
-    settings: FinetuneSettings,
-    progress: bool | None,
-) -> tuple[EpochLosses, ...]:
-    device, dtype = model_device(model), model_dtype(model)
-    shifts = shifts.to(device, dtype)
-    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=settings.learning_rate,
-        momentum=0.9,
-        weight_decay=settings.weight_decay,
-    )
-    steps_per_epoch = sum(1 for _ in _batches(len(labels), settings, 0))
-    steps = settings.epochs * steps_per_epoch
-    history: list[EpochLosses] = []
-    step = 0
-    devices = range(torch.cuda.device_count())  # manual_seed below seeds them all
-    with (
-        torch.random.fork_rng(devices=devices),  # dropout: seeded here, unnoticed outside
-        torch.enable_grad(),
-        recording_latents(head) as recorder,
-        progress_bar("fine-tuning", steps, progress) as advance,
-    ):
-        torch.manual_seed(settings.seed)
-        model.train()
-        for epoch in range(settings.epochs):
-            clean_sum = shifted_sum = 0.0
-            for batch in _batches(len(labels), settings, epoch):
-                x, y = inputs[batch], labels[batch].to(device)
-                for group in optimizer.param_groups:
-                    group["lr"] = _learning_rate(step, steps, settings)
-                run(model, x, "repair", check_finite=False)
-                latent = recorder.take()
-                clean_loss = functional.cross_entropy(head.logits(latent), y)
-                shifted_loss = torch.stack(
-                    [functional.cross_entropy(head.logits(latent + s), y) for s in shifts]
-                ).mean()
-                _check_converging(clean_loss, shifted_loss)
-                optimizer.zero_grad(set_to_none=True)
-                (clean_loss + settings.beta * shifted_loss).backward()
-                optimizer.step()
-                clean_sum += float(clean_loss.detach())
-                shifted_sum += float(shifted_loss.detach())
-                step += 1
-                advance(1)
-            history.append(EpochLosses(clean_sum / steps_per_epoch, shifted_sum / steps_per_epoch))
-            logger.info(
-                "repair: epoch %d of %d: loss %.4f clean, %.4f shifted",
-                epoch + 1,
-                settings.epochs,
-                history[-1].clean,
-                history[-1].shifted,
-            )
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    optimizer.zero_grad(set_to_none=True)
-    return tuple(history)
-
-
-def _check_converging(*losses: Tensor) -> None:
-    if not all(bool(torch.isfinite(loss)) for loss in losses):
-        raise _diverged("a loss of NaN or infinity")
-
-
 def _check_still_finite(before: nn.Module, after: nn.Module) -> None:
     """The last steps, whose loss nothing has looked at, and the statistics of batch norm."""
     old, new = before.state_dict(), after.state_dict()
@@ -450,17 +333,7 @@ def _check_still_finite(before: nn.Module, after: nn.Module) -> None:
         if not isinstance(value, Tensor) or bool(torch.isfinite(value).all()):
             continue
         if bool(torch.isfinite(old[name]).all()):  # a mask may be infinite from the start
-            raise _diverged(f"NaN or infinity in {name}")
-
-
-def _diverged(got: str) -> InputError:
-    return InputError.of(
-        "repair",
-        "settings",
-        expected="a learning_rate at which the loss falls",
-        got=got,
-        way_out="lower the learning_rate",
-    )
+            raise diverged(f"NaN or infinity in {name}")
 
 
 def _accuracy(model: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int = 256) -> float:

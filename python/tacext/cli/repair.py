@@ -6,7 +6,8 @@ from dataclasses import fields, replace
 
 import click
 
-from ..repairing import FinetuneSettings, repair
+from ..finetuning import FinetuneSettings
+from ..repairing import repair
 from ..report import repair_to_dict, write_json
 from ..tables import repair_table, scan_table
 from ..weights import save_weights
@@ -42,7 +43,9 @@ _DEFAULTS = {field.name: field.default for field in fields(FinetuneSettings)}
     help="Class to repair; may be given several times.  [default: the scan's suspects]",
 )
 @click.option(
-    "--epochs", type=click.IntRange(min=1), default=_DEFAULTS["epochs"], show_default=True
+    "--epochs",
+    type=click.IntRange(min=1),
+    help="Passes over the images.  [default: six, or more of few images]",
 )
 @click.option(
     "--learning-rate",
@@ -55,7 +58,21 @@ _DEFAULTS = {field.name: field.default for field in fields(FinetuneSettings)}
     type=Finite(min=0),
     default=_DEFAULTS["beta"],
     show_default=True,
-    help="Weight of the loss on shifted latents; 0 is plain fine-tuning.",
+    help="Weight of the loss on shifted latents.",
+)
+@click.option(
+    "--gamma",
+    type=Finite(min=0),
+    default=_DEFAULTS["gamma"],
+    show_default=True,
+    help="Weight of the loss on images with changes and patches that lead to the class.",
+)
+@click.option(
+    "--distillation",
+    type=Finite(min=0),
+    default=_DEFAULTS["distillation"],
+    show_default=True,
+    help="Weight of staying with the original's answers on clean images.",
 )
 @click.option(
     "--holdout",
@@ -69,9 +86,11 @@ def repair_command(
     options: ScanOptions,
     output: str,
     targets: tuple[int, ...],
-    epochs: int,
+    epochs: int | None,
     learning_rate: float,
     beta: float,
+    gamma: float,
+    distillation: float,
     holdout: float,
 ) -> None:
     """Remove the backdoor from the model in WEIGHTS by fine-tuning on clean labelled images.
@@ -100,6 +119,8 @@ def repair_command(
             epochs=epochs,
             learning_rate=learning_rate,
             beta=beta,
+            gamma=gamma,
+            distillation=distillation,
             batch_size=given.batch_size or FinetuneSettings.batch_size,
             holdout=holdout,
             seed=given.seed,

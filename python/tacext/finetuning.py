@@ -1,0 +1,330 @@
+"""Fine-tuning that unlearns a backdoor and keeps what the model knew.
+
+Three losses pull on the same copy. Clean samples hold it where it was: their true classes, and the
+original model's own answers (distillation). Shifted latents, phi(x) + s_t, and images that carry what
+an `InputAdversary` finds, are taught that they do not lead to the target any more.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import ops
+from .errors import InputError
+from .heads import Head, evaluating, model_device, recording_latents
+from .heads import run_model as run
+from .input_adversary import InputAdversary, divergence
+from .margins import MarginMax, MarginQuantile
+from .ops import Status
+from .progress import progress_bar
+
+logger = logging.getLogger(__name__)
+
+# Gradients are cut to this length: where two losses pull apart they are long and say little.
+_LONGEST_GRADIENT = 1.0
+
+_EPOCHS = 6
+_FEWEST_STEPS = 100
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """Settings of `repair(..., method="finetune")`.
+
+    Attributes:
+        epochs: passes over the training part of the clean data; None takes six, or as many as make
+            a hundred steps of few samples.
+        learning_rate: peak of a cosine schedule with a short linear warm-up.
+        beta: weight of the loss on shifted latents.
+        gamma: weight of the loss on images that the suspects' changes and patches are on; 0 does
+            without gradients of the inputs. With beta and gamma of 0 it is plain fine-tuning.
+        distillation: weight of the divergence from the original model's answers on clean samples.
+        optimizer: "adamw", or "sgd" with momentum .9.
+        batch_size: samples in a step.
+        weight_decay: of the optimiser.
+        frozen_statistics: whether batch norm keeps the means and variances that it has; those of a
+            few hundred samples are worse.
+        solve_again: whether s_t follows the model, solved anew after every epoch.
+        holdout: share of the clean data kept out of training, to measure accuracy on.
+        seed: of the split, the order of the samples and dropout.
+    """
+
+    epochs: int | None = None
+    learning_rate: float = 5e-4
+    beta: float = 0.1
+    gamma: float = 1.0
+    distillation: float = 1.0
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    batch_size: int = 128
+    weight_decay: float = 0.01
+    frozen_statistics: bool = True
+    solve_again: bool = True
+    holdout: float = 0.2
+    seed: int = 0
+
+    @classmethod
+    def of_the_paper(cls) -> FinetuneSettings:
+        """The removal step of arXiv 2511.08944 as published: shifted latents alone."""
+        return cls(
+            epochs=10,
+            learning_rate=0.05,
+            beta=1.0,
+            gamma=0.0,
+            distillation=0.0,
+            optimizer="sgd",
+            weight_decay=5e-4,
+            frozen_statistics=False,
+            solve_again=False,
+        )
+
+    def __post_init__(self) -> None:
+        not_negative = "0 or more"
+        checks = (
+            (
+                "epochs",
+                self.epochs is None or (_whole(self.epochs) and self.epochs >= 1),
+                "a whole number, at least 1, or None",
+            ),
+            ("learning_rate", _number(self.learning_rate) and self.learning_rate > 0, "above 0"),
+            ("beta", _number(self.beta) and self.beta >= 0, not_negative),
+            ("gamma", _number(self.gamma) and self.gamma >= 0, not_negative),
+            ("distillation", _number(self.distillation) and self.distillation >= 0, not_negative),
+            ("optimizer", self.optimizer in ("adamw", "sgd"), "'adamw' or 'sgd'"),
+            ("batch_size", _whole(self.batch_size) and self.batch_size >= 2, "at least 2"),
+            ("weight_decay", _number(self.weight_decay) and self.weight_decay >= 0, not_negative),
+            ("frozen_statistics", isinstance(self.frozen_statistics, bool), "True or False"),
+            ("solve_again", isinstance(self.solve_again, bool), "True or False"),
+            ("holdout", _number(self.holdout) and 0 < self.holdout < 1, "between 0 and 1"),
+            ("seed", _whole(self.seed) and 0 <= self.seed < 2**31, "a whole number below 2**31"),
+        )
+        for name, good, expected in checks:
+            if not good:
+                raise InputError.of(
+                    "FinetuneSettings",
+                    name,
+                    expected=expected,
+                    got=repr(getattr(self, name)),
+                    way_out="leave it out for the default",
+                )
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: object) -> bool:
+    return ops.is_number(value)
+
+
+@dataclass(frozen=True)
+class EpochLosses:
+    """Mean losses of one epoch, each before its weight.
+
+    Attributes:
+        clean: cross-entropy on clean samples.
+        distilled: divergence from the original model's answers on them.
+        shifted: of latents shifted by s_t.
+        attacked: of images with changes and patches; NaN without.
+    """
+
+    clean: float
+    distilled: float
+    shifted: float
+    attacked: float
+
+
+def batches(samples: int, settings: FinetuneSettings, epoch: int) -> Iterator[Tensor]:
+    """Indices of each batch of an epoch, in an order that the seed gives."""
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
+    found = list(torch.randperm(samples, generator=generator).split(settings.batch_size))
+    if len(found) > 1 and len(found[-1]) < 2:  # batch norm cannot train on one sample
+        found.pop()
+    yield from found
+
+
+def epochs_of(samples: int, settings: FinetuneSettings) -> int:
+    """How many there are for so many training samples."""
+    if settings.epochs is not None:
+        return settings.epochs
+    steps = sum(1 for _ in batches(samples, settings, 0))
+    return max(_EPOCHS, -(-_FEWEST_STEPS // steps))
+
+
+def _learning_rate(step: int, steps: int, settings: FinetuneSettings) -> float:
+    warm_up = max(1, steps // 20)
+    if step < warm_up:
+        return settings.learning_rate * (step + 1) / warm_up
+    left = math.pi * (step - warm_up) / (steps - warm_up)
+    return settings.learning_rate * 0.5 * (1 + math.cos(left))
+
+
+def _optimizer(model: nn.Module, settings: FinetuneSettings) -> torch.optim.Optimizer:
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=decay)
+    return torch.optim.AdamW(model.parameters(), rate, weight_decay=decay)
+
+
+def _train_mode(model: nn.Module, frozen_statistics: bool) -> None:
+    model.train()
+    if frozen_statistics:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+
+
+def diverged(got: str) -> InputError:
+    """The error of a training that ran away."""
+    return InputError.of(
+        "repair",
+        "settings",
+        expected="a learning_rate at which the loss falls",
+        got=got,
+        way_out="lower the learning_rate",
+    )
+
+
+class _Shifts:
+    """s_t of every target, solved again after each epoch, as the model moves away from them."""
+
+    def __init__(
+        self, shifts: Tensor, targets: tuple[int, ...], head: Head, quantile: float
+    ) -> None:
+        self._shifts, self._targets, self._head, self._quantile = shifts, targets, head, quantile
+        self._length = shifts.norm(dim=1, keepdim=True)
+        self._margins = self._no_margins()
+
+    def _no_margins(self) -> MarginMax | MarginQuantile:
+        return MarginMax() if self._quantile == 1 else MarginQuantile(self._quantile)
+
+    def loss(self, latent: Tensor, labels: Tensor) -> Tensor:
+        """CE(W (phi(x) + s_t) + b, y), a mean over the targets (arXiv 2511.08944, removal step)."""
+        shifts = self._shifts.to(latent)
+        losses = [functional.cross_entropy(self._head.logits(latent + s), labels) for s in shifts]
+        return torch.stack(losses).mean()
+
+    def see(self, logits: Tensor) -> None:
+        """Clean logits of this epoch, from which the next perturbations are solved."""
+        self._margins.update(logits.detach())
+
+    def follow(self) -> None:
+        """Solves again; a target that nothing leads to any more keeps its perturbation.
+
+        The direction is new, the length at most what it was: that classes are reached by changes as
+        long as those between clean classes is no backdoor.
+        """
+        weight = self._head.weight.detach()
+        margins = self._margins.result().to(weight.device)
+        solved = ops.minimal_perturbation(weight, margins, classes=self._targets)
+        found = (solved.status == Status.OPTIMAL)[:, None]
+        shorter = (self._length / solved.norm[:, None]).clamp(max=1)
+        self._shifts = torch.where(found, solved.perturbation * shorter, self._shifts)
+        self._margins = self._no_margins()
+
+
+def finetune(
+    model: nn.Module,
+    head: Head,
+    inputs: Tensor,
+    labels: Tensor,
+    shifts: Tensor,
+    targets: tuple[int, ...],
+    adversary: InputAdversary | None,
+    settings: FinetuneSettings,
+    *,
+    quantile: float = 1.0,
+    progress: bool | None = None,
+) -> tuple[EpochLosses, ...]:
+    """Trains the model in place and leaves it in training mode.
+
+    Args:
+        model: a copy that may be changed; all parameters are trained, those that are frozen as well.
+        head: of this copy.
+        inputs: training samples [N, ...].
+        labels: their classes [N].
+        shifts: s_t, float64 [T, D], in the l2 metric.
+        targets: the T classes that they lead to.
+        adversary: what drives inputs into the targets; None where the model has no gradients.
+        settings: see `FinetuneSettings`.
+        quantile: of the margins that the shifts were solved from.
+        progress: whether to show a progress bar; None shows it on a terminal.
+
+    Raises:
+        InputError: a loss or a weight that is not finite any more.
+    """
+    device = model_device(model)
+    attacks = adversary if settings.gamma else None
+    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    original = _answers(model, inputs, settings.batch_size)
+    following = _Shifts(shifts, targets, head, quantile)
+    optimizer = _optimizer(model, settings)
+    steps_per_epoch = sum(1 for _ in batches(len(labels), settings, 0))
+    epochs = epochs_of(len(labels), settings)
+    steps, step = epochs * steps_per_epoch, 0
+    history: list[EpochLosses] = []
+    devices = range(torch.cuda.device_count())  # manual_seed below seeds them all
+    with (
+        torch.random.fork_rng(devices=devices),  # dropout: seeded here, unnoticed outside
+        torch.enable_grad(),
+        recording_latents(head) as recorder,
+        progress_bar("fine-tuning", steps, progress) as advance,
+    ):
+        torch.manual_seed(settings.seed)
+        _train_mode(model, settings.frozen_statistics)
+        for epoch in range(epochs):
+            sums = torch.zeros(4, dtype=torch.float64)
+            for index in batches(len(labels), settings, epoch):
+                for group in optimizer.param_groups:
+                    group["lr"] = _learning_rate(step, steps, settings)
+                x, y, before = inputs[index], labels[index].to(device), original[index].to(device)
+                run(model, x, "repair", check_finite=False)
+                latent = recorder.take()
+                logits = head.logits(latent)
+                losses = [
+                    functional.cross_entropy(logits, y),
+                    divergence(logits, before),
+                    following.loss(latent, y),
+                ]
+                if attacks is not None:
+                    run(model, attacks.attack(x, step), "repair", check_finite=False)
+                    losses.append(attacks.loss(head.logits(recorder.take()), before))
+                weights = (1.0, settings.distillation, settings.beta, settings.gamma)
+                if not all(bool(torch.isfinite(loss)) for loss in losses):
+                    raise diverged("a loss of NaN or infinity")
+                following.see(logits)
+                optimizer.zero_grad(set_to_none=True)
+                weighted = [w * loss for w, loss in zip(weights, losses, strict=False) if w]
+                torch.stack(weighted).sum().backward()
+                nn.utils.clip_grad_norm_(model.parameters(), _LONGEST_GRADIENT)
+                optimizer.step()
+                if attacks is not None:
+                    attacks.follow()
+                sums += torch.tensor([float(loss.detach()) for loss in losses] + [math.nan])[:4]
+                step += 1
+                advance(1)
+            if settings.beta and settings.solve_again:
+                following.follow()
+            history.append(EpochLosses(*(sums / steps_per_epoch).tolist()))
+            logger.info("repair: epoch %d of %d: %s", epoch + 1, epochs, history[-1])
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    optimizer.zero_grad(set_to_none=True)
+    return tuple(history)
+
+
+@torch.no_grad()
+def _answers(model: nn.Module, inputs: Tensor, batch_size: int) -> Tensor:
+    """Logits of the model before it is trained, on the CPU."""
+    with evaluating(model):
+        return torch.cat([run(model, x, "repair").cpu() for x in inputs.split(batch_size)])
