@@ -74,10 +74,11 @@ def test_the_target_is_the_most_suspicious_class(name: str) -> None:
     assert report.suspects in ((), (case.target,))
 
 
-def test_all_backdoored_models_but_one_are_flagged() -> None:
-    # The target of kabu03_cifar10 stands out least, at p = .24.
-    flagged = [name for name in BACKDOORED if scanned(name)[1].verdict == "backdoored"]
-    assert len(flagged) >= 5
+@pytest.mark.parametrize("name", BACKDOORED)
+def test_backdoored_models_are_flagged_with_their_target_alone(name: str) -> None:
+    case, report = scanned(name)
+    assert report.verdict == "backdoored"
+    assert report.suspects == (case.target,)
 
 
 @pytest.mark.parametrize("name", CLEAN)

@@ -15,6 +15,7 @@ from tacext.reach import (
     ImagesInTurn,
     Reach,
     UniversalChanges,
+    lift,
     margin_scale,
     reach,
 )
@@ -139,3 +140,13 @@ def test_images_that_are_far_enough_give_way_in_the_models_own_scale(
     monkeypatch.setattr(DifferentiableModel, "margin_gradient", noting)
     found = _reach_of(digit_case().clean, [0, 1], steps=2)
     assert caps == {None, 3 * found.scale}  # None: whether there are gradients at all
+
+
+def test_images_that_were_taken_for_the_class_before_do_not_count_as_moved() -> None:
+    labels = torch.tensor([0, 1, 1, 2, 2, 2])
+    before = torch.eye(3)[[0, 0, 1, 0, 0, 2]]  # three of other classes are taken for 0 already
+    after = torch.eye(3)[[0, 0, 0, 0, 0, 2]]
+    _, rate = lift(before, after, labels, 0)
+    assert float(rate) == 1 / 2
+    _, none = lift(torch.eye(3)[[0] * 6], torch.eye(3)[[0] * 6], labels, 0)
+    assert float(none) == 0

@@ -194,3 +194,29 @@ def test_a_small_shuffle_is_no_backdoor_however_rare() -> None:
     for share, verdict in ((0.39, "clean"), (0.41, "backdoored")):
         norm, look = look_of(share=share)
         assert weigh(judge_norms(norm), look, 0.01, rare)[0].verdict == verdict
+
+
+def test_few_held_out_images_tell_nothing_of_a_patch() -> None:
+    norm, look = look_of(patches={3: (1.0, 5.0)})
+    assert look.patch is not None
+    told, _ = weigh(judge_norms(norm, 0.01), look, 0.01, shipped_calibration())
+    assert told.verdict == "backdoored"
+    few = replace(look, patch=replace(look.patch, images=21))
+    guessed, evidence = weigh(judge_norms(norm, 0.01), few, 0.01, shipped_calibration())
+    assert evidence.patch_p_value == 1
+    assert guessed.verdict == "clean"
+
+
+def test_the_reason_says_how_many_classes_were_looked_at() -> None:
+    norm, look = look_of()
+    some = replace(
+        look, reach=replace(look.reach, classes=look.classes[:6], gain=look.reach.gain[:, :6])
+    )
+    some = replace(some, classes=look.classes[:6], patch=None)
+    whole, _ = weigh(judge_norms(norm, 0.01), look, 0.01, shipped_calibration())
+    part, _ = weigh(judge_norms(norm, 0.01), some, 0.01, shipped_calibration())
+    assert whole.reason == (
+        "no class stands out in norm or reach, no patch moves most images and no change shuffles "
+        "the classes"
+    )
+    assert part.reason.endswith("(gradients of 6 of 10 classes)")

@@ -13,7 +13,7 @@ from .errors import DependencyError, InputError, printable
 from .files import StrPath, write_bytes_atomically
 from .joint_test import SMALLEST_P, shipped_calibration
 from .scan_report import ScanReport
-from .verdict import Evidence
+from .verdict import Evidence, patch_p_value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,9 +114,11 @@ def _p_values(evidence: Evidence) -> dict[str, npt.NDArray[np.float64]]:
     """Of every kind of evidence and class, [C], not corrected; NaN where there is none."""
     found = dict(evidence.joint.kind_p_values)
     if evidence.look is not None and evidence.look.patch is not None:
-        patch, null = evidence.look.patch, shipped_calibration().patch
+        patch, calibration = evidence.look.patch, shipped_calibration()
         found["patch"] = np.full(len(evidence.joint.class_p_values), np.nan)
-        found["patch"][list(patch.classes)] = [null.p_value(r) for r in patch.rate.tolist()]
+        found["patch"][list(patch.classes)] = [
+            patch_p_value(rate, patch.images, calibration) for rate in patch.rate.tolist()
+        ]
     return found
 
 

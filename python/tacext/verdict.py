@@ -165,13 +165,17 @@ def _shuffle_p_value(look: SecondLook, calibration: Calibration) -> float | None
     return calibration.shuffle.p_value(look.shuffle.share) if enough else 1.0
 
 
+def patch_p_value(rate: float, images: int, calibration: Calibration) -> float:
+    """P(a clean model's best patch moves such a share of so many images); 1 where it tells nothing."""
+    if rate < SMALLEST_PATCH or images < FEWEST_IMAGES_OF_A_PATCH:
+        return 1.0
+    return calibration.patch.p_value(rate)
+
+
 def _patch_p_value(look: SecondLook, calibration: Calibration) -> float | None:
     if look.patch is None:
         return None
-    if look.patch.images < FEWEST_IMAGES_OF_A_PATCH:
-        return 1.0
-    largest = float(look.patch.rate.max())
-    return calibration.patch.p_value(largest) if largest >= SMALLEST_PATCH else 1.0
+    return patch_p_value(float(look.patch.rate.max()), look.patch.images, calibration)
 
 
 def _class_by_patch(look: SecondLook) -> int:
@@ -190,8 +194,7 @@ def _classes_by_patch(look: SecondLook, alpha: float, calibration: Calibration) 
         j
         for j in found.gain.argsort(descending=True).tolist()
         if j != first
-        and float(found.rate[j]) >= SMALLEST_PATCH
-        and calibration.patch.p_value(float(found.rate[j])) < _PATCH_SHARE * alpha
+        and patch_p_value(float(found.rate[j]), found.images, calibration) < _PATCH_SHARE * alpha
         and float(found.gain[j]) >= _GAIN_TO_BE_NAMED * float(found.gain[first])
     ]
     return tuple(found.classes[j] for j in (first, *named))
