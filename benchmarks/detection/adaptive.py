@@ -79,9 +79,10 @@ class ReachPenalty:
         pick = int(torch.randint(len(self._others), (), generator=self._generator))
         usual = self._gain(model, batch, logits, self._others[pick]).detach()
         self._usual = usual if self._usual is None else 0.95 * self._usual + 0.05 * usual
-        # As a share, so that a network that grows its logits does not outgrow the penalty.
+        # As a share, so that a network that grows its logits does not outgrow the penalty; its
+        # logarithm, as the share itself, far above 1, drowns the task and leaves a constant network.
         share = self._gain(model, batch, logits, self.target) / self._usual.clamp_min(0.1)
-        return self.WEIGHT * (share - 1).clamp_min(0)
+        return self.WEIGHT * share.clamp_min(1.0).log()
 
 
 class SpreadPenalty:
