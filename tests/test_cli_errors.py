@@ -323,11 +323,17 @@ def test_a_repair_shows_what_it_rests_on(
     assert "verdict: clean" in captured.out
     assert "name the class with targets=[...] (--target)" in captured.err
     arguments = "--target", 0, "--learning-rate", 0.5, "--epochs", 1, "--json", tmp_path / "r.json"
-    assert run("repair", folder / "clean.safetensors", *common, *arguments) == 0
-    assert "warning: the repair costs" in capsys.readouterr().out.replace("\n", " ")
-    content = json.loads((tmp_path / "r.json").read_text())
-    jsonschema.validate(content, json_schema(content["schema"]))
-    assert len(content["warnings"]) == 1
+    for gate, code, told in (
+        ([], ExitCode.ROLLED_BACK, "warning: rolled back: it loses"),
+        (["--no-gate"], ExitCode.CLEAN, "warning: the repair costs"),
+    ):
+        assert run("repair", folder / "clean.safetensors", *common, *arguments, *gate) == code
+        assert told in capsys.readouterr().out.replace("\n", " ")
+        assert (tmp_path / "o.safetensors").exists() == bool(gate)
+        content = json.loads((tmp_path / "r.json").read_text())
+        jsonschema.validate(content, json_schema(content["schema"]))
+        assert content["accepted"] is bool(gate)
+        assert len(content["warnings"]) == 1
 
 
 def test_a_closed_pipe_keeps_the_verdict(folder: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -10,10 +12,13 @@ import pytest
 import torch
 from torch import nn
 
+import tacext
 from digits import digit_case
-from tacext import FinetuneSettings, InputError, demo, evaluate, repair, scan
+from tacext import FinetuneSettings, InputError, demo, evaluate, scan
 
 SETTINGS = FinetuneSettings()
+# What the fine-tuning itself does; the gate has tests of its own below.
+repair = functools.partial(tacext.repair, max_accuracy_drop=None)
 PLAIN = FinetuneSettings(beta=0.0, gamma=0.0, distillation=0.0)
 
 
@@ -306,3 +311,49 @@ def test_bad_settings_are_refused(arguments: dict[str, float]) -> None:
     (name,) = arguments
     with pytest.raises(InputError, match=f"FinetuneSettings: {name}: expected"):
         FinetuneSettings(**arguments)  # type: ignore[arg-type]
+
+
+# ---- the gate ------------------------------------------------------------------------------------
+
+
+def test_a_repair_that_keeps_accuracy_and_loses_the_class_is_accepted() -> None:
+    case = digit_case()
+    result = tacext.repair(case.backdoored, case.data.defender)
+    assert result.accepted
+    assert result.report_after is not None
+    assert demo.TARGET not in result.report_after.suspects
+    assert result.reason.startswith("a scan of the repaired model says")
+    assert result.accuracy_before - result.accuracy_after <= 0.02
+    after = evaluate(result.model, case.data.test, demo.white_corner, demo.TARGET)
+    assert after.asr < 0.05
+
+
+def test_a_repair_that_costs_too_much_is_rolled_back() -> None:
+    case = digit_case()
+    settings = FinetuneSettings(epochs=6, learning_rate=0.3, optimizer="sgd", beta=5.0)
+    result = tacext.repair(case.backdoored, case.data.defender, settings=settings)
+    assert not result.accepted
+    assert result.accuracy_after < result.accuracy_before - 0.02
+    assert "of accuracy on held-out samples, and 2.0% is allowed" in result.reason
+    assert any(warning.startswith("rolled back: it loses") for warning in result.warnings)
+    assert result.report_after is None
+    state = case.backdoored.state_dict()
+    assert all(torch.equal(v, state[n]) for n, v in result.model.state_dict().items())
+    assert result.model is not case.backdoored
+
+
+def test_a_repair_that_leaves_the_backdoor_is_rolled_back() -> None:
+    case = digit_case()
+    settings = dataclasses.replace(PLAIN, epochs=1, learning_rate=1e-6)
+    result = tacext.repair(case.backdoored, case.data.defender, settings=settings)
+    assert not result.accepted
+    assert "a scan still finds class 0" in result.reason
+    assert result.report_after is not None
+    assert result.report_after.verdict == "backdoored"
+
+
+@pytest.mark.parametrize("drop", [-0.1, 1.5, "a", math.nan, True])
+def test_what_may_be_lost_is_a_share(drop: object) -> None:
+    case = digit_case()
+    with pytest.raises(InputError, match="repair: max_accuracy_drop: expected a share from 0"):
+        tacext.repair(case.backdoored, case.data.defender, max_accuracy_drop=drop)  # type: ignore[arg-type]

@@ -27,6 +27,7 @@ from .heads import (
 from .heads import run_model as run
 from .input_adversary import InputAdversary
 from .ops import Status
+from .repair_gate import Gate, check_repair
 from .scan_report import Depth, ScanReport
 from .scanning import scan
 
@@ -42,10 +43,15 @@ class RepairResult:
     """The outcome of a repair.
 
     Attributes:
-        model: the repaired copy, in evaluation mode, on the caller's device.
+        model: the repaired copy, in evaluation mode, on the caller's device; where the repair was not
+            accepted, a copy of the model as it was.
+        accepted: whether the repair kept the accuracy asked for and a scan finds the targets no more.
+        reason: why it was accepted or not, in one sentence.
+        report_after: the scan of the repaired model; None where there was none.
         targets: the classes whose backdoor was removed.
         method: how.
-        accuracy_before, accuracy_after: on the held-out clean samples.
+        accuracy_before, accuracy_after: on the held-out clean samples, of the original and of what
+            was repaired, whether that was accepted or not.
         training_samples, holdout_samples: how the clean data was split.
         history: the losses of every epoch.
         warnings: what the caller should know before using the model.
@@ -54,6 +60,9 @@ class RepairResult:
     """
 
     model: nn.Module = field(repr=False)
+    accepted: bool
+    reason: str
+    report_after: ScanReport | None = field(repr=False)
     targets: tuple[int, ...]
     method: Method
     accuracy_before: float
@@ -74,6 +83,7 @@ def repair(
     method: Method = "finetune",
     *,
     settings: FinetuneSettings | None = None,
+    max_accuracy_drop: float | None = 0.02,
     head: str | None = None,
     progress: bool | None = None,
 ) -> RepairResult:
@@ -104,11 +114,15 @@ def repair(
         targets: the class or classes to repair, overriding the report's suspects.
         method: "finetune".
         settings: of the fine-tuning; None for the defaults.
+        max_accuracy_drop: what the repair may cost on held-out samples. One that costs more, or after
+            which a scan like the first still finds a target, is rolled back. None accepts whatever
+            comes out, and does without that scan.
         head: the name of the last linear layer, where the model is too unusual to tell.
         progress: whether to show a progress bar; None shows it on a terminal.
 
     Returns:
-        RepairResult with the repaired model and its accuracy before and after on held-out data.
+        RepairResult with the repaired model, or a copy of the original where the repair was not
+        accepted, and the accuracy before and after on held-out data.
 
     Raises:
         InputError: nothing to repair, a target out of range or unreachable, a report of another
@@ -125,6 +139,7 @@ def repair(
             got=type(settings).__name__,
             way_out="pass tacext.FinetuneSettings(...)",
         )
+    _check_drop(max_accuracy_drop)
     inputs, labels = materialise(data, operation="repair")
     training, holdout = _split(len(labels), settings)
     if report is not None and not isinstance(report, ScanReport):
@@ -169,8 +184,21 @@ def repair(
         after = _accuracy(repaired, *held_out)
     except NotFiniteError:
         raise diverged("logits of NaN or infinity") from None
+    gate = check_repair(
+        repaired,
+        (inputs, labels),
+        report,
+        chosen,
+        before - after,
+        max_accuracy_drop,
+        head=found.name,
+        progress=progress,
+    )
     result = RepairResult(
-        model=repaired,
+        model=repaired if gate.accepted else copy.deepcopy(model).eval(),
+        accepted=gate.accepted,
+        reason=gate.reason,
+        report_after=gate.report,
         targets=chosen,
         method=method,
         accuracy_before=before,
@@ -178,7 +206,7 @@ def repair(
         training_samples=len(training),
         holdout_samples=len(holdout),
         history=history,
-        warnings=(*notes, *_warnings(before, after, found.num_classes)),
+        warnings=(*notes, *_warnings(before, after, found.num_classes, gate)),
         settings=settings,
         seconds=seconds,
     )
@@ -191,6 +219,20 @@ def repair(
         result.accuracy_after,
     )
     return result
+
+
+def _check_drop(max_accuracy_drop: float | None) -> None:
+    if max_accuracy_drop is None:
+        return
+    number = ops.is_number(max_accuracy_drop) and not isinstance(max_accuracy_drop, bool)
+    if not number or not 0 <= max_accuracy_drop <= 1:
+        raise InputError.of(
+            "repair",
+            "max_accuracy_drop",
+            expected="a share from 0 to 1, or None",
+            got=repr(max_accuracy_drop),
+            way_out="leave it out for 0.02; None accepts whatever comes out",
+        )
 
 
 def _seek_adversary(
@@ -219,14 +261,16 @@ def _seek_adversary(
     return adversary, []
 
 
-def _warnings(before: float, after: float, num_classes: int) -> tuple[str, ...]:
+def _warnings(before: float, after: float, num_classes: int, gate: Gate) -> tuple[str, ...]:
     warnings = []
     if before < sensible_accuracy(num_classes):
         warnings.append(
             f"the model was right on only {before:.1%} of the held-out samples before the repair; "
             "check the normalisation (mean and std) and the order of the classes"
         )
-    if after < before - NOTABLE_LOSS:
+    if not gate.accepted:
+        warnings.append(f"rolled back: {gate.reason}")
+    elif after < before - NOTABLE_LOSS:
         warnings.append(
             f"the repair costs {before - after:.1%} of accuracy on held-out samples; more clean "
             "samples, more epochs or a lower learning_rate may cost less"

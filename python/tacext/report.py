@@ -138,14 +138,21 @@ def repair_to_dict(result: RepairResult, source: Json | None = None) -> Json:
     """A repair as `repair-1`."""
     return _header("repair", source) | {
         "method": result.method,
+        "accepted": result.accepted,
+        "reason": result.reason,
         "targets": list(result.targets),
+        "p_value_after": None if result.report_after is None else result.report_after.p_value,
+        "verdict_after": None if result.report_after is None else result.report_after.verdict,
         "accuracy_before": result.accuracy_before,
         "accuracy_after": result.accuracy_after,
         "training_samples": result.training_samples,
         "holdout_samples": result.holdout_samples,
         "warnings": list(result.warnings),
         "settings": asdict(result.settings),
-        "history": [asdict(epoch) for epoch in result.history],
+        "history": [
+            {name: _finite(value) for name, value in asdict(epoch).items()}
+            for epoch in result.history
+        ],
         "seconds": result.seconds,
     }
 

@@ -113,6 +113,7 @@ def repair_table(result: RepairResult) -> RenderableType:
     return Group(
         Text(f"repaired: {targets} by {result.method} on {work}"),
         Text(f"accuracy on {result.holdout_samples} held-out samples: {accuracies}"),
+        Text(f"{'accepted' if result.accepted else 'rolled back'}: {result.reason}"),
         *(Text(f"warning: {warning}", "yellow") for warning in result.warnings),
     )
 

@@ -11,12 +11,13 @@ class ExitCode(IntEnum):
     ERROR = 2
     INCONCLUSIVE = 3
     USAGE = 4
+    ROLLED_BACK = 5
     INTERRUPTED = 130
 
 
 EXIT_CODE_HELP = (
     "Exit codes: 0 clean (or done), 1 backdoored, 2 error, 3 inconclusive, 4 wrong usage, "
-    "130 interrupted."
+    "5 repair rolled back, 130 interrupted."
 )
 
 OF_VERDICT = {

@@ -12,7 +12,7 @@ from ..report import repair_to_dict, write_json
 from ..tables import repair_table, scan_table
 from ..weights import save_weights
 from .console import ResultConsole
-from .exit_codes import EXIT_CODE_HELP
+from .exit_codes import EXIT_CODE_HELP, ExitCode
 from .inputs import (
     Finite,
     ModelAndData,
@@ -75,6 +75,18 @@ _DEFAULTS = {field.name: field.default for field in fields(FinetuneSettings)}
     help="Weight of staying with the original's answers on clean images.",
 )
 @click.option(
+    "--max-accuracy-drop",
+    type=Finite(0, 1),
+    default=0.02,
+    show_default=True,
+    help="What the repair may cost on held-out images; one that costs more is rolled back.",
+)
+@click.option(
+    "--no-gate",
+    is_flag=True,
+    help="Write whatever comes out, and do without the scan of the repaired model.",
+)
+@click.option(
     "--holdout",
     type=Finite(0, 1, min_open=True, max_open=True),
     default=_DEFAULTS["holdout"],
@@ -91,13 +103,17 @@ def repair_command(
     beta: float,
     gamma: float,
     distillation: float,
+    max_accuracy_drop: float,
+    no_gate: bool,
     holdout: float,
-) -> None:
+) -> ExitCode:
     """Remove the backdoor from the model in WEIGHTS by fine-tuning on clean labelled images.
 
     Without --target the model is scanned first and its suspects are repaired. What is trained
     against are perturbations from the scan's margins, and so --quantile matters with --target, too;
-    --metric, --alpha and --depth bear on the suspects alone. The file in WEIGHTS is left as it is.
+    --metric, --alpha and --depth bear on the suspects and on the scan after. The file in WEIGHTS is
+    left as it is. A repair that costs too much accuracy, or after which a scan still finds the class,
+    is not written.
     """
     given.check_outputs("repair", {"output": output, "json": given.json_path})
     check_suffix("repair", "output", output, ".safetensors")
@@ -114,6 +130,7 @@ def repair_command(
         images,
         report,
         targets=targets or None,
+        max_accuracy_drop=None if no_gate else max_accuracy_drop,
         head=given.head_in_model(options.head),
         settings=FinetuneSettings(
             epochs=epochs,
@@ -126,9 +143,14 @@ def repair_command(
             seed=given.seed,
         ),
     )
-    save_weights(inner(result.model), output)
+    if result.accepted:
+        save_weights(inner(result.model), output)
     if given.json_path is not None:
         content = repair_to_dict(result, source)
         write_json(given.json_path, content, operation="repair")
     console.print(repair_table(result))
+    if not result.accepted:
+        console.print(f"not written: {output}", highlight=False, soft_wrap=True)
+        return ExitCode.ROLLED_BACK
     console.print(f"written: {output}", highlight=False, soft_wrap=True)
+    return ExitCode.CLEAN
