@@ -39,7 +39,7 @@ class ReachPenalty:
     one other class in each step. The attacker holds the target's gain down to the others'.
     """
 
-    WEIGHT = 1.0
+    WEIGHT = 0.1  # at 1 networks learn neither task nor backdoor
     # Share of the training before it: a network that has learned nothing yet never does beside it.
     BEGIN = 0.3
 
