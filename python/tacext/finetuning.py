@@ -7,6 +7,7 @@ an `InputAdversary` finds, are taught that they do not lead to the target any mo
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterator
@@ -115,6 +116,10 @@ class FinetuneSettings:
                     got=repr(getattr(self, name)),
                     way_out="leave it out for the default",
                 )
+        for name in ("learning_rate", "beta", "gamma", "distillation", "weight_decay", "holdout"):
+            object.__setattr__(
+                self, name, float(getattr(self, name))
+            )  # numpy's have no place in JSON
 
 
 def _whole(value: object) -> bool:
@@ -122,7 +127,7 @@ def _whole(value: object) -> bool:
 
 
 def _number(value: object) -> bool:
-    return ops.is_number(value)
+    return ops.is_number(value) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -180,6 +185,18 @@ def _train_mode(model: nn.Module, frozen_statistics: bool) -> None:
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()
+
+
+@contextlib.contextmanager
+def _frozen_statistics(model: nn.Module) -> Iterator[None]:
+    training = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    for module in training:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.train()
 
 
 def diverged(got: str) -> InputError:
@@ -266,7 +283,7 @@ def finetune(
     frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)
-    original = _answers(model, inputs, settings.batch_size)
+    original = _answers(model, head, inputs, settings.batch_size)
     following = _Shifts(shifts, targets, head, quantile)
     optimizer = _optimizer(model, settings)
     steps_per_epoch = sum(1 for _ in batches(len(labels), settings, 0))
@@ -297,7 +314,8 @@ def finetune(
                     following.loss(latent, y),
                 ]
                 if attacks is not None:
-                    run(model, attacks.attack(x, step), "repair", check_finite=False)
+                    with _frozen_statistics(model):  # of attacked inputs there are none in use
+                        run(model, attacks.attack(x, step), "repair", check_finite=False)
                     losses.append(attacks.loss(head.logits(recorder.take()), before))
                 weights = (1.0, settings.distillation, settings.beta, settings.gamma)
                 if not all(bool(torch.isfinite(loss)) for loss in losses):
@@ -324,7 +342,11 @@ def finetune(
 
 
 @torch.no_grad()
-def _answers(model: nn.Module, inputs: Tensor, batch_size: int) -> Tensor:
-    """Logits of the model before it is trained, on the CPU."""
-    with evaluating(model):
-        return torch.cat([run(model, x, "repair").cpu() for x in inputs.split(batch_size)])
+def _answers(model: nn.Module, head: Head, inputs: Tensor, batch_size: int) -> Tensor:
+    """Logits before the training, on the CPU, also of a model that returns probabilities."""
+    found = []
+    with evaluating(model), recording_latents(head) as recorder:
+        for x in inputs.split(batch_size):
+            run(model, x, "repair")
+            found.append(head.logits(recorder.take()).cpu())
+    return torch.cat(found)

@@ -13,15 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .differentiable import DifferentiableModel, InputBox
-from .heads import Head
+from .heads import Head, evaluating, run_model
 from .patch_reach import PatchReach, Patterns, has_room, patch_reach
 from .reach import BUDGET, Reach, UniversalChanges, reach
 from .second_look import MOST_SAMPLES, split_samples
-
-# Log of the largest probability that the loss tells from 1, at which it is infinite.
-_SURE = -1e-4
-# A pattern is worth half as much as a change: it is on half of the images and asks for more of them.
-_WEIGHT_OF_PATCHES = 0.5
 
 
 def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
@@ -32,6 +27,13 @@ def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
         log_target=True,
         reduction="batchmean",
     )
+
+
+def not_the_target(logits: Tensor, target: int) -> Tensor:
+    """-log(1 - p_t), [N], also where p_t is 1 to the last bit."""
+    logits = logits.float()
+    others = torch.cat([logits[:, :target], logits[:, target + 1 :]], 1)
+    return logits.logsumexp(1) - others.logsumexp(1)
 
 
 class InputAdversary:
@@ -50,14 +52,18 @@ class InputAdversary:
         self.targets = found.classes
         self._box = box
         length = found.budgets[-1] * BUDGET * box.diagonal
+        self._first_changes = found.change.to(device)
         self._changes = [
-            UniversalChanges(box, change[None].to(device), length) for change in found.change
+            UniversalChanges(box, change[None], length) for change in self._first_changes
         ]
-        self._patterns: Patterns | None = None
+        self._first_patterns = self._patterns = None
         if patched is not None:
-            self._patterns = Patterns(patched.corner, patched.pattern.to(device), box)
+            pattern = patched.pattern.to(device)
+            self._first_patterns = Patterns(patched.corner, pattern, box)
+            self._patterns = Patterns(patched.corner, pattern.clone(), box)
         self._turn = 0
-        self._change = self._pattern = torch.zeros(0)
+        self._attack: list[Tensor] = []
+        self._ascent: tuple[Tensor, ...] = ()
         self._changed = 0
 
     @classmethod
@@ -84,7 +90,7 @@ class InputAdversary:
         fit, held_out = split_samples((inputs[chosen], labels[chosen]), "repair")
         box = InputBox.around(inputs)
         differentiable = DifferentiableModel(
-            model, head, "repair", without_gradients="or settings with gamma=0"
+            model, head, "repair", without_gradients="or accept the repair unseen"
         )
         found = reach(
             differentiable,
@@ -113,43 +119,74 @@ class InputAdversary:
     def attack(self, inputs: Tensor, step: int) -> Tensor:
         """The inputs [N, ...], the first half with a change on, the others with a patch."""
         self._turn = step % len(self.targets)
-        changes = self._changes[self._turn]
+        changes, patterns = self._changes[self._turn], self._patterns
         inputs = inputs.to(changes.change.device).float()
-        patterns = self._patterns
         self._changed = len(inputs) if patterns is None else -(-len(inputs) // 2)
-        self._change = changes.change.detach().clone().requires_grad_(True)
-        changed = self._box.clamp(inputs[: self._changed] + self._change)
+        change = changes.change.detach().clone().requires_grad_(True)
+        attacked = self._box.clamp(inputs[: self._changed] + change)
+        self._attack = [change]
         if patterns is None:
-            return changed
-        self._pattern = patterns.pattern[self._turn].detach().clone().requires_grad_(True)
-        patched = patterns.paste(self._turn, inputs[self._changed :].clone(), self._pattern)
-        return torch.cat([changed, patched])
+            return attacked
+        pattern = patterns.pattern[self._turn].detach().clone().requires_grad_(True)
+        self._attack.append(pattern)
+        patched = patterns.paste(self._turn, inputs[self._changed :].clone(), pattern)
+        return torch.cat([attacked, patched])
 
     def loss(self, logits: Tensor, original: Tensor) -> Tensor:
         """What the attack achieves: large where changed inputs are taken for the target.
 
         Of changed inputs it asks that they are not the target, -log(1 - p_t), except of those that
         the original model took for it when they were clean: what else a change of the whole image
-        makes of them is no backdoor. Under a patch the answer is to stay as it was.
+        makes of them is no backdoor. Under a patch the answer is to stay as it was, in divergence.
 
         Args:
             logits: for the inputs of the last `attack`.
             original: the original model's, for the clean ones.
         """
-        target = self.targets[self._turn]
-        before = original[: self._changed]
-        sure = logits[: self._changed].float().log_softmax(1)[:, target].clamp(max=_SURE)
-        others = before.argmax(1) != target
-        loss = -(torch.log1p(-sure.exp()) * others).sum() / len(logits)
-        if self._changed < len(logits):
-            patched = divergence(logits[self._changed :], original[self._changed :])
-            loss = loss + _WEIGHT_OF_PATCHES * patched
+        target, changed = self.targets[self._turn], self._changed
+        others = original.argmax(1) != target
+        reached = not_the_target(logits, target) * others
+        # The attack climbs into the target, with the patch as well: the divergence that the model is
+        # taught to lose under it would lead anywhere but home.
+        self._ascent = torch.autograd.grad(
+            reached.sum(), self._attack, retain_graph=True, allow_unused=True
+        )
+        loss = reached[:changed].sum() / len(logits)
+        if changed < len(logits):
+            share = (len(logits) - changed) / len(logits)
+            loss = loss + share * divergence(logits[changed:], original[changed:])
         return loss
 
     def follow(self) -> None:
-        """A step along the gradients that the backward pass of the loss has left."""
-        if self._change.grad is not None:
-            self._changes[self._turn].ascend(self._change.grad)
-        if self._patterns is not None and self._pattern.grad is not None:
-            part = slice(self._turn, self._turn + 1)
-            self._patterns.ascend(part, self._pattern.grad[None])
+        """A step for the change and the patch of this turn, into the target."""
+        change, *pattern = self._ascent
+        if change is not None:
+            self._changes[self._turn].ascend(change)
+        if pattern and pattern[0] is not None and self._patterns is not None:
+            self._patterns.ascend(slice(self._turn, self._turn + 1), pattern[0][None])
+
+    @torch.no_grad()
+    def moved(self, model: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int) -> Tensor:
+        """What the changes and patches that were found at first do to a model, float64 [T, 1 or 2].
+
+        Shares of the inputs [N, ...] of other classes, and not taken for the target without, that
+        are taken for it with the change, and with the patch.
+        """
+        with evaluating(model):
+            before = torch.cat(
+                [run_model(model, x, "repair").argmax(1).cpu() for x in inputs.split(batch_size)]
+            )
+            rates = []
+            for j, target in enumerate(self.targets):
+                movable = inputs[(labels != target) & (before != target)]
+                hits = torch.zeros(1 if self._first_patterns is None else 2, dtype=torch.float64)
+                for x in movable.split(batch_size):
+                    placed = x.to(self._first_changes.device).float()
+                    attacked = [self._box.clamp(placed + self._first_changes[j])]
+                    if self._first_patterns is not None:
+                        attacked.append(self._first_patterns.paste(j, placed.clone()))
+                    for kind, images in enumerate(attacked):
+                        predicted = run_model(model, images, "repair").argmax(1)
+                        hits[kind] += int((predicted == target).sum())
+                rates.append(hits / max(1, len(movable)))
+        return torch.stack(rates)

@@ -23,6 +23,7 @@ from .heads import (
     check_model,
     evaluating,
     find_head,
+    model_dtype,
 )
 from .heads import run_model as run
 from .input_adversary import InputAdversary
@@ -45,7 +46,9 @@ class RepairResult:
     Attributes:
         model: the repaired copy, in evaluation mode, on the caller's device; where the repair was not
             accepted, a copy of the model as it was.
-        accepted: whether the repair kept the accuracy asked for and a scan finds the targets no more.
+        accepted: whether the repair kept the accuracy asked for, what led into the targets before no
+            longer does, and a thorough scan of the outcome does not find them (`repair_gate`).
+        max_accuracy_drop: as asked for; None was accepted unseen.
         reason: why it was accepted or not, in one sentence.
         report_after: the scan of the repaired model; None where there was none.
         targets: the classes whose backdoor was removed.
@@ -61,6 +64,7 @@ class RepairResult:
 
     model: nn.Module = field(repr=False)
     accepted: bool
+    max_accuracy_drop: float | None
     reason: str
     report_after: ScanReport | None = field(repr=False)
     targets: tuple[int, ...]
@@ -75,6 +79,7 @@ class RepairResult:
     seconds: float
 
 
+@torch.inference_mode(False)
 def repair(
     model: nn.Module,
     data: DataLike,
@@ -114,9 +119,9 @@ def repair(
         targets: the class or classes to repair, overriding the report's suspects.
         method: "finetune".
         settings: of the fine-tuning; None for the defaults.
-        max_accuracy_drop: what the repair may cost on held-out samples. One that costs more, or after
-            which a scan like the first still finds a target, is rolled back. None accepts whatever
-            comes out, and does without that scan.
+        max_accuracy_drop: what the repair may cost on held-out samples. One that costs more, after
+            which what led into a target still does, or of which a thorough scan has doubts about a
+            target, is rolled back. None accepts whatever comes out, unseen.
         head: the name of the last linear layer, where the model is too unusual to tell.
         progress: whether to show a progress bar; None shows it on a terminal.
 
@@ -125,8 +130,8 @@ def repair(
         accepted, and the accuracy before and after on held-out data.
 
     Raises:
-        InputError: nothing to repair, a target out of range or unreachable, a report of another
-            model, too few samples, a loss that diverges, and everything that `scan` raises.
+        InputError: nothing to repair, a target out of range or unreachable, a report of a model
+            of other sizes, too few samples, a loss that diverges, and everything that `scan` raises.
     """
     check_choice("repair", "method", method, get_args(Method), "finetune")
     check_model(model, "repair")
@@ -140,7 +145,9 @@ def repair(
             way_out="pass tacext.FinetuneSettings(...)",
         )
     _check_drop(max_accuracy_drop)
-    inputs, labels = materialise(data, operation="repair")
+    inputs, labels = (part.clone() for part in materialise(data, operation="repair"))
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        model = copy.deepcopy(model)  # which gradients may pass by
     training, holdout = _split(len(labels), settings)
     if report is not None and not isinstance(report, ScanReport):
         raise InputError.of(
@@ -153,16 +160,30 @@ def repair(
     if report is None:
         # The targets decide how much there is to find out.
         depth: Depth = "thorough" if targets is None else "fast"
-        report = scan(model, (inputs, labels), head=head, depth=depth, progress=progress)
+        report = scan(
+            model,
+            (inputs, labels),
+            head=head,
+            depth=depth,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            progress=progress,
+        )
     found = _find_head(model, inputs[:8], head, report)
     check_labels_in_range(labels, found.num_classes, "repair")
     chosen = _choose_targets(report, targets, found)
     shifts = _reconstructed_tac(report, found, chosen)
 
     started = time.perf_counter()
-    tuned_on = inputs[training], labels[training]
-    adversary, notes = _seek_adversary(model, found, tuned_on, chosen, settings, progress)
+    tuned_on, held_out = (inputs[training], labels[training]), (inputs[holdout], labels[holdout])
+    adversary, notes = None, list[str]()
+    if settings.gamma:
+        adversary, notes = _seek_adversary(model, found, tuned_on, chosen, settings, progress)
+    # Half precision holds no optimiser's steps; it is trained in single and rounded at the end.
+    dtype = model_dtype(model)
+    half = dtype in (torch.float16, torch.bfloat16)
     repaired = copy.deepcopy(model)
+    repaired = repaired.float() if half else repaired
     repaired_head = Head(found.name, repaired.get_submodule(found.name))  # type: ignore[arg-type]
     history = finetune(
         repaired,
@@ -175,28 +196,37 @@ def repair(
         quantile=report.quantile,
         progress=progress,
     )
-    seconds = time.perf_counter() - started
+    repaired = repaired.to(dtype) if half else repaired
     repaired.eval()
     _check_still_finite(model, repaired)
-    held_out = inputs[holdout], labels[holdout]
-    before = _accuracy(model, *held_out)
+    right_before = _count_right(model, *held_out, settings.batch_size)
     try:
-        after = _accuracy(repaired, *held_out)
+        right_after = _count_right(repaired, *held_out, settings.batch_size)
     except NotFiniteError:
         raise diverged("logits of NaN or infinity") from None
-    gate = check_repair(
-        repaired,
-        (inputs, labels),
-        report,
-        chosen,
-        before - after,
-        max_accuracy_drop,
-        head=found.name,
-        progress=progress,
-    )
+    seconds = time.perf_counter() - started
+    if max_accuracy_drop is None:
+        gate = Gate(True, "accepted unseen, as asked for", None)
+    else:
+        gate = check_repair(
+            model,
+            repaired,
+            (inputs, labels),
+            held_out,
+            report,
+            adversary,
+            (right_before, right_after),
+            max_accuracy_drop,
+            head=found.name,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            progress=progress,
+        )
+    before, after = right_before / len(holdout), right_after / len(holdout)
     result = RepairResult(
         model=repaired if gate.accepted else copy.deepcopy(model).eval(),
         accepted=gate.accepted,
+        max_accuracy_drop=None if max_accuracy_drop is None else float(max_accuracy_drop),
         reason=gate.reason,
         report_after=gate.report,
         targets=chosen,
@@ -244,8 +274,6 @@ def _seek_adversary(
     progress: bool | None,
 ) -> tuple[InputAdversary | None, list[str]]:
     """What the model is trained against beside shifted latents, or why there is nothing."""
-    if not settings.gamma:
-        return None, []
     try:
         adversary = InputAdversary.sought(
             model,
@@ -380,9 +408,9 @@ def _check_still_finite(before: nn.Module, after: nn.Module) -> None:
             raise diverged(f"NaN or infinity in {name}")
 
 
-def _accuracy(model: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int = 256) -> float:
+def _count_right(model: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int) -> int:
     correct = 0
     with evaluating(model), torch.no_grad():
         for x, y in zip(inputs.split(batch_size), labels.split(batch_size), strict=True):
             correct += int((run(model, x, "repair").argmax(1).cpu() == y).sum())
-    return correct / len(labels)
+    return correct

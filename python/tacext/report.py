@@ -139,6 +139,7 @@ def repair_to_dict(result: RepairResult, source: Json | None = None) -> Json:
     return _header("repair", source) | {
         "method": result.method,
         "accepted": result.accepted,
+        "max_accuracy_drop": result.max_accuracy_drop,
         "reason": result.reason,
         "targets": list(result.targets),
         "p_value_after": None if result.report_after is None else result.report_after.p_value,

@@ -111,12 +111,22 @@ def repair_command(
 
     Without --target the model is scanned first and its suspects are repaired. What is trained
     against are perturbations from the scan's margins, and so --quantile matters with --target, too;
-    --metric, --alpha and --depth bear on the suspects and on the scan after. The file in WEIGHTS is
-    left as it is. A repair that costs too much accuracy, or after which a scan still finds the class,
-    is not written.
+    --metric, --alpha and --depth bear on the suspects alone. The file in WEIGHTS is left as it is. The
+    outcome is scanned thoroughly; one that costs too much accuracy, or in which the backdoor is not
+    seen to be gone, is not written.
     """
     given.check_outputs("repair", {"output": output, "json": given.json_path})
     check_suffix("repair", "output", output, ".safetensors")
+    settings = FinetuneSettings(
+        epochs=epochs,
+        learning_rate=learning_rate,
+        beta=beta,
+        gamma=gamma,
+        distillation=distillation,
+        batch_size=given.batch_size or FinetuneSettings.batch_size,
+        holdout=holdout,
+        seed=given.seed,
+    )
     model = given.load_model()
     source = given.source
     images = given.load_images()
@@ -132,16 +142,7 @@ def repair_command(
         targets=targets or None,
         max_accuracy_drop=None if no_gate else max_accuracy_drop,
         head=given.head_in_model(options.head),
-        settings=FinetuneSettings(
-            epochs=epochs,
-            learning_rate=learning_rate,
-            beta=beta,
-            gamma=gamma,
-            distillation=distillation,
-            batch_size=given.batch_size or FinetuneSettings.batch_size,
-            holdout=holdout,
-            seed=given.seed,
-        ),
+        settings=settings,
     )
     if result.accepted:
         save_weights(inner(result.model), output)

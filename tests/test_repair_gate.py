@@ -1,0 +1,153 @@
+"""The gate of a repair: what it lets through, and what it rolls back, on real digit classifiers."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from digits import digit_case
+from tacext import FinetuneSettings, InputError, RepairResult, demo, evaluate, repair, scan
+from tacext.doubts import FEWEST_SAMPLES
+from tacext.repair_gate import _gate_of_scan, check_repair
+
+NOTHING = FinetuneSettings(epochs=1, learning_rate=1e-9)
+
+
+def asr_of(result: RepairResult) -> float:
+    return evaluate(result.model, digit_case().data.test, demo.white_corner, demo.TARGET).asr
+
+
+def test_a_repair_that_keeps_accuracy_and_loses_the_class_is_accepted() -> None:
+    case = digit_case()
+    result = repair(case.backdoored, case.data.defender)
+    assert result.accepted
+    assert result.report_after is not None
+    assert demo.TARGET not in result.report_after.suspects
+    assert result.reason.startswith("a scan of the repaired model says")
+    assert result.accuracy_before - result.accuracy_after <= 0.02
+    after = evaluate(result.model, case.data.test, demo.white_corner, demo.TARGET)
+    assert after.asr < 0.05
+
+
+def test_a_repair_that_costs_too_much_is_rolled_back() -> None:
+    case = digit_case()
+    settings = FinetuneSettings(epochs=6, learning_rate=0.3, optimizer="sgd", beta=5.0)
+    result = repair(case.backdoored, case.data.defender, settings=settings)
+    assert not result.accepted
+    assert result.accuracy_after < result.accuracy_before - 0.02
+    assert "of accuracy on held-out samples, and 2.00% is allowed" in result.reason
+    assert any(warning.startswith("rolled back: it loses") for warning in result.warnings)
+    assert result.report_after is None
+    state = case.backdoored.state_dict()
+    assert all(torch.equal(v, state[n]) for n, v in result.model.state_dict().items())
+    assert result.model is not case.backdoored
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        NOTHING,
+        FinetuneSettings(
+            gamma=0.0
+        ),  # lengthens s_t, which the norms judge, and leaves the backdoor
+        FinetuneSettings(epochs=1, gamma=0.0, beta=0.0, distillation=0.0),
+    ],
+)
+@pytest.mark.parametrize("targets", [None, [demo.TARGET]])
+def test_a_repair_that_leaves_the_backdoor_is_rolled_back(
+    settings: FinetuneSettings, targets: list[int] | None
+) -> None:
+    case = digit_case()
+    result = repair(case.backdoored, case.data.defender, targets=targets, settings=settings)
+    assert not result.accepted
+    told = "was not trained against" if settings.gamma == 0 else "class 0"
+    assert told in result.reason or "of accuracy" in result.reason
+    assert asr_of(result) == 1  # of the copy of the original
+
+
+def test_another_class_than_the_backdoors_is_not_accepted_either() -> None:
+    case = digit_case()
+    result = repair(case.backdoored, case.data.defender, targets=[4], settings=NOTHING)
+    assert not result.accepted
+    assert "into class 4 still leads" in result.reason
+
+
+def test_what_nothing_shows_is_not_accepted() -> None:
+    case = digit_case()
+    images, labels = case.data.defender
+
+    class Rounded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = copy.deepcopy(case.backdoored)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.model((16 * x).round() / 16)  # type: ignore[no-any-return]
+
+    unseen = repair(Rounded(), (images, labels), targets=[0], settings=FinetuneSettings(epochs=1))
+    assert not unseen.accepted
+    assert "it was not trained against" in unseen.reason
+    few = FEWEST_SAMPLES - 50
+    report = scan(case.backdoored, (images, labels), depth="fast")
+    result = repair(case.backdoored, (images[:few], labels[:few]), report, targets=[0])
+    assert not result.accepted
+    assert "too few for a verdict" in result.reason
+
+
+@pytest.mark.parametrize(("after", "told"), [(48, "was not trained against"), (47, "loses 4.00%")])
+def test_exactly_what_is_allowed_may_be_lost(after: int, told: str) -> None:
+    case = digit_case()
+    images, labels = (part[:50] for part in case.data.defender)
+    report = scan(case.backdoored, case.data.defender, depth="fast")
+    gate = check_repair(
+        case.backdoored,
+        case.backdoored,
+        case.data.defender,
+        (images, labels),
+        report,
+        None,
+        (49, after),
+        0.02,  # 49 / 50 - 48 / 50 is a little more in floating point
+        head="19",
+        batch_size=64,
+    )
+    assert not gate.accepted
+    assert told in gate.reason
+
+
+def test_doubts_of_another_class_alone_do_not_stand_in_the_way() -> None:
+    case = digit_case()
+    images, labels = case.data.defender
+    report = scan(case.clean, (images, labels))
+    assert report.evidence is not None
+    suspect = report.evidence.joint.most_suspicious
+    doubtful = dataclasses.replace(report, verdict="inconclusive", reason="not enough", warnings=())
+    assert not _gate_of_scan(doubtful, (suspect,)).accepted
+    assert _gate_of_scan(doubtful, ((suspect + 1) % 10,)).accepted
+    warned = dataclasses.replace(doubtful, warnings=("too few samples",))
+    assert not _gate_of_scan(warned, ((suspect + 1) % 10,)).accepted
+    found = dataclasses.replace(report, verdict="backdoored", suspects=(suspect,))
+    assert not _gate_of_scan(found, ((suspect + 1) % 10,)).accepted
+
+
+def test_accepted_unseen_is_said() -> None:
+    case = digit_case()
+    result = repair(
+        case.backdoored, case.data.defender, targets=[0], settings=NOTHING, max_accuracy_drop=None
+    )
+    assert result.accepted
+    assert result.max_accuracy_drop is None
+    assert result.reason == "accepted unseen, as asked for"
+    assert result.report_after is None
+
+
+@pytest.mark.parametrize("drop", [-0.1, 1.5, "a", math.nan, True])
+def test_what_may_be_lost_is_a_share(drop: object) -> None:
+    case = digit_case()
+    with pytest.raises(InputError, match="repair: max_accuracy_drop: expected a share from 0"):
+        repair(case.backdoored, case.data.defender, max_accuracy_drop=drop)  # type: ignore[arg-type]
