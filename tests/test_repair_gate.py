@@ -49,16 +49,13 @@ def test_a_repair_that_costs_too_much_is_rolled_back() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "targets"),
     [
-        NOTHING,
-        FinetuneSettings(
-            gamma=0.0
-        ),  # lengthens s_t, which the norms judge, and leaves the backdoor
-        FinetuneSettings(epochs=1, gamma=0.0, beta=0.0, distillation=0.0),
+        (NOTHING, None),
+        # Lengthens s_t, which the norms judge, and leaves the backdoor.
+        (FinetuneSettings(gamma=0.0), [demo.TARGET]),
     ],
 )
-@pytest.mark.parametrize("targets", [None, [demo.TARGET]])
 def test_a_repair_that_leaves_the_backdoor_is_rolled_back(
     settings: FinetuneSettings, targets: list[int] | None
 ) -> None:
