@@ -62,7 +62,7 @@ def test_a_repair_that_leaves_the_backdoor_is_rolled_back(
     case = digit_case()
     result = repair(case.backdoored, case.data.defender, targets=targets, settings=settings)
     assert not result.accepted
-    told = "was not trained against" if settings.gamma == 0 else "class 0"
+    told = "shifted latents alone were trained" if settings.gamma == 0 else "class 0"
     assert told in result.reason or "of accuracy" in result.reason
     assert asr_of(result) == 1  # of the copy of the original
 
@@ -88,7 +88,7 @@ def test_what_nothing_shows_is_not_accepted() -> None:
 
     unseen = repair(Rounded(), (images, labels), targets=[0], settings=FinetuneSettings(epochs=1))
     assert not unseen.accepted
-    assert "it was not trained against" in unseen.reason
+    assert "shifted latents alone were trained" in unseen.reason
     few = FEWEST_SAMPLES - 50
     report = scan(case.backdoored, (images, labels), depth="fast")
     result = repair(case.backdoored, (images[:few], labels[:few]), report, targets=[0])
@@ -96,7 +96,9 @@ def test_what_nothing_shows_is_not_accepted() -> None:
     assert "too few for a verdict" in result.reason
 
 
-@pytest.mark.parametrize(("after", "told"), [(48, "was not trained against"), (47, "loses 4.00%")])
+@pytest.mark.parametrize(
+    ("after", "told"), [(48, "shifted latents alone were trained"), (47, "loses 4.00%")]
+)
 def test_exactly_what_is_allowed_may_be_lost(after: int, told: str) -> None:
     case = digit_case()
     images, labels = (part[:50] for part in case.data.defender)

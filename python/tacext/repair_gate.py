@@ -77,8 +77,8 @@ def check_repair(
         return Gate(False, reason, None)
     if adversary is None:
         reason = (
-            "it was not trained against what leads inputs into the target (no gradients, too few "
-            "samples or gamma=0), and what it was trained against no longer tells whether it is gone"
+            "shifted latents alone were trained against, and whether the backdoor is gone nothing "
+            "else tells; leave gamma at its default, give a model with gradients, or accept it unseen"
         )
         return Gate(False, reason, None)
     was, left = (adversary.moved(m, *held_out, batch_size) for m in (original, repaired))

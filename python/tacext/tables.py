@@ -106,14 +106,15 @@ def _order(report: ScanReport) -> list[int]:
 
 
 def repair_table(result: RepairResult) -> RenderableType:
-    """Accuracy before and after."""
+    """What was tried, what became of it, and the accuracy before and after."""
+    tried = "repaired" if result.accepted else "tried to repair"
     targets = ", ".join(map(str, result.targets))
     accuracies = f"{result.accuracy_before:.3f} -> {result.accuracy_after:.3f}"
     work = f"{result.training_samples} samples in {result.seconds:.0f} s"
     return Group(
-        Text(f"repaired: {targets} by {result.method} on {work}"),
+        Text(f"{tried}: {targets} by {result.method} on {work}"),
         Text(f"accuracy on {result.holdout_samples} held-out samples: {accuracies}"),
-        Text(f"{'accepted' if result.accepted else 'rolled back'}: {result.reason}"),
+        *([Text(f"accepted: {result.reason}")] if result.accepted else []),  # else it is a warning
         *(Text(f"warning: {warning}", "yellow") for warning in result.warnings),
     )
 
