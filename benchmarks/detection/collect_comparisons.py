@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from tacext import scan
 from tacext.differentiable import DifferentiableModel
-from tacext.doubts import Doubt, doubted
+from tacext.doubts import Doubt, doubted, sensible_accuracy
 from tacext.heads import find_head
 from tacext.joint_test import Calibration, shipped_calibration
 from tacext.verdict import weigh
@@ -97,7 +97,8 @@ def _by_tacext(subject: Subject, depth: Any) -> dict[str, Any]:
     first = suspects[0] if suspects else int(report.norm.argmin())
     if report.evidence is not None and report.evidence.look is not None:
         finding, evidence = weigh(report.test, report.evidence.look, ALPHA, subject.calibration)
-        doubts = tuple(Doubt(warning, severe=False) for warning in report.warnings)
+        severe = report.accuracy < sensible_accuracy(report.num_classes)
+        doubts = tuple(Doubt(warning, severe) for warning in report.warnings)
         finding = doubted(finding, doubts)
         verdict, suspects, p_value = finding.verdict, finding.suspects, finding.p_value
         first = suspects[0] if suspects else evidence.joint.most_suspicious

@@ -285,6 +285,7 @@ def finetune(
         parameter.requires_grad_(True)
     original = _answers(model, head, inputs, settings.batch_size)
     following = _Shifts(shifts, targets, head, quantile)
+    follows = settings.solve_again and settings.beta > 0
     optimizer = _optimizer(model, settings)
     steps_per_epoch = sum(1 for _ in batches(len(labels), settings, 0))
     epochs = epochs_of(len(labels), settings)
@@ -320,7 +321,8 @@ def finetune(
                 weights = (1.0, settings.distillation, settings.beta, settings.gamma)
                 if not all(bool(torch.isfinite(loss)) for loss in losses):
                     raise diverged("a loss of NaN or infinity")
-                following.see(logits)
+                if follows:
+                    following.see(logits)
                 optimizer.zero_grad(set_to_none=True)
                 weighted = [w * loss for w, loss in zip(weights, losses, strict=False) if w]
                 torch.stack(weighted).sum().backward()
@@ -331,7 +333,7 @@ def finetune(
                 sums += torch.tensor([float(loss.detach()) for loss in losses] + [math.nan])[:4]
                 step += 1
                 advance(1)
-            if settings.beta and settings.solve_again:
+            if follows:
                 following.follow()
             history.append(EpochLosses(*(sums / steps_per_epoch).tolist()))
             logger.info("repair: epoch %d of %d: %s", epoch + 1, epochs, history[-1])

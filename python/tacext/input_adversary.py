@@ -14,9 +14,9 @@ from torch.nn import functional
 
 from .differentiable import DifferentiableModel, InputBox
 from .heads import Head, evaluating, run_model
-from .patch_reach import PatchReach, Patterns, has_room, patch_reach
-from .reach import BUDGET, Reach, UniversalChanges, reach
-from .second_look import MOST_SAMPLES, split_samples
+from .patch_reach import PatchReach, Patterns
+from .reach import BUDGET, Reach, UniversalChanges
+from .second_look import MOST_SAMPLES, changes_and_patches, split_samples
 
 
 def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
@@ -92,28 +92,9 @@ class InputAdversary:
         differentiable = DifferentiableModel(
             model, head, "repair", without_gradients="or accept the repair unseen"
         )
-        found = reach(
-            differentiable,
-            box,
-            fit,
-            held_out,
-            targets,
-            batch_size=batch_size,
-            seed=seed,
-            progress=progress,
+        found, patched = changes_and_patches(
+            differentiable, box, fit, held_out, targets, batch_size, seed, progress
         )
-        patched = None
-        if has_room(box.shape):
-            patched = patch_reach(
-                differentiable,
-                box,
-                fit,
-                held_out,
-                found,
-                batch_size=batch_size,
-                seed=seed,
-                progress=progress,
-            )
         return cls(box, found, patched, differentiable.device)
 
     def attack(self, inputs: Tensor, step: int) -> Tensor:

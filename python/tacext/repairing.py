@@ -51,7 +51,7 @@ class RepairResult:
         max_accuracy_drop: as asked for; None was accepted unseen.
         reason: why it was accepted or not, in one sentence.
         report_after: the scan of the repaired model; None where there was none.
-        targets: the classes whose backdoor was removed.
+        targets: the classes that were to be repaired.
         method: how.
         accuracy_before, accuracy_after: on the held-out clean samples, of the original and of what
             was repaired, whether that was accepted or not.
@@ -59,7 +59,7 @@ class RepairResult:
         history: the losses of every epoch.
         warnings: what the caller should know before using the model.
         settings: what was asked for.
-        seconds: wall time of the training.
+        seconds: wall time of the repair, without scans.
     """
 
     model: nn.Module = field(repr=False)
@@ -145,7 +145,10 @@ def repair(
             way_out="pass tacext.FinetuneSettings(...)",
         )
     _check_drop(max_accuracy_drop)
-    inputs, labels = (part.clone() for part in materialise(data, operation="repair"))
+    inputs, labels = (
+        part.clone() if part.is_inference() else part
+        for part in materialise(data, operation="repair")
+    )
     if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
         model = copy.deepcopy(model)  # which gradients may pass by
     training, holdout = _split(len(labels), settings)

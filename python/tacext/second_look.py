@@ -150,6 +150,42 @@ def shuffle_budgets(reached: Sequence[float]) -> tuple[float, ...]:
     return tuple(b for b in BUDGETS if b <= _LONGER * reached[-1])
 
 
+def changes_and_patches(
+    model: DifferentiableModel,
+    box: InputBox,
+    fit: tuple[Tensor, Tensor],
+    held_out: tuple[Tensor, Tensor],
+    classes: tuple[int, ...],
+    batch_size: int,
+    seed: int,
+    progress: bool | None,
+) -> tuple[Reach, PatchReach | None]:
+    """What drives the samples into each class: `reach` and, where there is room, `patch_reach`."""
+    found = reach(
+        model,
+        box,
+        fit,
+        held_out,
+        classes,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+    )
+    patched = None
+    if has_room(box.shape):
+        patched = patch_reach(
+            model,
+            box,
+            fit,
+            held_out,
+            found,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+        )
+    return found, patched
+
+
 @torch.inference_mode(False)
 def look_again(
     model: nn.Module,
@@ -183,28 +219,9 @@ def look_again(
     fit, held_out = split_samples(samples, operation)
     box = InputBox.around(samples[0])
     with_gradients = DifferentiableModel(model, head, operation)
-    found = reach(
-        with_gradients,
-        box,
-        fit,
-        held_out,
-        classes,
-        batch_size=batch_size,
-        seed=seed,
-        progress=progress,
+    found, patched = changes_and_patches(
+        with_gradients, box, fit, held_out, classes, batch_size, seed, progress
     )
-    patched = None
-    if has_room(box.shape):
-        patched = patch_reach(
-            with_gradients,
-            box,
-            fit,
-            held_out,
-            found,
-            batch_size=batch_size,
-            seed=seed,
-            progress=progress,
-        )
     shuffled = None
     if len(held_out[1]) >= FEWEST_IMAGES_A_CLASS * head.num_classes:
         shuffled = shuffle(
