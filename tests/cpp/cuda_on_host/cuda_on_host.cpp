@@ -12,6 +12,14 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+// For functions that leave their stack: their callers may count on no register that they seem to
+// spare, and the sanitizer would take a jump for the end of every frame and check none any longer.
+#ifdef __clang__
+#define CHANGES_STACK __attribute__((noinline, no_sanitize_address))
+#else
+#define CHANGES_STACK __attribute__((noipa, no_sanitize_address))
+#endif
+
 namespace cuda_on_host {
 namespace {
 
@@ -23,11 +31,20 @@ struct Barrier {
   std::uint64_t phase = 0;
 };
 
+// Where a fiber or the scheduler left off. GCC's and Clang's own setjmp changes stacks in a few
+// instructions; swapcontext asks the kernel for the signal mask every time.
+using Point = void* [5];
+
 struct Fiber {
-  ucontext_t context;
+  Point point;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   void* sanitizer_state = nullptr;
+  const Barrier* waits_at = nullptr;
+  std::uint64_t phase = 0;  // of that barrier when it was reached
+  bool started = false;
   bool done = false;
+
+  bool can_run() const { return !done && (waits_at == nullptr || waits_at->phase != phase); }
 };
 
 struct Block {
@@ -38,7 +55,7 @@ struct Block {
 };
 
 Order order = Order::kForward;
-ucontext_t scheduler;
+Point scheduler;
 void* scheduler_sanitizer_state = nullptr;
 const void* scheduler_stack = nullptr;
 std::size_t scheduler_stack_bytes = 0;
@@ -65,42 +82,61 @@ void arrive(void* own_state, const void** from_stack, std::size_t* from_bytes) {
 #endif
 }
 
-void run_fiber() {
-  arrive(nullptr, &scheduler_stack, &scheduler_stack_bytes);
-  (*body)();
-  block.fibers[current].done = true;
-  --alive;
-  ++progress;
-  leave_for(nullptr, scheduler_stack, scheduler_stack_bytes);
-  swapcontext(&block.fibers[current].context, &scheduler);
-}
+[[noreturn]] CHANGES_STACK void jump(Point& point) { __builtin_longjmp(point, 1); }
 
-void yield() {
+CHANGES_STACK void yield() {
   Fiber& fiber = block.fibers[current];
   leave_for(&fiber.sanitizer_state, scheduler_stack, scheduler_stack_bytes);
-  swapcontext(&fiber.context, &scheduler);
-  arrive(fiber.sanitizer_state, &scheduler_stack, &scheduler_stack_bytes);
+  if (__builtin_setjmp(fiber.point) == 0) jump(scheduler);
+  arrive(block.fibers[current].sanitizer_state, &scheduler_stack, &scheduler_stack_bytes);
 }
 
-void resume(unsigned thread) {
+// A fiber outlives its block and runs the thread of the same number in the next one.
+void run_fiber() {
+  arrive(nullptr, &scheduler_stack, &scheduler_stack_bytes);
+  for (;;) {
+    (*body)();
+    block.fibers[current].done = true;
+    --alive;
+    ++progress;
+    yield();
+  }
+}
+
+[[noreturn]] CHANGES_STACK void start(Fiber& fiber) {
+  fiber.started = true;
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack.get();
+  context.uc_stack.ss_size = kStackBytes;
+  context.uc_link = nullptr;
+  makecontext(&context, run_fiber, 0);
+  setcontext(&context);
+  std::abort();
+}
+
+CHANGES_STACK void resume(unsigned thread) {
   current = thread;
   threadIdx = dim3(thread % blockDim.x, thread / blockDim.x % blockDim.y,
                    thread / (blockDim.x * blockDim.y));
   Fiber& fiber = block.fibers[thread];
   leave_for(&scheduler_sanitizer_state, fiber.stack.get(), kStackBytes);
-  swapcontext(&scheduler, &fiber.context);
+  if (__builtin_setjmp(scheduler) == 0) fiber.started ? jump(fiber.point) : start(fiber);
   arrive(scheduler_sanitizer_state, nullptr, nullptr);
 }
 
 void wait(Barrier& barrier, unsigned members) {
-  const std::uint64_t phase = barrier.phase;
   ++progress;
   if (++barrier.waiting == members) {
     barrier.waiting = 0;
     ++barrier.phase;
     return;
   }
-  while (barrier.phase == phase) yield();
+  Fiber& fiber = block.fibers[current];
+  fiber.waits_at = &barrier;
+  fiber.phase = barrier.phase;
+  yield();  // until can_run()
+  fiber.waits_at = nullptr;
 }
 
 // Lets a warp run as far as it can while the others stand still: what it overwrites too early, they
@@ -111,7 +147,7 @@ void run_warp(unsigned warp, unsigned threads) {
     before = progress;
     for (unsigned t = begin; t < end; ++t) {
       const unsigned thread = order == Order::kForward ? t : begin + end - 1 - t;
-      if (!block.fibers[thread].done) resume(thread);
+      if (block.fibers[thread].can_run()) resume(thread);
     }
   }
 }
@@ -125,11 +161,7 @@ void run_block(unsigned threads) {
   for (unsigned t = 0; t < threads; ++t) {
     Fiber& fiber = block.fibers[t];
     fiber.done = false;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, run_fiber, 0);
+    fiber.waits_at = nullptr;
   }
   while (alive > 0) {
     const std::uint64_t before = progress;
