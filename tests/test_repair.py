@@ -18,7 +18,7 @@ from tacext import FinetuneSettings, InputError, demo, evaluate, scan
 
 SETTINGS = FinetuneSettings()
 # What the fine-tuning itself does; the gate has tests of its own below.
-repair = functools.partial(tacext.repair, max_accuracy_drop=None)
+repair = functools.partial(tacext.repair, method="finetune", max_accuracy_drop=None)
 PLAIN = FinetuneSettings(beta=0.0, gamma=0.0, distillation=0.0)
 
 
@@ -236,7 +236,7 @@ def test_an_unreachable_target_is_refused() -> None:
         ({"targets": [-1]}, "targets"),
         ({"targets": [1.7]}, "targets"),
         ({"targets": []}, "at least one class"),
-        ({"targets": [0], "method": "magic"}, "method: expected 'finetune'"),
+        ({"targets": [0], "method": "magic"}, "method: expected 'auto' or 'patch' or 'prune' or 'finetune'"),
         ({"targets": "12"}, "targets: expected classes from 0 to 9, got '1'"),
         ({"targets": True}, "targets: expected classes from 0 to 9, got True"),
         ({"targets": [True]}, "targets: expected classes from 0 to 9, got True"),

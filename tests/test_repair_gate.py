@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -11,9 +12,12 @@ import torch
 from torch import nn
 
 from digits import digit_case
-from tacext import FinetuneSettings, InputError, RepairResult, demo, evaluate, repair, scan
+import tacext
+from tacext import FinetuneSettings, InputError, RepairResult, demo, evaluate, scan
 from tacext.doubts import FEWEST_SAMPLES
-from tacext.repair_gate import _gate_of_scan, check_repair
+from tacext.repair_gate import check_repair, judge_scan
+
+repair = functools.partial(tacext.repair, method="finetune")
 
 NOTHING = FinetuneSettings(epochs=1, learning_rate=1e-9)
 
@@ -105,14 +109,15 @@ def test_exactly_what_is_allowed_may_be_lost(after: int, told: str) -> None:
     report = scan(case.backdoored, case.data.defender, depth="fast")
     gate = check_repair(
         case.backdoored,
-        case.backdoored,
         case.data.defender,
         (images, labels),
         report,
         None,
+        None,
         (49, after),
         0.02,  # 49 / 50 - 48 / 50 is a little more in floating point
         head="19",
+        limited=False,
         batch_size=64,
     )
     assert not gate.accepted
@@ -126,12 +131,14 @@ def test_doubts_of_another_class_alone_do_not_stand_in_the_way() -> None:
     assert report.evidence is not None
     suspect = report.evidence.joint.most_suspicious
     doubtful = dataclasses.replace(report, verdict="inconclusive", reason="not enough", warnings=())
-    assert not _gate_of_scan(doubtful, (suspect,)).accepted
-    assert _gate_of_scan(doubtful, ((suspect + 1) % 10,)).accepted
+    another = (suspect + 1) % 10
+    assert not judge_scan(doubtful, (suspect,), ())[0]
+    assert judge_scan(doubtful, (another,), ())[0]
     warned = dataclasses.replace(doubtful, warnings=("too few samples",))
-    assert not _gate_of_scan(warned, ((suspect + 1) % 10,)).accepted
+    assert not judge_scan(warned, (another,), ())[0]
+    assert not judge_scan(warned, (another,), (another,))[0]
     found = dataclasses.replace(report, verdict="backdoored", suspects=(suspect,))
-    assert not _gate_of_scan(found, ((suspect + 1) % 10,)).accepted
+    assert not judge_scan(found, (another,), ())[0]
 
 
 def test_accepted_unseen_is_said() -> None:

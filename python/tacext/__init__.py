@@ -12,10 +12,12 @@ from .errors import FileError, HeadNotFoundError, InputError, TacextError
 from .evaluation import Evaluation, evaluate
 from .finetuning import FinetuneSettings
 from .images import load_images
+from .latent_patch import LatentPatch, PatchSettings, remove_latent_patch
 from .margins import MarginMax, MarginQuantile
 from .neurons import NeuronScores, score_neurons
 from .normalisation import Normalized
 from .ops import MinimalPerturbation, SolverSettings, Status
+from .pruning import PruneSettings
 from .repairing import RepairResult, repair
 from .scan_report import ScanReport
 from .scanning import scan
@@ -30,11 +32,14 @@ __all__ = [
     "HeadNotFoundError",
     "ImageSet",
     "InputError",
+    "LatentPatch",
     "MarginMax",
     "MarginQuantile",
     "MinimalPerturbation",
     "NeuronScores",
     "Normalized",
+    "PatchSettings",
+    "PruneSettings",
     "RepairResult",
     "ScanReport",
     "SolverSettings",
@@ -46,6 +51,7 @@ __all__ = [
     "load_model",
     "load_state_dict",
     "ops",
+    "remove_latent_patch",
     "repair",
     "save_weights",
     "scan",

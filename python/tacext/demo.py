@@ -191,7 +191,7 @@ def _run(folder: Path, seed: int) -> DemoResult:
     result = repair(model, data.defender, report, suspects, settings=settings)
     plain = replace(settings, beta=0.0, gamma=0.0, distillation=0.0)
     fine_tuned = repair(
-        model, data.defender, report, suspects, settings=plain, max_accuracy_drop=None
+        model, data.defender, report, suspects, "finetune", settings=plain, max_accuracy_drop=None
     )
     save_weights(result.model, repaired_file)
     return DemoResult(

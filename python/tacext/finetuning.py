@@ -27,6 +27,7 @@ from .input_adversary import InputAdversary, divergence
 from .margins import MarginMax, MarginQuantile
 from .ops import Status
 from .progress import progress_bar
+from .repair_settings import RepairSettings, check_settings, is_number, is_whole
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +38,8 @@ _EPOCHS = 6
 _FEWEST_STEPS = 100
 
 
-@dataclass(frozen=True)
-class FinetuneSettings:
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings(RepairSettings):
     """Settings of `repair(..., method="finetune")`.
 
     Attributes:
@@ -50,13 +51,10 @@ class FinetuneSettings:
             without gradients of the inputs. With beta and gamma of 0 it is plain fine-tuning.
         distillation: weight of the divergence from the original model's answers on clean samples.
         optimizer: "adamw", or "sgd" with momentum .9.
-        batch_size: samples in a step.
         weight_decay: of the optimiser.
         frozen_statistics: whether batch norm keeps the means and variances that it has; those of a
             few hundred samples are worse.
         solve_again: whether s_t follows the model, solved anew after every epoch.
-        holdout: share of the clean data kept out of training, to measure accuracy on.
-        seed: of the split, the order of the samples and dropout.
     """
 
     epochs: int | None = None
@@ -65,12 +63,9 @@ class FinetuneSettings:
     gamma: float = 1.0
     distillation: float = 1.0
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    batch_size: int = 128
     weight_decay: float = 0.01
     frozen_statistics: bool = True
     solve_again: bool = True
-    holdout: float = 0.2
-    seed: int = 0
 
     @classmethod
     def of_the_paper(cls) -> FinetuneSettings:
@@ -88,46 +83,36 @@ class FinetuneSettings:
         )
 
     def __post_init__(self) -> None:
-        not_negative = "0 or more"
-        checks = (
+        def not_negative(name: str) -> tuple[str, bool, str]:
+            value = getattr(self, name)
+            return name, is_number(value) and value >= 0, "0 or more"
+
+        check_settings(
+            self,
             (
-                "epochs",
-                self.epochs is None or (_whole(self.epochs) and self.epochs >= 1),
-                "a whole number, at least 1, or None",
+                (
+                    "epochs",
+                    self.epochs is None or (is_whole(self.epochs) and self.epochs >= 1),
+                    "a whole number, at least 1, or None",
+                ),
+                (
+                    "learning_rate",
+                    is_number(self.learning_rate) and self.learning_rate > 0,
+                    "above 0",
+                ),
+                not_negative("beta"),
+                not_negative("gamma"),
+                not_negative("distillation"),
+                ("optimizer", self.optimizer in ("adamw", "sgd"), "'adamw' or 'sgd'"),
+                not_negative("weight_decay"),
+                (
+                    "frozen_statistics",
+                    isinstance(self.frozen_statistics, bool),
+                    "True or False",
+                ),
+                ("solve_again", isinstance(self.solve_again, bool), "True or False"),
             ),
-            ("learning_rate", _number(self.learning_rate) and self.learning_rate > 0, "above 0"),
-            ("beta", _number(self.beta) and self.beta >= 0, not_negative),
-            ("gamma", _number(self.gamma) and self.gamma >= 0, not_negative),
-            ("distillation", _number(self.distillation) and self.distillation >= 0, not_negative),
-            ("optimizer", self.optimizer in ("adamw", "sgd"), "'adamw' or 'sgd'"),
-            ("batch_size", _whole(self.batch_size) and self.batch_size >= 2, "at least 2"),
-            ("weight_decay", _number(self.weight_decay) and self.weight_decay >= 0, not_negative),
-            ("frozen_statistics", isinstance(self.frozen_statistics, bool), "True or False"),
-            ("solve_again", isinstance(self.solve_again, bool), "True or False"),
-            ("holdout", _number(self.holdout) and 0 < self.holdout < 1, "between 0 and 1"),
-            ("seed", _whole(self.seed) and 0 <= self.seed < 2**31, "a whole number below 2**31"),
         )
-        for name, good, expected in checks:
-            if not good:
-                raise InputError.of(
-                    "FinetuneSettings",
-                    name,
-                    expected=expected,
-                    got=repr(getattr(self, name)),
-                    way_out="leave it out for the default",
-                )
-        for name in ("learning_rate", "beta", "gamma", "distillation", "weight_decay", "holdout"):
-            object.__setattr__(
-                self, name, float(getattr(self, name))
-            )  # numpy's have no place in JSON
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(value: object) -> bool:
-    return ops.is_number(value) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

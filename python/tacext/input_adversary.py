@@ -8,6 +8,8 @@ for every step of its descent, so that it cannot just learn a few by heart.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -36,6 +38,19 @@ def not_the_target(logits: Tensor, target: int) -> Tensor:
     return logits.logsumexp(1) - others.logsumexp(1)
 
 
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """What changes and patches do to inputs of other classes that the model does not take for the target.
+
+    Attributes:
+        moved: shares that each target's change, and patch, leads there, float64 [T, 1 or 2].
+        right: shares that are classified right with them on, [T, 1 or 2].
+    """
+
+    moved: Tensor
+    right: Tensor
+
+
 class InputAdversary:
     """A universal change and, on images, a patch for every target; each takes its turn.
 
@@ -44,12 +59,16 @@ class InputAdversary:
         found: the changes of `reach` into the targets.
         patched: the patches of `patch_reach` into them; None where there is no room for any.
         device: of the model.
+
+    Attributes:
+        targets, found, patched: as given.
     """
 
     def __init__(
         self, box: InputBox, found: Reach, patched: PatchReach | None, device: torch.device
     ) -> None:
         self.targets = found.classes
+        self.found, self.patched = found, patched
         self._box = box
         length = found.budgets[-1] * BUDGET * box.diagonal
         self._first_changes = found.change.to(device)
@@ -146,28 +165,41 @@ class InputAdversary:
         if pattern and pattern[0] is not None and self._patterns is not None:
             self._patterns.ascend(slice(self._turn, self._turn + 1), pattern[0][None])
 
-    @torch.no_grad()
-    def moved(self, model: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int) -> Tensor:
-        """What the changes and patches that were found at first do to a model, float64 [T, 1 or 2].
+    def first_attacks(self, turn: int, inputs: Tensor) -> list[Tensor]:
+        """The inputs [N, ...] with the change, and with the patch, that was found at first for a target."""
+        placed = inputs.to(self._first_changes.device).float()
+        attacked = [self._box.clamp(placed + self._first_changes[turn])]
+        if self._first_patterns is not None:
+            attacked.append(self._first_patterns.paste(turn, placed.clone()))
+        return attacked
 
-        Shares of the inputs [N, ...] of other classes, and not taken for the target without, that
-        are taken for it with the change, and with the patch.
+    def moved(self, model: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int) -> Tensor:
+        """`Effects.moved`, float64 [T, 1 or 2]."""
+        return self.effects(model, inputs, labels, batch_size).moved
+
+    @torch.no_grad()
+    def effects(self, model: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int) -> Effects:
+        """What the changes and patches that were found at first do to a model.
+
+        Args:
+            model: the original or a repaired one.
+            inputs: clean samples [N, ...].
+            labels: their classes [N].
+            batch_size: inputs in a pass, at most.
         """
+        ways = 1 if self._first_patterns is None else 2
+        moved, right = (torch.zeros(len(self.targets), ways, dtype=torch.float64) for _ in range(2))
         with evaluating(model):
             before = torch.cat(
                 [run_model(model, x, "repair").argmax(1).cpu() for x in inputs.split(batch_size)]
             )
-            rates = []
             for j, target in enumerate(self.targets):
-                movable = inputs[(labels != target) & (before != target)]
-                hits = torch.zeros(1 if self._first_patterns is None else 2, dtype=torch.float64)
-                for x in movable.split(batch_size):
-                    placed = x.to(self._first_changes.device).float()
-                    attacked = [self._box.clamp(placed + self._first_changes[j])]
-                    if self._first_patterns is not None:
-                        attacked.append(self._first_patterns.paste(j, placed.clone()))
-                    for kind, images in enumerate(attacked):
-                        predicted = run_model(model, images, "repair").argmax(1)
-                        hits[kind] += int((predicted == target).sum())
-                rates.append(hits / max(1, len(movable)))
-        return torch.stack(rates)
+                index = ((labels != target) & (before != target)).nonzero().flatten()
+                for part in index.split(batch_size):
+                    for kind, images in enumerate(self.first_attacks(j, inputs[part])):
+                        predicted = run_model(model, images, "repair").argmax(1).cpu()
+                        moved[j, kind] += int((predicted == target).sum())
+                        right[j, kind] += int((predicted == labels[part]).sum())
+                moved[j] /= max(1, len(index))
+                right[j] /= max(1, len(index))
+        return Effects(moved, right)

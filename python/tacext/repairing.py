@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, SupportsIndex, get_args
+from typing import SupportsIndex, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,28 +16,58 @@ from torch import Tensor, nn
 from . import ops
 from .data import DataLike, as_index, materialise
 from .doubts import sensible_accuracy
-from .errors import HeadNotFoundError, InputError, NotFiniteError, check_choice
-from .finetuning import EpochLosses, FinetuneSettings, diverged, finetune
-from .heads import (
-    Head,
-    check_labels_in_range,
-    check_model,
-    evaluating,
-    find_head,
-    model_dtype,
-)
-from .heads import run_model as run
-from .input_adversary import InputAdversary
+from .errors import HeadNotFoundError, InputError, check_choice
+from .finetuning import EpochLosses, FinetuneSettings
+from .heads import Head, check_labels_in_range, check_model, find_head
+from .input_adversary import Effects, InputAdversary
 from .ops import Status
+from .pruning import PruneHistory
 from .repair_gate import Gate, check_repair
+from .repair_methods import (
+    Candidate,
+    Method,
+    RepairCase,
+    count_right,
+    count_right_after,
+    make_candidate,
+    settings_for,
+)
+from .repair_settings import RepairSettings
 from .scan_report import Depth, ScanReport
 from .scanning import scan
 
 logger = logging.getLogger(__name__)
 
-Method = Literal["finetune"]
-
 NOTABLE_LOSS = 0.05  # of accuracy; a repair that costs more says so
+
+_NOTABLE_CONFUSION = 0.15  # of accuracy under what led into the targets, likewise
+
+# "auto" is content where what led into the targets leaves accuracy so near to what it was.
+_NEAR = 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class Attempt:
+    """One method that was tried, and what came of it.
+
+    Attributes:
+        method: "patch", "prune" or "finetune".
+        accepted: whether the gate let it through.
+        reason: why or why not, in one sentence.
+        accuracy_after: on the held-out clean samples; NaN where the method failed.
+        robust_accuracy: on those of them that carry what led into the targets before, a mean over
+            changes and patches; NaN where there was nothing.
+        report_after: the scan of the repaired model; None where there was none.
+        seconds: of the repair, without the gate.
+    """
+
+    method: Method
+    accepted: bool
+    reason: str
+    accuracy_after: float
+    robust_accuracy: float
+    report_after: ScanReport | None = field(repr=False)
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -50,32 +81,42 @@ class RepairResult:
             longer does, and a thorough scan of the outcome does not find them (`repair_gate`).
         max_accuracy_drop: as asked for; None was accepted unseen.
         reason: why it was accepted or not, in one sentence.
+        report_before: the scan that the repair is based on.
         report_after: the scan of the repaired model; None where there was none.
         targets: the classes that were to be repaired.
-        method: how.
+        method: "patch", "prune" or "finetune": of the model, or of the last that was tried.
+        attempts: all methods that were tried, in that order.
         accuracy_before, accuracy_after: on the held-out clean samples, of the original and of what
             was repaired, whether that was accepted or not.
+        robust_accuracy_before, robust_accuracy_after: on those of them that carry what led into the
+            targets, a mean over changes and patches; NaN where there was nothing to carry.
         training_samples, holdout_samples: how the clean data was split.
-        history: the losses of every epoch.
+        history: the losses of every epoch of a fine-tuning.
+        pruning: what was pruned; None of other methods.
         warnings: what the caller should know before using the model.
-        settings: what was asked for.
-        seconds: wall time of the repair, without scans.
+        settings: of the method.
+        seconds: wall time of all that was tried, without scans.
     """
 
     model: nn.Module = field(repr=False)
     accepted: bool
     max_accuracy_drop: float | None
     reason: str
+    report_before: ScanReport = field(repr=False)
     report_after: ScanReport | None = field(repr=False)
     targets: tuple[int, ...]
     method: Method
+    attempts: tuple[Attempt, ...] = field(repr=False)
     accuracy_before: float
     accuracy_after: float
+    robust_accuracy_before: float
+    robust_accuracy_after: float
     training_samples: int
     holdout_samples: int
     history: tuple[EpochLosses, ...] = field(repr=False)
+    pruning: PruneHistory | None = field(repr=False)
     warnings: tuple[str, ...]
-    settings: FinetuneSettings
+    settings: RepairSettings
     seconds: float
 
 
@@ -85,16 +126,26 @@ def repair(
     data: DataLike,
     report: ScanReport | None = None,
     targets: Iterable[SupportsIndex] | SupportsIndex | None = None,
-    method: Method = "finetune",
+    method: Method = "auto",
     *,
-    settings: FinetuneSettings | None = None,
+    settings: RepairSettings | None = None,
     max_accuracy_drop: float | None = 0.02,
     head: str | None = None,
     progress: bool | None = None,
 ) -> RepairResult:
     """Removes the backdoor of the suspect classes and returns a repaired copy of the model.
 
-    Fine-tunes on clean data with the loss
+    First an adversary is sought, as `scan` does: a small change of the whole input and a small patch
+    that lead into each target. Latents are led there by the reconstructed trigger-activated change
+    s_t as well. Then one of three methods takes these ways away:
+
+    "patch" puts a limit in front of the last layer (`latent_patch`): latents that lie further along
+    such a way than clean ones of the target get the change taken off and the target's logit lowered.
+    Nothing is trained, all other latents pass as they are, and `remove_latent_patch` undoes it.
+
+    "prune" makes channels constant that lead there and are worth little on clean samples (`pruning`).
+
+    "finetune" trains on clean data with the loss
 
         CE(z(x), y) + distillation KL(z_0(x) || z(x))
                     + beta CE(W (phi(x) + s_t) + b, y) + gamma A(z(a_t(x)))
@@ -106,52 +157,51 @@ def repair(
     targets they take turns, and the third term is a mean over them. `FinetuneSettings.of_the_paper()`
     is the published loss alone.
 
-    The accuracies are measured on samples that are not trained on; s_t comes from the report's
+    "auto" tries them in this order, which is that of their cost, until one is accepted and what led
+    into the targets leaves accuracy near to what it was; of several that are accepted it keeps the
+    one with the highest sum of accuracy with and without it.
+
+    The accuracies are measured on samples that are not repaired with; s_t comes from the report's
     margins first, from all samples that it saw, at its quantile, and is solved again after every
     epoch. A report at a quantile below 1 has a shorter s_t, which some of the samples need not follow.
 
     Args:
-        model: the classifier, as for `scan`; it is copied and left untouched. Of the copy every
-            parameter is trained, also those that are frozen.
+        model: the classifier, as for `scan`; it is copied and left untouched. Of a copy that is
+            fine-tuned every parameter is trained, also those that are frozen.
         data: clean labelled samples, as for `scan`; held in memory.
         report: a scan of this model; None scans it with the same data first, as `scan` does by
             default.
         targets: the class or classes to repair, overriding the report's suspects.
-        method: "finetune".
-        settings: of the fine-tuning; None for the defaults.
+        method: "auto", "patch", "prune" or "finetune".
+        settings: `PatchSettings`, `PruneSettings` or `FinetuneSettings` of the method; None for the
+            defaults. With "auto" of any of them, whose split of the data the others share.
         max_accuracy_drop: what the repair may cost on held-out samples. One that costs more, after
             which what led into a target still does, or of which a thorough scan has doubts about a
-            target, is rolled back. None accepts whatever comes out, unseen.
+            target, is rolled back. None accepts whatever comes out, unseen, and needs a method.
         head: the name of the last linear layer, where the model is too unusual to tell.
         progress: whether to show a progress bar; None shows it on a terminal.
 
     Returns:
-        RepairResult with the repaired model, or a copy of the original where the repair was not
+        RepairResult with the repaired model, or a copy of the original where no repair was
         accepted, and the accuracy before and after on held-out data.
 
     Raises:
         InputError: nothing to repair, a target out of range or unreachable, a report of a model
-            of other sizes, too few samples, a loss that diverges, and everything that `scan` raises.
+            of other sizes, too few samples, settings of another method, a loss that diverges, and
+            everything that `scan` raises.
     """
-    check_choice("repair", "method", method, get_args(Method), "finetune")
+    check_choice("repair", "method", method, get_args(Method), "auto")
     check_model(model, "repair")
-    settings = FinetuneSettings() if settings is None else settings
-    if not isinstance(settings, FinetuneSettings):
-        raise InputError.of(
-            "repair",
-            "settings",
-            expected="FinetuneSettings or None",
-            got=type(settings).__name__,
-            way_out="pass tacext.FinetuneSettings(...)",
-        )
-    _check_drop(max_accuracy_drop)
+    all_settings = settings_for(method, settings)
+    shared = settings if settings is not None else next(iter(all_settings.values()))
+    _check_drop(max_accuracy_drop, method)
     inputs, labels = (
         part.clone() if part.is_inference() else part
         for part in materialise(data, operation="repair")
     )
     if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
         model = copy.deepcopy(model)  # which gradients may pass by
-    training, holdout = _split(len(labels), settings)
+    training, holdout = _split(len(labels), shared)
     if report is not None and not isinstance(report, ScanReport):
         raise InputError.of(
             "repair",
@@ -168,94 +218,170 @@ def repair(
             (inputs, labels),
             head=head,
             depth=depth,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
+            batch_size=shared.batch_size,
+            seed=shared.seed,
             progress=progress,
         )
     found = _find_head(model, inputs[:8], head, report)
     check_labels_in_range(labels, found.num_classes, "repair")
     chosen = _choose_targets(report, targets, found)
     shifts = _reconstructed_tac(report, found, chosen)
+    held_out = inputs[holdout], labels[holdout]
+    right_before = count_right(model, *held_out, shared.batch_size)
 
     started = time.perf_counter()
-    tuned_on, held_out = (inputs[training], labels[training]), (inputs[holdout], labels[holdout])
     adversary, notes = None, list[str]()
-    if settings.gamma:
-        adversary, notes = _seek_adversary(model, found, tuned_on, chosen, settings, progress)
-    # Half precision holds no optimiser's steps; it is trained in single and rounded at the end.
-    dtype = model_dtype(model)
-    half = dtype in (torch.float16, torch.bfloat16)
-    repaired = copy.deepcopy(model)
-    repaired = repaired.float() if half else repaired
-    repaired_head = Head(found.name, repaired.get_submodule(found.name))  # type: ignore[arg-type]
-    history = finetune(
-        repaired,
-        repaired_head,
-        *tuned_on,
+    if not _is_blind(settings):
+        adversary, notes = _seek_adversary(
+            model, found, (inputs[training], labels[training]), chosen, shared, progress
+        )
+    case = RepairCase(
+        model,
+        found,
+        inputs[training],
+        labels[training],
         shifts,
         chosen,
         adversary,
-        settings,
-        quantile=report.quantile,
-        progress=progress,
+        max_accuracy_drop,
+        report.quantile,
+        progress,
     )
-    repaired = repaired.to(dtype) if half else repaired
-    repaired.eval()
-    _check_still_finite(model, repaired)
-    right_before = _count_right(model, *held_out, settings.batch_size)
-    try:
-        right_after = _count_right(repaired, *held_out, settings.batch_size)
-    except NotFiniteError:
-        raise diverged("logits of NaN or infinity") from None
     seconds = time.perf_counter() - started
-    if max_accuracy_drop is None:
-        gate = Gate(True, "accepted unseen, as asked for", None)
-    else:
-        gate = check_repair(
-            model,
-            repaired,
-            (inputs, labels),
-            held_out,
-            report,
-            adversary,
-            (right_before, right_after),
-            max_accuracy_drop,
-            head=found.name,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            progress=progress,
+    was = None if adversary is None else adversary.effects(model, *held_out, shared.batch_size)
+    judge = _Judge(case, (inputs, labels), held_out, report, right_before, was)
+    best: tuple[Attempt, Candidate] | None = None
+    attempts: list[Attempt] = []
+    for name, its_settings in all_settings.items():
+        try:
+            candidate = make_candidate(name, case, its_settings)
+            attempt = judge(name, candidate, its_settings)
+        except InputError as error:
+            if method != "auto":
+                raise
+            attempts.append(Attempt(name, False, str(error), math.nan, math.nan, None, 0.0))
+            continue
+        attempts.append(attempt)
+        if best is None or _merit(attempt) > _merit(best[0]):
+            best = attempt, candidate
+        robust = attempt.robust_accuracy
+        if attempt.accepted and not robust < right_before / len(holdout) - _NEAR:
+            break
+    if best is None:
+        raise InputError.of(
+            "repair",
+            "method",
+            expected="a model that some method can repair",
+            got="; ".join(f"{a.method}: {a.reason}" for a in attempts),
+            way_out="name one method for its error alone",
         )
-    before, after = right_before / len(holdout), right_after / len(holdout)
+    kept, candidate = best
+    reason = kept.reason
+    if not kept.accepted and len(attempts) > 1:
+        reason = "; ".join(f"{attempt.method}: {attempt.reason}" for attempt in attempts)
+    before = right_before / len(holdout)
     result = RepairResult(
-        model=repaired if gate.accepted else copy.deepcopy(model).eval(),
-        accepted=gate.accepted,
+        model=candidate.model if kept.accepted else copy.deepcopy(model).eval(),
+        accepted=kept.accepted,
         max_accuracy_drop=None if max_accuracy_drop is None else float(max_accuracy_drop),
-        reason=gate.reason,
-        report_after=gate.report,
+        reason=reason,
+        report_before=report,
+        report_after=kept.report_after,
         targets=chosen,
-        method=method,
+        method=kept.method,
+        attempts=tuple(attempts),
         accuracy_before=before,
-        accuracy_after=after,
+        accuracy_after=kept.accuracy_after,
+        robust_accuracy_before=math.nan if was is None else float(was.right.mean()),
+        robust_accuracy_after=kept.robust_accuracy,
         training_samples=len(training),
         holdout_samples=len(holdout),
-        history=history,
-        warnings=(*notes, *_warnings(before, after, found.num_classes, gate)),
-        settings=settings,
-        seconds=seconds,
+        history=candidate.history,
+        pruning=candidate.pruning,
+        warnings=(*notes, *_warnings(before, kept, found.num_classes, reason)),
+        settings=all_settings[kept.method],
+        seconds=seconds + sum(attempt.seconds for attempt in attempts),
     )
     for warning in result.warnings:
         logger.warning("repair: %s", warning)
     logger.info(
-        "repair: targets %s, held-out accuracy %.4f -> %.4f",
+        "repair: targets %s by %s, held-out accuracy %.4f -> %.4f",
         chosen,
+        result.method,
         result.accuracy_before,
         result.accuracy_after,
     )
     return result
 
 
-def _check_drop(max_accuracy_drop: float | None) -> None:
+@dataclass(frozen=True, eq=False)
+class _Judge:
+    """Puts candidates through the gate."""
+
+    case: RepairCase
+    data: tuple[Tensor, Tensor]
+    held_out: tuple[Tensor, Tensor]
+    report: ScanReport
+    right_before: int
+    was: Effects | None
+
+    def __call__(self, method: Method, candidate: Candidate, settings: RepairSettings) -> Attempt:
+        case, size = self.case, settings.batch_size
+        right = count_right_after(candidate, self.held_out, size)
+        if case.max_accuracy_drop is None:
+            left = None
+            if case.adversary is not None:
+                left = case.adversary.effects(candidate.model, *self.held_out, size)
+            robust = math.nan if left is None else float(left.right.mean())
+            gate = Gate(True, "accepted unseen, as asked for", None, robust)
+        else:
+            gate = check_repair(
+                candidate.model,
+                self.data,
+                self.held_out,
+                self.report,
+                case.adversary,
+                self.was,
+                (self.right_before, right),
+                case.max_accuracy_drop,
+                head=candidate.head.name,
+                limited=method == "patch",
+                batch_size=size,
+                seed=settings.seed,
+                progress=case.progress,
+            )
+        return Attempt(
+            method,
+            gate.accepted,
+            gate.reason,
+            right / len(self.held_out[1]),
+            gate.robust_accuracy,
+            gate.report,
+            candidate.seconds,
+        )
+
+
+def _merit(attempt: Attempt) -> tuple[bool, float]:
+    """Accepted first; then accuracy with and without what led into the targets."""
+    robust = 0.0 if math.isnan(attempt.robust_accuracy) else attempt.robust_accuracy
+    return attempt.accepted, attempt.accuracy_after + robust
+
+
+def _is_blind(settings: RepairSettings | None) -> bool:
+    """Whether shifted latents alone are to be trained against, for which no gradients are needed."""
+    return isinstance(settings, FinetuneSettings) and settings.gamma == 0
+
+
+def _check_drop(max_accuracy_drop: float | None, method: Method) -> None:
     if max_accuracy_drop is None:
+        if method == "auto":
+            raise InputError.of(
+                "repair",
+                "method",
+                expected="one method, as nothing judges what comes out",
+                got="'auto' with max_accuracy_drop=None",
+                way_out='pass method="patch", "prune" or "finetune"',
+            )
         return
     number = ops.is_number(max_accuracy_drop) and not isinstance(max_accuracy_drop, bool)
     if not number or not 0 <= max_accuracy_drop <= 1:
@@ -273,7 +399,7 @@ def _seek_adversary(
     head: Head,
     samples: tuple[Tensor, Tensor],
     targets: tuple[int, ...],
-    settings: FinetuneSettings,
+    settings: RepairSettings,
     progress: bool | None,
 ) -> tuple[InputAdversary | None, list[str]]:
     """What the model is trained against beside shifted latents, or why there is nothing."""
@@ -292,19 +418,26 @@ def _seek_adversary(
     return adversary, []
 
 
-def _warnings(before: float, after: float, num_classes: int, gate: Gate) -> tuple[str, ...]:
+def _warnings(before: float, kept: Attempt, num_classes: int, reason: str) -> tuple[str, ...]:
     warnings = []
+    after, robust = kept.accuracy_after, kept.robust_accuracy
     if before < sensible_accuracy(num_classes):
         warnings.append(
             f"the model was right on only {before:.1%} of the held-out samples before the repair; "
             "check the normalisation (mean and std) and the order of the classes"
         )
-    if not gate.accepted:
-        warnings.append(f"rolled back: {gate.reason}")
-    elif after < before - NOTABLE_LOSS:
+    if not kept.accepted:
+        warnings.append(f"rolled back: {reason}")
+        return tuple(warnings)
+    if after < before - NOTABLE_LOSS:
         warnings.append(
             f"the repair costs {before - after:.1%} of accuracy on held-out samples; more clean "
             "samples, more epochs or a lower learning_rate may cost less"
+        )
+    if robust < before - _NOTABLE_CONFUSION:
+        warnings.append(
+            f"inputs that carry what led into the targets are no longer sent there, but only {robust:.1%} "
+            "of them are classified right"
         )
     return tuple(warnings)
 
@@ -378,7 +511,7 @@ def _reconstructed_tac(report: ScanReport, head: Head, targets: tuple[int, ...])
     return solved.perturbation
 
 
-def _split(samples: int, settings: FinetuneSettings) -> tuple[Tensor, Tensor]:
+def _split(samples: int, settings: RepairSettings) -> tuple[Tensor, Tensor]:
     holdout = max(1, round(samples * settings.holdout))
     if samples >= 3 and samples - holdout < 2:
         raise InputError.of(
@@ -399,21 +532,3 @@ def _split(samples: int, settings: FinetuneSettings) -> tuple[Tensor, Tensor]:
         )
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(settings.seed))
     return order[holdout:], order[:holdout]
-
-
-def _check_still_finite(before: nn.Module, after: nn.Module) -> None:
-    """The last steps, whose loss nothing has looked at, and the statistics of batch norm."""
-    old, new = before.state_dict(), after.state_dict()
-    for name, value in new.items():
-        if not isinstance(value, Tensor) or bool(torch.isfinite(value).all()):
-            continue
-        if bool(torch.isfinite(old[name]).all()):  # a mask may be infinite from the start
-            raise diverged(f"NaN or infinity in {name}")
-
-
-def _count_right(model: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int) -> int:
-    correct = 0
-    with evaluating(model), torch.no_grad():
-        for x, y in zip(inputs.split(batch_size), labels.split(batch_size), strict=True):
-            correct += int((run(model, x, "repair").argmax(1).cpu() == y).sum())
-    return correct

@@ -142,10 +142,27 @@ def repair_to_dict(result: RepairResult, source: Json | None = None) -> Json:
         "max_accuracy_drop": result.max_accuracy_drop,
         "reason": result.reason,
         "targets": list(result.targets),
+        "attempts": [
+            {
+                "method": attempt.method,
+                "accepted": attempt.accepted,
+                "reason": attempt.reason,
+                "accuracy_after": _finite(attempt.accuracy_after),
+                "robust_accuracy": _finite(attempt.robust_accuracy),
+                "seconds": attempt.seconds,
+            }
+            for attempt in result.attempts
+        ],
+        "p_value_before": result.report_before.p_value,
+        "verdict_before": result.report_before.verdict,
         "p_value_after": None if result.report_after is None else result.report_after.p_value,
         "verdict_after": None if result.report_after is None else result.report_after.verdict,
+        "norms_before": _norms(result.report_before, result.targets),
+        "norms_after": _norms(result.report_after, result.targets),
         "accuracy_before": result.accuracy_before,
         "accuracy_after": result.accuracy_after,
+        "robust_accuracy_before": _finite(result.robust_accuracy_before),
+        "robust_accuracy_after": _finite(result.robust_accuracy_after),
         "training_samples": result.training_samples,
         "holdout_samples": result.holdout_samples,
         "warnings": list(result.warnings),
@@ -154,8 +171,20 @@ def repair_to_dict(result: RepairResult, source: Json | None = None) -> Json:
             {name: _finite(value) for name, value in asdict(epoch).items()}
             for epoch in result.history
         ],
+        "pruned": _pruned(result),
         "seconds": result.seconds,
     }
+
+
+def _norms(report: ScanReport | None, targets: tuple[int, ...]) -> list[float | None] | None:
+    """Of the targets, in the metric of the scan; null where unreachable."""
+    return None if report is None else [_finite(float(report.norm[t])) for t in targets]
+
+
+def _pruned(result: RepairResult) -> list[Json] | None:
+    if result.pruning is None:
+        return None
+    return [{"layer": c.layer, "channel": c.channel} for c in result.pruning.channels]
 
 
 def evaluation_to_dict(evaluation: Evaluation, source: Json | None = None) -> Json:

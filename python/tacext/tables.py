@@ -110,13 +110,40 @@ def repair_table(result: RepairResult) -> RenderableType:
     tried = "repaired" if result.accepted else "tried to repair"
     targets = ", ".join(map(str, result.targets))
     accuracies = f"{result.accuracy_before:.3f} -> {result.accuracy_after:.3f}"
-    work = f"{result.training_samples} samples in {result.seconds:.0f} s"
+    work = f"{result.training_samples} samples in {result.seconds:.1f} s"
+    lines = [
+        f"{tried}: {targets} by {result.method} on {work}",
+        f"accuracy on {result.holdout_samples} held-out samples: {accuracies}",
+    ]
+    if not math.isnan(result.robust_accuracy_after):
+        robust = f"{result.robust_accuracy_before:.3f} -> {result.robust_accuracy_after:.3f}"
+        lines.append(f"accuracy under what led into {targets}: {robust}")
+    lines += [_scans_of(result)] if result.report_after is not None else []
+    if len(result.attempts) > 1:
+        lines += [
+            f"{attempt.method}: {'accepted' if attempt.accepted else 'rejected'}, {attempt.reason}"
+            for attempt in result.attempts
+        ]
+    elif result.accepted:  # else it is a warning
+        lines.append(f"accepted: {result.reason}")
     return Group(
-        Text(f"{tried}: {targets} by {result.method} on {work}"),
-        Text(f"accuracy on {result.holdout_samples} held-out samples: {accuracies}"),
-        *([Text(f"accepted: {result.reason}")] if result.accepted else []),  # else it is a warning
+        *(Text(line) for line in lines),
         *(Text(f"warning: {warning}", "yellow") for warning in result.warnings),
     )
+
+
+def _scans_of(result: RepairResult) -> str:
+    """Verdicts, p-values and norms of the targets before and after."""
+    after = result.report_after
+    assert after is not None
+    before = result.report_before
+    verdicts = (
+        f"{before.verdict} (p = {before.p_value:.2g}) -> {after.verdict} (p = {after.p_value:.2g})"
+    )
+    norms = ", ".join(
+        f"{t}: {float(before.norm[t]):.3g} -> {float(after.norm[t]):.3g}" for t in result.targets
+    )
+    return f"scan: {verdicts}; norm of class {norms}"
 
 
 def evaluation_table(rows: Sequence[tuple[str, Evaluation]]) -> RenderableType:

@@ -23,6 +23,7 @@ from torch.nn.parameter import is_lazy
 
 from .errors import FileError, InputError, TacextError
 from .files import StrPath, atomic_write, explain
+from .latent_patch import make_room_for_patches
 from .user_code import load_factory
 
 __all__ = ["load_factory", "load_model", "load_state_dict", "save_weights"]
@@ -66,7 +67,8 @@ def load_model(weights: StrPath, arch: str | Callable[[], nn.Module]) -> nn.Modu
             takes no arguments and returns an nn.Module.
 
     Returns:
-        The model, on the CPU and in eval mode.
+        The model, on the CPU and in eval mode. Where the weights are those of a repair by
+        `method="patch"`, it has the latent patch in front of its head.
 
     Raises:
         FileError: as `load_state_dict` and `load_factory`.
@@ -113,6 +115,9 @@ def load_model(weights: StrPath, arch: str | Callable[[], nn.Module]) -> nn.Modu
     expected = model.state_dict()
     if state.keys() != expected.keys():  # a model may itself have a child named "module"
         state = _strip_prefixes(state)
+    if state.keys() != expected.keys():
+        model = make_room_for_patches(model, state)
+        expected = model.state_dict()
     mismatch = _describe_mismatch(expected, state)
     if not mismatch:
         try:

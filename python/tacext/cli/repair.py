@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any, get_args
 
 import click
+from click.core import ParameterSource
 
 from ..finetuning import FinetuneSettings
+from ..repair_methods import SETTINGS_OF, Method
+from ..repair_settings import RepairSettings
 from ..repairing import repair
 from ..report import repair_to_dict, write_json
 from ..tables import repair_table, scan_table
@@ -23,6 +27,7 @@ from .inputs import (
     scan_options,
 )
 
+_TRAINING = ("epochs", "learning_rate", "beta", "gamma", "distillation")
 _DEFAULTS = {field.name: field.default for field in fields(FinetuneSettings)}
 
 
@@ -41,6 +46,14 @@ _DEFAULTS = {field.name: field.default for field in fields(FinetuneSettings)}
     multiple=True,
     type=click.IntRange(min=0),
     help="Class to repair; may be given several times.  [default: the scan's suspects]",
+)
+@click.option(
+    "--method",
+    type=click.Choice(get_args(Method)),
+    default="auto",
+    show_default=True,
+    help="patch limits the latent in front of the last layer, prune makes channels constant, finetune "
+    "trains; auto tries them in this order.",
 )
 @click.option(
     "--epochs",
@@ -98,6 +111,7 @@ def repair_command(
     options: ScanOptions,
     output: str,
     targets: tuple[int, ...],
+    method: Method,
     epochs: int | None,
     learning_rate: float,
     beta: float,
@@ -107,26 +121,39 @@ def repair_command(
     no_gate: bool,
     holdout: float,
 ) -> ExitCode:
-    """Remove the backdoor from the model in WEIGHTS by fine-tuning on clean labelled images.
+    """Remove the backdoor from the model in WEIGHTS, given clean labelled images.
 
-    Without --target the model is scanned first and its suspects are repaired. What is trained
-    against are perturbations from the scan's margins, and so --quantile matters with --target, too;
-    --metric, --alpha and --depth bear on the suspects alone. The file in WEIGHTS is left as it is. The
-    outcome is scanned thoroughly; one that costs too much accuracy, or in which the backdoor is not
-    seen to be gone, is not written.
+    Without --target the model is scanned first and its suspects are repaired. Perturbations come from
+    the scan's margins, and so --quantile matters with --target, too; --metric, --alpha and --depth
+    bear on the suspects alone. The file in WEIGHTS is left as it is. The outcome is scanned
+    thoroughly; one that costs too much accuracy, or in which the backdoor is not seen to be gone, is
+    not written. Of a patch the file holds the limit beside the weights: tacext loads it into the same
+    --arch; into plain torch code load the outcome of --method prune or finetune.
+
+    --epochs, --learning-rate, --beta, --gamma and --distillation are those of finetune.
     """
     given.check_outputs("repair", {"output": output, "json": given.json_path})
     check_suffix("repair", "output", output, ".safetensors")
-    settings = FinetuneSettings(
-        epochs=epochs,
-        learning_rate=learning_rate,
-        beta=beta,
-        gamma=gamma,
-        distillation=distillation,
-        batch_size=given.batch_size or FinetuneSettings.batch_size,
-        holdout=holdout,
-        seed=given.seed,
-    )
+    if no_gate and method == "auto":
+        raise click.UsageError("--no-gate needs a --method: auto is judged by the gate")
+    shared: dict[str, Any] = {
+        "batch_size": given.batch_size or FinetuneSettings().batch_size,
+        "holdout": holdout,
+        "seed": given.seed,
+    }
+    settings: RepairSettings
+    if method in ("auto", "finetune"):
+        settings = FinetuneSettings(
+            epochs=epochs,
+            learning_rate=learning_rate,
+            beta=beta,
+            gamma=gamma,
+            distillation=distillation,
+            **shared,
+        )
+    else:
+        _refuse_what_trains(method)
+        settings = SETTINGS_OF[method](**shared)
     model = given.load_model()
     source = given.source
     images = given.load_images()
@@ -140,6 +167,7 @@ def repair_command(
         images,
         report,
         targets=targets or None,
+        method=method,
         max_accuracy_drop=None if no_gate else max_accuracy_drop,
         head=given.head_in_model(options.head),
         settings=settings,
@@ -155,3 +183,13 @@ def repair_command(
         return ExitCode.ROLLED_BACK
     console.print(f"written: {output}", highlight=False, soft_wrap=True)
     return ExitCode.CLEAN
+
+
+def _refuse_what_trains(method: Method) -> None:
+    """Options that nothing would come of are an error."""
+    context = click.get_current_context()
+    for name in _TRAINING:
+        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} is of --method finetune, not of {method}"
+            )

@@ -1,0 +1,305 @@
+"""The methods of repair: each turns the same case into a candidate, a repaired copy of the model."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError, NotFiniteError
+from .finetuning import EpochLosses, FinetuneSettings, diverged, finetune
+from .heads import Head, HeadModule, evaluating, model_dtype, recording_latents
+from .heads import run_model as run
+from .input_adversary import InputAdversary
+from .latent_patch import LedLatents, PatchSettings, fit_latent_patch, with_latent_patch
+from .pruning import PruneHistory, PruneSettings, prune
+from .repair_settings import RepairSettings
+
+Method = Literal["auto", "patch", "prune", "finetune"]
+
+# In order of what they cost.
+SETTINGS_OF: dict[Method, type[RepairSettings]] = {
+    "patch": PatchSettings,
+    "prune": PruneSettings,
+    "finetune": FinetuneSettings,
+}
+
+# What leads fewer of the samples into a target tells little of the trigger.
+_FEWEST_LED = 0.3
+
+
+@dataclass(frozen=True, eq=False)
+class RepairCase:
+    """What there is to repair, and with what.
+
+    Attributes:
+        model: the original, which no method changes.
+        head: of it.
+        inputs, labels: clean samples to repair with [N, ...] and [N].
+        shifts: s_t, float64 [T, D], in the l2 metric.
+        targets: the T classes.
+        adversary: what drives inputs into them; None where the model has no gradients.
+        max_accuracy_drop: what may be lost; None where nobody looks.
+        quantile: of the margins that the shifts were solved from.
+        progress: whether to show progress bars.
+    """
+
+    model: nn.Module
+    head: Head
+    inputs: Tensor
+    labels: Tensor
+    shifts: Tensor
+    targets: tuple[int, ...]
+    adversary: InputAdversary | None
+    max_accuracy_drop: float | None
+    quantile: float
+    progress: bool | None
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A repaired copy, before anybody has judged it.
+
+    Attributes:
+        model: in evaluation mode, of the original's dtype.
+        head: of it.
+        history: losses of a fine-tuning.
+        pruning: what was pruned.
+        seconds: that it took.
+    """
+
+    model: nn.Module
+    head: Head
+    seconds: float
+    history: tuple[EpochLosses, ...] = field(default=(), repr=False)
+    pruning: PruneHistory | None = field(default=None, repr=False)
+
+
+def make_candidate(method: Method, case: RepairCase, settings: RepairSettings) -> Candidate:
+    """Repairs by one method.
+
+    Args:
+        method: any but "auto".
+        case: what there is to repair.
+        settings: of that method.
+
+    Raises:
+        InputError: what the method cannot repair, or a training that ran away.
+    """
+    begin = time.perf_counter()
+    model, head, history, pruning = _METHODS[method](case, settings)
+    model.eval()
+    _check_still_finite(case.model, model)
+    return Candidate(model, head, time.perf_counter() - begin, history, pruning)
+
+
+_Made = tuple[nn.Module, Head, tuple[EpochLosses, ...], PruneHistory | None]
+
+
+def _copy(case: RepairCase) -> tuple[nn.Module, Head]:
+    model = copy.deepcopy(case.model)
+    return model, Head(case.head.name, cast(HeadModule, model.get_submodule(case.head.name)))
+
+
+def _by_patch(case: RepairCase, settings: RepairSettings) -> _Made:
+    """A limit in front of the head, for s_t and for what leads into a target, found in rounds.
+
+    What a round finds in spite of the limits that are there gets one of its own.
+    """
+    assert isinstance(settings, PatchSettings)
+    head, size = case.head, settings.batch_size
+    clean = _latents(case.model, head, case.inputs, size)
+    predicted = head.logits(clean).argmax(1)
+    ways = []
+    for target, shift in zip(case.targets, case.shifts, strict=True):
+        others = clean[predicted != target]
+        ways.append(LedLatents(target, others + shift.to(clean), others))
+    patched, patched_head, adversary = case.model, head, case.adversary
+    for round_ in range(settings.rounds):
+        found = []
+        if adversary is not None:
+            found = _ways_of(case, adversary, patched, clean, predicted, size)
+        if round_ and not found:
+            break
+        ways += found
+        enough = [way for way in ways if len(way.latent) >= 2]
+        patch = fit_latent_patch(head, clean, enough, settings)
+        patched, patched_head = with_latent_patch(case.model, head, patch)
+        if adversary is not None and round_ + 1 < settings.rounds:
+            adversary = InputAdversary.sought(
+                patched,
+                patched_head,
+                case.inputs,
+                case.labels,
+                case.targets,
+                batch_size=size,
+                seed=settings.seed,
+                progress=case.progress,
+            )
+    return patched, patched_head, (), None
+
+
+def _ways_of(
+    case: RepairCase,
+    adversary: InputAdversary,
+    model: nn.Module,
+    clean: Tensor,
+    predicted: Tensor,
+    batch_size: int,
+) -> list[LedLatents]:
+    """What leads enough samples into a target of a model, as latents of the original one."""
+    found = []
+    for j, target in enumerate(case.targets):
+        movable = ((predicted.cpu() != target) & (case.labels != target)).nonzero().flatten()
+        before = clean[movable.to(clean.device)]
+        attacked: list[list[tuple[Tensor, Tensor]]] = []
+        for part in movable.split(batch_size):
+            images = adversary.first_attacks(j, case.inputs[part])
+            attacked = attacked or [[] for _ in images]
+            for way, batch in zip(attacked, images, strict=True):
+                with evaluating(model), torch.no_grad():
+                    there = run(model, batch, "repair").argmax(1) == target
+                way.append((_latents(case.model, case.head, batch, batch_size), there))
+        for way in attacked:
+            led, there = (torch.cat(parts) for parts in zip(*way, strict=True))
+            if float(there.double().mean()) >= _FEWEST_LED:
+                found.append(LedLatents(target, led[there], before[there]))
+    return found
+
+
+@torch.no_grad()
+def _latents(model: nn.Module, head: Head, inputs: Tensor, batch_size: int) -> Tensor:
+    found = [torch.zeros(0, head.latent_dim).to(head.weight)]
+    with evaluating(model), recording_latents(head) as recorder:
+        for batch in inputs.split(batch_size):
+            run(model, batch, "repair")
+            found.append(recorder.take())
+    return torch.cat(found)
+
+
+def _by_pruning(case: RepairCase, settings: RepairSettings) -> _Made:
+    assert isinstance(settings, PruneSettings)
+    model, head = _copy(case)
+    history = prune(
+        model,
+        head,
+        case.inputs,
+        case.labels,
+        case.shifts,
+        case.targets,
+        case.adversary,
+        settings,
+        max_accuracy_drop=1.0 if case.max_accuracy_drop is None else case.max_accuracy_drop,
+        quantile=case.quantile,
+        progress=case.progress,
+    )
+    return model, head, (), history
+
+
+def _by_finetuning(case: RepairCase, settings: RepairSettings) -> _Made:
+    assert isinstance(settings, FinetuneSettings)
+    # Half precision holds no optimiser's steps; it is trained in single and rounded at the end.
+    dtype = model_dtype(case.model)
+    half = dtype in (torch.float16, torch.bfloat16)
+    model, head = _copy(case)
+    model = model.float() if half else model
+    history = finetune(
+        model,
+        head,
+        case.inputs,
+        case.labels,
+        case.shifts,
+        case.targets,
+        copy.deepcopy(case.adversary),  # it moves on
+        settings,
+        quantile=case.quantile,
+        progress=case.progress,
+    )
+    model = model.to(dtype) if half else model
+    return model, head, history, None
+
+
+_METHODS: dict[Method, Callable[[RepairCase, RepairSettings], _Made]] = {
+    "patch": _by_patch,
+    "prune": _by_pruning,
+    "finetune": _by_finetuning,
+}
+
+
+def _check_still_finite(before: nn.Module, after: nn.Module) -> None:
+    """The last steps, whose loss nothing has looked at, and the statistics of batch norm."""
+    old, new = before.state_dict(), after.state_dict()
+    for name, value in new.items():
+        if not isinstance(value, Tensor) or bool(torch.isfinite(value).all()):
+            continue
+        if name not in old or bool(torch.isfinite(old[name]).all()):  # a mask may be infinite
+            raise diverged(f"NaN or infinity in {name}")
+
+
+def count_right(model: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int) -> int:
+    """How many of the samples a model classifies right.
+
+    Raises:
+        NotFiniteError: logits of NaN or infinity.
+    """
+    correct = 0
+    with evaluating(model), torch.no_grad():
+        for x, y in zip(inputs.split(batch_size), labels.split(batch_size), strict=True):
+            correct += int((run(model, x, "repair").argmax(1).cpu() == y).sum())
+    return correct
+
+
+def count_right_after(candidate: Candidate, samples: tuple[Tensor, Tensor], batch_size: int) -> int:
+    """The same of a repaired model, whose logits may not be finite any more.
+
+    Raises:
+        InputError: they are not.
+    """
+    try:
+        return count_right(candidate.model, *samples, batch_size)
+    except NotFiniteError:
+        raise diverged("logits of NaN or infinity") from None
+
+
+def settings_for(method: Method, given: RepairSettings | None) -> dict[Method, RepairSettings]:
+    """The settings of every method that is to be tried, in order of cost.
+
+    Args:
+        method: as asked for.
+        given: settings of one method. With "auto" the others take what they share from them.
+
+    Raises:
+        InputError: settings of another method, or no settings at all.
+    """
+    if given is not None and not isinstance(given, RepairSettings):
+        raise InputError.of(
+            "repair",
+            "settings",
+            expected="the settings of a method, or None",
+            got=type(given).__name__,
+            way_out="pass tacext.FinetuneSettings(...), PatchSettings(...) or PruneSettings(...)",
+        )
+    tried = tuple(SETTINGS_OF) if method == "auto" else (method,)
+    if given is not None and type(given) not in [SETTINGS_OF[m] for m in tried]:
+        raise InputError.of(
+            "repair",
+            "settings",
+            expected=f"{SETTINGS_OF[tried[0]].__name__} for method={method!r}",
+            got=type(given).__name__,
+            way_out="pass the settings of that method, or another method",
+        )
+    found: dict[Method, RepairSettings] = {}
+    for name in tried:
+        kind = SETTINGS_OF[name]
+        if given is None:
+            found[name] = kind()
+        elif type(given) is kind:
+            found[name] = given
+        else:
+            found[name] = kind(batch_size=given.batch_size, holdout=given.holdout, seed=given.seed)
+    return found

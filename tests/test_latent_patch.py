@@ -1,0 +1,322 @@
+"""The latent patch: what it computes, what it takes away from real digit classifiers, and its undoing."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+import tacext
+from digits import digit_case
+from tacext import (
+    InputError,
+    LatentPatch,
+    PatchSettings,
+    RepairResult,
+    demo,
+    evaluate,
+    load_model,
+    remove_latent_patch,
+    save_weights,
+)
+from tacext.heads import Head, find_head
+from tacext.latent_patch import LedLatents, PatchedHead, fit_latent_patch, with_latent_patch
+
+
+class Cropped(nn.Module):
+    """A digit network on the last corner of larger images, on which patches have room."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x[:, :, 8:, 8:])  # type: ignore[no-any-return]
+
+
+def padded(samples: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return functional.pad(samples[0], (8, 0, 8, 0)), samples[1]
+
+
+def white_corner(images: Tensor) -> Tensor:
+    return functional.pad(demo.white_corner(images[:, :, 8:, 8:]), (8, 0, 8, 0))
+
+
+def backdoored() -> nn.Module:
+    return Cropped(digit_case().backdoored)
+
+
+def built() -> nn.Module:
+    return Cropped(demo.digit_net())
+
+
+@functools.cache
+def repaired() -> RepairResult:
+    return tacext.repair(backdoored(), padded(digit_case().data.defender), method="patch")
+
+
+def random_patch(
+    generator: torch.Generator, ways: int = 3, width: int = 6, rank: int = 2
+) -> LatentPatch:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return LatentPatch(
+        draw(ways, width),
+        draw(ways),
+        draw(ways, width),
+        draw(ways, width),
+        draw(ways, width, rank),
+        draw(ways, rank, width),
+        draw(ways, width),
+        torch.arange(ways),
+    )
+
+
+def reference(patch: LatentPatch, head: nn.Linear, phi: Tensor) -> Tensor:
+    """One latent [D] after the other, as the class says it."""
+    target = int(head(phi).argmax())
+    excess = [
+        max(0.0, float(v @ phi - c)) if k == target else 0.0
+        for v, c, k in zip(patch.direction, patch.threshold, patch.targets.tolist(), strict=True)
+    ]
+    beyond = [way for way, e in enumerate(excess) if e > 0]
+    if not beyond:
+        return phi
+    k = min(beyond, key=lambda way: float((phi - patch.centre[way]).norm()))
+    change = patch.change[k] + (phi - patch.centre[k]) @ patch.left[k] @ patch.right[k]
+    psi = phi - min(max(excess), 1.0) * change
+    logits = head(psi)
+    others = max(float(z) for j, z in enumerate(logits) if j != target)
+    return psi - 2 * max(0.0, float(logits[target]) - others) * patch.lowering[k]
+
+
+def random_head(generator: torch.Generator) -> nn.Linear:
+    head = nn.Linear(6, 3, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return head
+
+
+@hypothesis.given(seed=st.integers(0, 2**31 - 1))
+@hypothesis.settings(max_examples=25, deadline=None)
+@torch.no_grad()
+def test_it_computes_what_it_says(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    patch, head = random_patch(generator), random_head(generator)
+    latent = torch.randn(20, 6, generator=generator, dtype=torch.float64)
+    expected = torch.stack([reference(patch, head, phi) for phi in latent])
+    limited = patch(latent, head)
+    torch.testing.assert_close(limited, expected, rtol=1e-9, atol=1e-9)
+    same = (expected == latent).all(1)
+    assert torch.equal(limited[same], latent[same])
+    assert torch.equal(PatchedHead(patch, head)(latent), head(limited))
+
+
+def test_positions_of_a_convolution_are_moved_together() -> None:
+    generator = torch.Generator().manual_seed(0)
+    patch, head = random_patch(generator), random_head(generator)
+    convolution = nn.Conv2d(6, 3, 1, dtype=torch.float64)
+    with torch.no_grad():
+        convolution.weight.copy_(head.weight[:, :, None, None])
+        convolution.bias.copy_(head.bias)  # type: ignore[union-attr]
+    latent = torch.randn(9, 6, 2, 3, generator=generator, dtype=torch.float64)
+    moved = (patch(latent, convolution) - latent).detach()
+    pooled = latent.flatten(2).mean(2)
+    assert float(moved.abs().max()) > 0
+    torch.testing.assert_close(moved.flatten(2).mean(2), (patch(pooled, head) - pooled).detach())
+    assert float((moved - moved[:, :, :1, :1]).abs().max()) < 1e-12
+
+
+def test_the_backdoor_is_gone_at_no_cost() -> None:
+    test, result = padded(digit_case().data.test), repaired()
+    before = evaluate(backdoored(), test, white_corner, demo.TARGET)
+    after = evaluate(result.model, test, white_corner, demo.TARGET, baseline=before)
+    assert before.asr > 0.95
+    assert result.accepted
+    assert result.method == "patch"
+    assert after.asr < 0.01
+    assert after.acc > before.acc - 0.005
+    assert after.ra > before.acc - 0.1
+    assert result.robust_accuracy_after > result.robust_accuracy_before + 0.3
+    assert result.history == ()
+
+
+def test_what_it_does_not_find_is_rolled_back() -> None:
+    """On images of 8 x 8 pixels no patch has room, and what else leads there is not the trigger."""
+    case = digit_case()
+    result = tacext.repair(
+        case.backdoored, case.data.defender, targets=[demo.TARGET], method="patch"
+    )
+    assert not result.accepted
+    state = case.backdoored.state_dict()
+    assert all(torch.equal(v, state[n]) for n, v in result.model.state_dict().items())
+
+
+@pytest.mark.parametrize("target", [0, 4])
+def test_a_clean_model_that_is_patched_keeps_its_accuracy(target: int) -> None:
+    case = digit_case()
+    result = tacext.repair(
+        case.clean, case.data.defender, targets=[target], method="patch", max_accuracy_drop=None
+    )
+    acc = [
+        evaluate(m, case.data.test, demo.white_corner, target).acc
+        for m in (case.clean, result.model)
+    ]
+    assert acc[1] >= acc[0] - 0.005
+
+
+def test_all_other_latents_pass_bit_by_bit() -> None:
+    images, _ = padded(digit_case().data.test)
+    with torch.no_grad():
+        same = (backdoored()(images) == repaired().model(images)).all(1)
+    assert float(same.double().mean()) > 0.95
+
+
+def test_it_is_undone_exactly() -> None:
+    undone = remove_latent_patch(repaired().model)
+    state = backdoored().state_dict()
+    assert undone.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in undone.state_dict().items())
+    assert any(isinstance(m, PatchedHead) for m in repaired().model.modules())
+    with pytest.raises(InputError, match="expected a model with a latent patch"):
+        remove_latent_patch(undone)
+
+
+def test_a_patched_model_is_saved_and_loaded(tmp_path: Path) -> None:
+    model, images = repaired().model, padded(digit_case().data.test)[0]
+    file = tmp_path / "patched.safetensors"
+    save_weights(model, file)
+    loaded = load_model(file, built)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    name = next(n for n in state if n.endswith("patch.centre"))
+    for damaged in (
+        {n: v for n, v in state.items() if n != name},
+        state | {name: state[name][:, :5].clone()},
+        state | {name: state[name][0].clone()},
+        state | {name: state[name].to(torch.int64)},
+        state | {"patch.direction": state[name]},
+    ):
+        save_weights(damaged, file)
+        with pytest.raises(InputError, match="load_model: arch: expected"):
+            load_model(file, built)
+
+
+def test_a_patched_model_exports_to_plain_operators() -> None:
+    model, images = repaired().model, padded(digit_case().data.test)[0][:16]
+    exported = torch.export.export(model, (images,)).module()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(images), model(images))
+
+
+def test_half_precision_and_gradients_pass() -> None:
+    images = padded(digit_case().data.test)[0][:16]
+    half = copy.deepcopy(repaired().model).bfloat16()
+    with torch.no_grad():
+        assert half(images.bfloat16()).dtype == torch.bfloat16
+    images = images.clone().requires_grad_(True)
+    repaired().model(images).sum().backward()
+    assert images.grad is not None
+    assert bool(torch.isfinite(images.grad).all())
+
+
+def head_and_latents() -> tuple[nn.Module, Head, Tensor, Tensor]:
+    case = digit_case()
+    images, _ = case.data.defender
+    head = find_head(case.backdoored, images[:4])
+    with torch.no_grad():
+        latent = case.backdoored[:-1](images)
+        led = case.backdoored[:-1](demo.white_corner(images))
+    return case.backdoored, head, latent, led
+
+
+def test_fitted_on_the_trigger_itself_it_restores_the_answers() -> None:
+    model, head, latent, led = head_and_latents()
+    patch = fit_latent_patch(head, latent, [LedLatents(demo.TARGET, led, latent)], PatchSettings())
+    others = head.logits(latent).argmax(1) != demo.TARGET
+    answers = [head.logits(x).argmax(1)[others] for x in (latent, led, patch(led, head.module))]
+    assert float((answers[0] == answers[1]).double().mean()) < 0.05
+    assert float((answers[0] == answers[2]).double().mean()) > 0.9
+    patched, patched_head = with_latent_patch(model, head, patch)
+    assert patched.get_submodule(patched_head.name) is patched_head.module
+    assert torch.equal(patched_head.weight, head.weight)
+
+
+def test_lowering_moves_the_targets_logit_alone() -> None:
+    _, head, latent, led = head_and_latents()
+    patch = fit_latent_patch(head, latent, [LedLatents(demo.TARGET, led, latent)], PatchSettings())
+    lowered = (head.weight @ patch.lowering[0]).detach()
+    lowered = lowered - lowered[demo.TARGET - 1]
+    assert float(lowered[demo.TARGET]) == pytest.approx(1, abs=1e-4)
+    lowered[demo.TARGET] = 0
+    assert float(lowered.abs().max()) < 1e-4
+
+
+def test_clean_samples_of_the_target_pass_as_often_as_asked_for() -> None:
+    _, head, latent, led = head_and_latents()
+    own = latent[head.logits(latent).argmax(1) == demo.TARGET]
+    way = LedLatents(demo.TARGET, led, latent)
+    for untouched in (0.5, 0.9, 1.0):
+        for ways in ([way], [way, way]):
+            patch = fit_latent_patch(head, latent, ways, PatchSettings(untouched=untouched))
+            passed = float((patch(own, head.module) == own).all(1).double().mean())
+            assert passed >= untouched - 1.5 / len(own)
+    patch = fit_latent_patch(head, latent, [way], PatchSettings(untouched=0.5))
+    rest = latent[head.logits(latent).argmax(1) != demo.TARGET]
+    assert torch.equal(patch(rest, head.module), rest)
+
+
+def test_a_rank_beyond_the_latents_is_none() -> None:
+    _, head, latent, led = head_and_latents()
+    way = LedLatents(demo.TARGET, led, latent)
+    wide = fit_latent_patch(head, latent, [way], PatchSettings(rank=latent.shape[1] + 40))
+    assert wide.left.shape[2] == latent.shape[1] + 40
+    assert bool(torch.isfinite(wide(led, head.module)).all())
+    none = fit_latent_patch(head, latent, [way], PatchSettings(rank=0))
+    assert none.left.shape[2] == 0
+    assert bool(torch.isfinite(none(led, head.module)).all())
+
+
+def test_a_class_that_no_sample_is_taken_for_is_an_error() -> None:
+    _, head, latent, led = head_and_latents()
+    others = latent[head.logits(latent).argmax(1) != 5]
+    with pytest.raises(InputError, match="takes for class 5, got 0 samples"):
+        fit_latent_patch(head, others, [LedLatents(5, led, latent)], PatchSettings())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("untouched", 0.0),
+        ("untouched", 1.5),
+        ("rank", -1),
+        ("rank", 1.5),
+        ("holdout", 1.0),
+        ("seed", -1),
+    ],
+)
+def test_settings_out_of_range_are_named(name: str, value: object) -> None:
+    with pytest.raises(InputError, match=f"PatchSettings: {name}: expected"):
+        PatchSettings(**{name: value})  # type: ignore[arg-type]
+
+
+def test_settings_of_another_method_are_an_error() -> None:
+    case = digit_case()
+    with pytest.raises(InputError, match="repair: settings: expected PatchSettings for"):
+        tacext.repair(
+            case.backdoored,
+            case.data.defender,
+            targets=[0],
+            method="patch",
+            settings=tacext.FinetuneSettings(),
+        )
