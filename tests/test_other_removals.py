@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tacext import Evaluation, demo, evaluate
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "repair"))
 
 import pruning
+import report_repairs
 import tuning
 import unlearning
 from clean_images import CleanImages, DivergedError, accuracy, constant, descend, trainable_copy
@@ -27,14 +29,15 @@ EFFORT = {
     "fine-tuning": 0.05,
     "ft-sam": 0.1,
     "nad": 1.0,
-    "anp": 0.04,
+    "anp": 0.03,
     "clp": 1.0,
     "i-bau": 0.8,
     "fst": 1.0,
 }
 
-# What each leaves of the backdoor (ASR 1 before) and of the accuracy (.99) here. Fine-tuning leaves
-# all of it; no channel of so small a network stands out for CLP.
+# What each leaves of the backdoor (ASR 1 before), at least and at most, and of the accuracy (.99)
+# here. Fine-tuning leaves all of it, and no channel of so small a network stands out for CLP. ANP
+# and FST remove a part: the one counts what pruning costs on 80 images, the other moves the head.
 EXPECTED = {
     "fine-tuning": (0.9, 1.0, 0.97),
     "ft-sam": (0.0, 0.1, 0.93),
@@ -185,3 +188,51 @@ def test_the_hypergradient_is_that_of_the_loss_after_inner_steps() -> None:
         weight[1, 2] -= 2 * step
     down = float(outer(fixed_point()).detach())
     assert float(found[1, 2]) == pytest.approx((up - down) / (2 * step), rel=1e-2)
+
+
+# ---- what is reported ----------------------------------------------------------------------------
+
+
+def _keep(folder: Path, model: str, method: str, der: float, **more: object) -> None:
+    before = {"acc": 0.9, "asr": 1.0, "asr_max": 1.0, "ra": 0.0, "ra_min": 0.0}
+    after = {"acc": 0.89, "asr": 0.02, "asr_max": 0.03, "ra": 0.8, "ra_min": 0.8}
+    fields = {
+        "method": method, "detected": False, "share": 1, "attack": "blend", "samples": 2500,
+        "seed": 0, "before": before, "after": after, "der": der, "seconds": 10.0,
+    }  # fmt: skip
+    file = folder / model / f"{method}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(fields | more), encoding="utf-8")
+
+
+def test_wins_are_counted_by_more_than_a_point_of_der(tmp_path: Path) -> None:
+    for model, ours, theirs in (("a", 0.9, 0.85), ("b", 0.9, 0.895), ("c", 0.8, 0.9)):
+        _keep(tmp_path, model, "tacext-auto", ours)
+        _keep(tmp_path, model, "nad", theirs)
+    _keep(tmp_path, "d", "nad", 0.5)  # tacext has not run
+    _keep(tmp_path, "a", "fst", 0.5, failed="the loss is nan")
+    rows = report_repairs.read(tmp_path, 2500, detected=False)
+    table = report_repairs.wins(rows, "tacext-auto")
+    assert [list(column.cells) for column in table.columns] == [
+        ["blend", "all"],
+        ["1 / 1 / 1"] * 2,
+        ["-"] * 2,
+    ]
+
+
+def test_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
+    _keep(tmp_path, "a", "tacext-auto", 0.9, detected=True)
+    _keep(tmp_path, "b", "tacext-auto", 0.9, samples=100)
+    _keep(tmp_path, "c", "nad", 0.9, seed=1)
+    _keep(tmp_path, "d", "nad", 0.9, share=0.5)
+    assert report_repairs.read(tmp_path, 2500, detected=False) == []
+    assert [row.model for row in report_repairs.read(tmp_path, 2500, detected=True)] == ["a"]
+
+
+def test_a_row_that_misses_a_goal_is_listed(tmp_path: Path) -> None:
+    _keep(tmp_path, "a", "nad", 0.9)
+    (row,) = report_repairs.read(tmp_path, 2500, detected=False)
+    assert (row.asr, row.drop, row.gap) == pytest.approx((0.03, 0.01, 0.09))
+    assert report_repairs.misses([row], 0.03, 0.02, 0.1).row_count == 0
+    for limits in ((0.02, 0.02, 0.1), (0.03, 0.005, 0.1), (0.03, 0.02, 0.05)):
+        assert report_repairs.misses([row], *limits).row_count == 1
