@@ -118,6 +118,29 @@ def test_repair_then_evaluate(
     assert "baseline" in capsys.readouterr().out
 
 
+def test_a_patched_model_is_written_and_read_again(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repaired, result = tmp_path / "repaired.safetensors", tmp_path / "result.json"
+    common = "--arch", ARCH, "--data", folder / "digits.npz"
+    assert run(
+        "repair", folder / "clean.safetensors", *common, "--output", repaired, "--target", 3,
+        "--method", "patch", "--no-gate", "--json", result,
+    ) == 0  # fmt: skip
+    content = json.loads(result.read_text())
+    jsonschema.validate(content, json_schema("repair-1"))
+    assert content["method"] == "patch"
+    assert [attempt["method"] for attempt in content["attempts"]] == ["patch"]
+    assert content["history"] == []
+    assert any(".patch." in name for name in load_state_dict(repaired))
+    capsys.readouterr()
+    assert run(
+        "evaluate", repaired, *common, "--split", "test", "--trigger", TRIGGER, "--target", 3,
+        "--json", result,
+    ) == 0  # fmt: skip
+    assert json.loads(result.read_text())["acc"] > 0.97
+
+
 def test_repair_scans_as_it_is_told(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

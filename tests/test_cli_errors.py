@@ -322,7 +322,10 @@ def test_a_repair_shows_what_it_rests_on(
     captured = capsys.readouterr()
     assert "verdict: clean" in captured.out
     assert "name the class with targets=[...] (--target)" in captured.err
-    arguments = "--target", 0, "--learning-rate", 0.5, "--epochs", 1, "--json", tmp_path / "r.json"
+    arguments = (
+        "--target", 0, "--method", "finetune", "--learning-rate", 0.5, "--epochs", 1,
+        "--json", tmp_path / "r.json",
+    )  # fmt: skip
     for gate, code, told in (
         ([], ExitCode.ROLLED_BACK, "warning: rolled back: it loses"),
         (["--no-gate"], ExitCode.CLEAN, "warning: the repair costs"),
@@ -334,6 +337,23 @@ def test_a_repair_shows_what_it_rests_on(
         jsonschema.validate(content, json_schema(content["schema"]))
         assert content["accepted"] is bool(gate)
         assert len(content["warnings"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--no-gate"], "--no-gate needs a --method"),
+        (["--method", "patch", "--epochs", "3"], "--epochs is of --method finetune, not of patch"),
+        (["--method", "prune", "--gamma", "1"], "--gamma is of --method finetune, not of prune"),
+    ],
+)
+def test_options_that_nothing_would_come_of_are_wrong_usage(
+    arguments: list[str], told: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = "--arch", ARCH, "--data", folder / "digits.npz", "--output", folder / "o.safetensors"
+    code = run("repair", folder / "clean.safetensors", *common, *arguments)
+    assert code == ExitCode.USAGE
+    assert told in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_closed_pipe_keeps_the_verdict(folder: Path) -> None:
