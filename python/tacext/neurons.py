@@ -14,7 +14,7 @@ from .errors import InputError
 from .heads import Head, check_model, evaluating, find_head, recording_latents, run_model
 from .progress import progress_bar
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +121,7 @@ def _score_batch(
 
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, _LAYERS) and module is not head.module:
+        if isinstance(module, LAYERS) and module is not head.module:
             handles.append(
                 module.register_forward_hook(
                     lambda _module, _inputs, output, name=name: keep(name, output)
@@ -147,16 +147,15 @@ def _score_batch(
     for (name, output), gradient in zip(outputs, gradients, strict=True):
         if gradient is None:
             continue
-        score = ops.neuron_scores(
-            _channels_second(model, name, output), _channels_second(model, name, gradient)
-        )
+        layer = model.get_submodule(name)
+        score = ops.neuron_scores(channels_second(layer, output), channels_second(layer, gradient))
         # A layer that runs several times pushes with each of its calls.
         scores[name] = scores[name] + score if name in scores else score
     return scores
 
 
-def _channels_second(model: nn.Module, name: str, values: Tensor) -> Tensor:
+def channels_second(layer: nn.Module, values: Tensor) -> Tensor:
     """[N, channels, positions...]: a linear layer on tokens [N, T, D] has its channels last."""
-    if isinstance(model.get_submodule(name), nn.Linear) and values.dim() > 2:
+    if isinstance(layer, nn.Linear) and values.dim() > 2:
         return values.movedim(-1, 1)
     return values
