@@ -90,6 +90,7 @@ def reference(patch: LatentPatch, head: nn.Linear, phi: Tensor) -> Tensor:
     beyond = [way for way, e in enumerate(excess) if e > 0]
     if not beyond:
         return phi
+    beyond = [way for way in beyond if bool((patch.change[way] != 0).any())] or beyond
     k = min(beyond, key=lambda way: float((phi - patch.centre[way]).norm()))
     change = patch.change[k] + (phi - patch.centre[k]) @ patch.left[k] @ patch.right[k]
     psi = phi - min(max(excess), 1.0) * change
@@ -112,6 +113,8 @@ def random_head(generator: torch.Generator) -> nn.Linear:
 def test_it_computes_what_it_says(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     patch, head = random_patch(generator), random_head(generator)
+    patch.change[seed % 4 : 3] = 0  # of none, or of some, or of all ways the change is not known
+    patch.left[seed % 4 : 3] = 0
     latent = torch.randn(20, 6, generator=generator, dtype=torch.float64)
     expected = torch.stack([reference(patch, head, phi) for phi in latent])
     limited = patch(latent, head)
@@ -274,6 +277,18 @@ def test_clean_samples_of_the_target_pass_as_often_as_asked_for() -> None:
     patch = fit_latent_patch(head, latent, [way], PatchSettings(untouched=0.5))
     rest = latent[head.logits(latent).argmax(1) != demo.TARGET]
     assert torch.equal(patch(rest, head.module), rest)
+
+
+def test_of_an_unknown_change_only_the_logit_is_lowered() -> None:
+    _, head, latent, led = head_and_latents()
+    patch = fit_latent_patch(head, latent, [LedLatents(demo.TARGET, led, None)], PatchSettings())
+    taken = head.logits(led).argmax(1) == demo.TARGET
+    before, after = (head.logits(x)[taken] for x in (led, patch(led, head.module)))
+    assert bool((after.argmax(1) != demo.TARGET).all())
+    before, after = (
+        torch.cat([z[:, : demo.TARGET], z[:, demo.TARGET + 1 :]], 1) for z in (before, after)
+    )
+    assert torch.equal(before.argmax(1), after.argmax(1))
 
 
 def test_a_rank_beyond_the_latents_is_none() -> None:

@@ -72,7 +72,7 @@ class LatentPatch(nn.Module):
     of a latent that the head takes for a target t. Of K ways into the targets each has a limit:
     e_k = max(0, v_k.phi - c_k) says how far the latent lies beyond the clean ones of t, in units of
     what the way does. e is the largest of t's ways, and k is the way whose mean a_k is nearest among
-    those with e_k > 0. d_k is the mean change of that way, B_k says how the change depends on the
+    those with e_k > 0, one whose change is known if there is any. d_k is the mean change of that way, B_k says how the change depends on the
     latent, and m_k moves the logit of t alone, by 1: t falls as far behind as it was ahead.
 
     Args:
@@ -120,7 +120,11 @@ class LatentPatch(nn.Module):
         largest = excess.amax(dim=1)
         # ||phi - a_k||^2 less what all ways share, as products alone.
         apart = self.centre.square().sum(1) - 2 * (phi @ self.centre.T)
-        nearest = apart.masked_fill(excess <= 0, torch.inf).argmin(dim=1)
+        unknown = (self.change == 0).all(dim=1)
+        far = apart.masked_fill(excess <= 0, torch.inf)
+        known = far.masked_fill(unknown, torch.inf)
+        some = torch.isfinite(known).any(dim=1, keepdim=True)
+        nearest = torch.where(some, known, far).argmin(dim=1)
         ways, width, rank = self.left.shape
         one = functional.one_hot(nearest, ways).to(phi)
         off = phi[:, None] - self.centre  # [N, K, D]
@@ -156,12 +160,13 @@ class LedLatents:
     Attributes:
         target: the class.
         latent: of the inputs with the change on, [N, D].
-        clean: of the same inputs without, [N, D].
+        clean: of the same inputs without, [N, D]; None where no inputs do it, and the change that a
+            trigger makes is not known: such a way lowers the target's logit and takes nothing off.
     """
 
     target: int
     latent: Tensor
-    clean: Tensor
+    clean: Tensor | None
 
 
 def fit_latent_patch(
@@ -198,7 +203,8 @@ def fit_latent_patch(
                 got=counted(len(own), "sample"),
                 way_out='pass more samples, or repair with method="finetune"',
             )
-        latent, before = way.latent.to(weight), way.clean.to(weight)
+        latent = way.latent.to(weight)
+        before = None if way.clean is None else way.clean.to(weight)
         # All limits of a target together touch no more clean samples than one may.
         limits = sum(other.target == way.target for other in ways)
         touched = (1 - settings.untouched) / limits
@@ -213,7 +219,7 @@ def _limit(
     target: int,
     own: Tensor,
     latent: Tensor,
-    before: Tensor,
+    before: Tensor | None,
     touched: float,
     most_rank: int,
 ) -> tuple[Tensor, ...]:
@@ -233,27 +239,23 @@ def _limit(
 
     # The change: its mean, and how it depends on the latent, by ridge regression on the principal
     # components of the latents that carry it.
-    change = (latent - before).mean(0)
-    principal = _Spectrum(_some(spread, _MOST_ROWS))
-    rank = min(most_rank, len(principal.values))
-    left = principal.vectors[:, :rank]
-    told = (_some(spread, _MOST_ROWS) @ left).T @ _some(latent - before - change, _MOST_ROWS)
-    right = told / (principal.values[:rank] + principal.ridge)[:, None]
+    change = torch.zeros_like(centre)
+    left = right = latent.new_zeros(len(centre), most_rank)
+    if before is not None:
+        change = (latent - before).mean(0)
+        rows, differing = _some(spread, _MOST_ROWS), _some(latent - before - change, _MOST_ROWS)
+        principal = _Spectrum(rows)
+        rank = min(most_rank, len(principal.values))  # or fewer: of fewer dimensions, or latents
+        vectors = principal.vectors[:, :rank]
+        told = (rows @ vectors).T @ differing / (principal.values[:rank] + principal.ridge)[:, None]
+        left = functional.pad(vectors, (0, most_rank - rank))
+        right = functional.pad(told, (0, 0, 0, most_rank - rank)).T
 
     # m: the shortest that moves the logit of the target alone, up to what all classes share.
     unit = -torch.full((len(weight),), 1 / len(weight), dtype=torch.float64, device=weight.device)
     unit[target] += 1
     lowering = torch.linalg.pinv(weight - weight.mean(0)) @ unit
-    missing = most_rank - rank  # of fewer dimensions or latents than the rank asked for
-    return (
-        direction,
-        threshold,
-        centre,
-        change,
-        functional.pad(left, (0, missing)),
-        functional.pad(right, (0, 0, 0, missing)),
-        lowering,
-    )
+    return direction, threshold, centre, change, left, right.T.contiguous(), lowering
 
 
 def _discriminant(own: Tensor, latent: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ def _by_patch(case: RepairCase, settings: RepairSettings) -> _Made:
     ways = []
     for target, shift in zip(case.targets, case.shifts, strict=True):
         others = clean[predicted != target]
-        ways.append(LedLatents(target, others + shift.to(clean), others))
+        ways.append(LedLatents(target, others + shift.to(clean), None))
     patched, patched_head, adversary = case.model, head, case.adversary
     for round_ in range(settings.rounds):
         found = []
