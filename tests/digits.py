@@ -1,13 +1,19 @@
-"""Real models on real data for the tests: the demo's digit classifiers, trained once a session."""
+"""Real models on real data for the tests: the demo's digit classifiers and what a scan says of them.
+
+Each is made once in a process and shared by its tests, which leave it as it is.
+"""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import nn
 
-from tacext import demo
+from tacext import ScanReport, demo, scan
+from tacext.attacks import AllToAll, Attack, plan_poisoning
 
 
 @dataclass(frozen=True)
@@ -27,3 +33,18 @@ def digit_case() -> DigitCase:
         clean=demo.train(*data.training),
         data=data,
     )
+
+
+@functools.cache
+def scan_of(name: Literal["backdoored", "clean"]) -> ScanReport:
+    """The scan of one of the two on the defender's images, with nothing else set."""
+    case = digit_case()
+    return scan(getattr(case, name), case.data.defender)
+
+
+@functools.cache
+def all_to_all() -> nn.Module:
+    """The demo's network, taught that the white corner turns every digit into the next."""
+    images, labels = digit_case().data.training
+    plan = plan_poisoning(labels, [Attack(demo.white_corner, AllToAll(10))], 0.3, seed=0)
+    return demo.train(*plan.apply(images, labels, torch.arange(len(labels))), epochs=40)

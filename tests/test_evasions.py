@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from digits import digit_case
+from digits import digit_case, scan_of
 from tacext import demo, scan
 from tacext.detection import judge_norms
 from tacext.errors import HeadNotFoundError
@@ -26,7 +26,7 @@ def test_the_scale_of_the_logits_hides_nothing(scale: float) -> None:
     with torch.no_grad():
         for parameter in scaled[-1].parameters():
             parameter.mul_(scale)
-    found, expected = (scan(model, case.data.defender) for model in (scaled, case.backdoored))
+    found, expected = scan(scaled, case.data.defender), scan_of("backdoored")
     assert found.verdict == expected.verdict == "backdoored"
     assert found.suspects == expected.suspects == (demo.TARGET,)
     assert found.evidence is not None

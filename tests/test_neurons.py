@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from digits import digit_case
-from tacext import InputError, demo, scan, score_neurons
+from digits import digit_case, scan_of
+from tacext import InputError, demo, score_neurons
 
 
 def test_scores_every_conv_and_linear_layer_but_the_head() -> None:
     case = digit_case()
-    report = scan(case.backdoored, case.data.defender)
+    report = scan_of("backdoored")
     scores = score_neurons(case.backdoored, case.data.defender, report.perturbation[demo.TARGET])
     convolutions = [n for n, m in case.backdoored.named_modules() if isinstance(m, nn.Conv2d)]
     assert list(scores) == convolutions

@@ -11,7 +11,7 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 
-from digits import digit_case
+from digits import digit_case, scan_of
 from tacext import InputError, scan
 from tacext.detection import judge_norms
 from tacext.patch_reach import PatchReach
@@ -50,7 +50,7 @@ def test_a_thorough_scan_shows_its_evidence_as_well(
         return drawn(axes, *values, **how)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Axes, "bar", bar)
-    report = scan(digit_case().clean, digit_case().data.defender)
+    report = scan_of("clean")
     plot_norms(report, tmp_path / "norms.png", class_names=["$x"] * 10)
     assert labels == [None, "norm", "reach"]
     assert report.evidence is not None

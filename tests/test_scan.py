@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from digits import digit_case
+from digits import all_to_all, digit_case, scan_of
 from tacext import (
     ImageSet,
     InputError,
@@ -28,7 +28,6 @@ from tacext import (
     ops,
     scan,
 )
-from tacext.attacks import AllToAll, Attack, plan_poisoning
 from tacext.errors import NoGradientError
 from tacext.plots import plot_norms
 from tacext.report import scan_to_dict, write_json
@@ -36,8 +35,7 @@ from tacext.tables import scan_table
 
 
 def test_finds_the_backdoor_and_certifies_every_class() -> None:
-    case = digit_case()
-    report = scan(case.backdoored, case.data.defender)
+    report = scan_of("backdoored")
     assert report.verdict == "backdoored"
     assert report.suspects == (demo.TARGET,)
     assert report.p_value < 0.01
@@ -50,8 +48,7 @@ def test_finds_the_backdoor_and_certifies_every_class() -> None:
 
 
 def test_does_not_flag_the_clean_twin() -> None:
-    case = digit_case()
-    report = scan(case.clean, case.data.defender)
+    report = scan_of("clean")
     assert report.verdict != "backdoored"
     assert report.suspects == ()
     assert report.p_value > 0.01
@@ -61,7 +58,7 @@ def test_does_not_flag_the_clean_twin() -> None:
 def test_every_sample_is_sent_to_every_class_and_no_shorter_way_is_known(metric: str) -> None:
     case = digit_case()
     images, labels = case.data.defender
-    report = scan(case.backdoored, (images, labels), metric=metric)
+    report = scan(case.backdoored, (images, labels), metric=metric, depth="fast")
     body, head = case.backdoored[:-1], case.backdoored[-1]
     with torch.no_grad():
         latents = body(images).double()
@@ -81,7 +78,7 @@ def test_every_sample_is_sent_to_every_class_and_no_shorter_way_is_known(metric:
 def test_streaming_gives_the_same_bits_as_one_batch() -> None:
     case = digit_case()
     images, labels = case.data.defender
-    whole = scan(case.backdoored, [(images, labels)], metric="l2")
+    whole = scan(case.backdoored, [(images, labels)], metric="l2", depth="fast")
     model = copy.deepcopy(case.backdoored)
     ragged = [(images[i:j], labels[i:j]) for i, j in ((0, 1), (1, 64), (64, 64), (64, 400))]
     pieces = scan(model, ragged, metric="l2")
@@ -94,7 +91,7 @@ def test_streaming_gives_the_same_bits_as_one_batch() -> None:
 def test_the_scale_is_the_spread_of_the_latents() -> None:
     case = digit_case()
     images, labels = case.data.defender
-    report = scan(case.backdoored, (images, labels), batch_size=37)
+    report = scan(case.backdoored, (images, labels), batch_size=37, depth="fast")
     with torch.no_grad():
         std = case.backdoored[:-1](images).double().std(0)
     expected = 1 / torch.maximum(std, 0.1 * std.square().mean().sqrt())
@@ -104,7 +101,7 @@ def test_the_scale_is_the_spread_of_the_latents() -> None:
 def test_all_kinds_of_data_give_the_same_report() -> None:
     case = digit_case()
     images, labels = case.data.defender
-    reference = scan(case.backdoored, (images, labels), batch_size=100)
+    reference = scan(case.backdoored, (images, labels), batch_size=100, depth="fast")
     dataset = TensorDataset(images, labels)
     for data in (
         DataLoader(dataset, batch_size=100),
@@ -113,7 +110,7 @@ def test_all_kinds_of_data_give_the_same_report() -> None:
         (pair for pair in zip(images.split(100), labels.split(100), strict=True)),
         (images.numpy(), labels.numpy()),
     ):
-        report = scan(case.backdoored, data, batch_size=100)
+        report = scan(case.backdoored, data, batch_size=100, depth="fast")
         assert torch.equal(report.norm, reference.norm)
 
 
@@ -145,8 +142,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def test_the_report_is_frozen() -> None:
-    case = digit_case()
-    report = scan(case.backdoored, case.data.defender)
+    report = scan_of("backdoored")
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.verdict = "clean"  # type: ignore[misc]
 
@@ -271,8 +267,8 @@ def test_a_quantile_of_a_known_number_of_samples_keeps_no_logits(
         TensorDataset(images, labels),
         pairs,
     ):
-        report = scan(case.clean, data, quantile=0.99)
         known = data is not pairs
+        report = scan(case.clean, data, quantile=0.99, depth="fast" if known else "thorough")
         assert made[-1].max_samples == (400 if known else None)
         assert (not made[-1]._logits) == known
         assert report.samples == 400
@@ -286,8 +282,8 @@ def test_tables_and_plots_say_at_which_quantile(
     titles: list[str] = []
     monkeypatch.setattr(Axes, "set_title", lambda _axes, title: titles.append(title))
     case = digit_case()
-    for quantile in (1.0, np.float32(0.95)):
-        report = scan(case.clean, case.data.defender, quantile=quantile)
+    at_quantile = scan(case.clean, case.data.defender, quantile=np.float32(0.95))
+    for quantile, report in ((1.0, scan_of("clean")), (0.95, at_quantile)):
         console = Console(width=200, record=True, file=io.StringIO())
         console.print(scan_table(report))
         assert ("400 samples, quantile 0.95, accuracy" in console.export_text()) == (quantile < 1)
@@ -379,7 +375,7 @@ def test_margins_of_the_report_are_those_of_the_operator() -> None:
     images, labels = case.data.defender
     with torch.no_grad():
         logits = case.clean(images)
-    report = scan(case.clean, [(images, labels)])
+    report = scan(case.clean, [(images, labels)], depth="fast")
     assert torch.allclose(report.margins, ops.pairwise_margin_max(logits), atol=1e-4)
 
 
@@ -389,7 +385,7 @@ def test_margins_of_the_report_are_those_of_the_operator() -> None:
 def test_a_fast_scan_has_the_norms_and_nothing_else() -> None:
     case = digit_case()
     fast = scan(case.backdoored, case.data.defender, depth="fast")
-    thorough = scan(case.backdoored, case.data.defender)
+    thorough = scan_of("backdoored")
     assert fast.evidence is None
     assert fast.timings.look < 0.01 < thorough.timings.look
     assert (fast.p_value, fast.reason) == (fast.test.p_value, fast.test.reason)
@@ -401,9 +397,8 @@ def test_a_fast_scan_has_the_norms_and_nothing_else() -> None:
 
 def test_the_same_seed_gives_the_same_report() -> None:
     case = digit_case()
-    first, again, other = (
-        scan(case.clean, case.data.defender, seed=seed).evidence for seed in (5, 5, 6)
-    )
+    first, again = (scan(case.clean, case.data.defender, seed=5).evidence for _ in range(2))
+    other = scan_of("clean").evidence  # of seed 0
     assert first is not None
     assert again is not None
     assert other is not None
@@ -522,11 +517,7 @@ def test_of_many_classes_some_are_looked_at() -> None:
 
 
 def test_an_all_to_all_backdoor_is_named_and_written(tmp_path: Path) -> None:
-    images, labels = digit_case().data.training
-    attack = Attack(demo.white_corner, AllToAll(10))
-    plan = plan_poisoning(labels, [attack], 0.3, seed=0)
-    model = demo.train(*plan.apply(images, labels, torch.arange(len(labels))), epochs=40)
-    report = scan(model, digit_case().data.defender)
+    report = scan(all_to_all(), digit_case().data.defender)
     assert report.verdict == "backdoored"
     assert report.suspects == tuple(range(10))
     assert "a backdoor from all classes to all" in report.reason

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 import numpy as np
@@ -10,21 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from digits import digit_case
+from digits import all_to_all, digit_case
 from tacext import demo
-from tacext.attacks import AllToAll, Attack, plan_poisoning
 from tacext.differentiable import DifferentiableModel, InputBox
 from tacext.heads import find_head
 from tacext.reach import BUDGET, BUDGETS
 from tacext.shuffle import Shuffle, _assign, shuffle
-
-
-@functools.cache
-def all_to_all() -> nn.Module:
-    """The demo's network, taught that the white corner turns every digit into the next."""
-    images, labels = digit_case().data.training
-    plan = plan_poisoning(labels, [Attack(demo.white_corner, AllToAll(10))], 0.3, seed=0)
-    return demo.train(*plan.apply(images, labels, torch.arange(len(labels))), epochs=40)
 
 
 def _shuffle_of(network: nn.Module, seed: int = 0) -> Shuffle:
