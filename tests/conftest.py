@@ -28,6 +28,16 @@ settings.load_profile("tacext")
 # at any number of threads has tests that set it.
 torch.set_num_threads(1)
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before pytest-xdist starts its processes: one thread in each and in what the tests start.
+
+    Two threads that wait for each other while another process has the core are slower by far.
+    """
+    if config.getoption("numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 HAS_CUDA = ops.build_info().cuda_kernels and torch.cuda.is_available()
 REQUIRE_CUDA = os.environ.get("TACEXT_REQUIRE_CUDA") == "1"
 
