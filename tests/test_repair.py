@@ -240,8 +240,8 @@ def test_an_unreachable_target_is_refused() -> None:
         ({"targets": "12"}, "targets: expected classes from 0 to 9, got '1'"),
         ({"targets": True}, "targets: expected classes from 0 to 9, got True"),
         ({"targets": [True]}, "targets: expected classes from 0 to 9, got True"),
-        ({"settings": {"epochs": 1}}, "settings: expected FinetuneSettings or None, got dict"),
-        ({"settings": {}}, "settings: expected FinetuneSettings or None, got dict"),
+        ({"settings": {"epochs": 1}}, "settings: expected the settings of a method, or None, got dict"),
+        ({"settings": {}}, "settings: expected the settings of a method, or None, got dict"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, object], message: str) -> None:

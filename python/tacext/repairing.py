@@ -438,7 +438,7 @@ def _warnings(before: float, kept: Attempt, num_classes: int, reason: str) -> tu
             f"the repair costs {before - after:.1%} of accuracy on held-out samples; more clean "
             "samples, more epochs or a lower learning_rate may cost less"
         )
-    if robust < before - _NOTABLE_CONFUSION:
+    if robust < after - _NOTABLE_CONFUSION:
         warnings.append(
             f"inputs that carry what led into the targets are no longer sent there, but only {robust:.1%} "
             "of them are classified right"
