@@ -18,7 +18,9 @@ from .neurons import NeuronScores, score_neurons
 from .normalisation import Normalized
 from .ops import MinimalPerturbation, SolverSettings, Status
 from .pruning import PruneSettings
-from .repairing import RepairResult, repair
+from .relearning import Relearning, relearn
+from .repair_result import Attempt, RepairResult
+from .repairing import repair
 from .scan_report import ScanReport
 from .scanning import scan
 from .weights import load_model, load_state_dict, save_weights
@@ -26,6 +28,7 @@ from .weights import load_model, load_state_dict, save_weights
 __version__ = ops.build_info().version
 
 __all__ = [
+    "Attempt",
     "Evaluation",
     "FileError",
     "FinetuneSettings",
@@ -40,6 +43,7 @@ __all__ = [
     "Normalized",
     "PatchSettings",
     "PruneSettings",
+    "Relearning",
     "RepairResult",
     "ScanReport",
     "SolverSettings",
@@ -51,6 +55,7 @@ __all__ = [
     "load_model",
     "load_state_dict",
     "ops",
+    "relearn",
     "remove_latent_patch",
     "repair",
     "save_weights",

@@ -21,7 +21,8 @@ from .files import explain
 from .finetuning import FinetuneSettings
 from .plots import plot_norms
 from .progress import progress_bar
-from .repairing import RepairResult, repair
+from .repair_result import RepairResult
+from .repairing import repair
 from .scan_report import ScanReport
 from .scanning import scan
 from .weights import save_weights

@@ -18,6 +18,7 @@ from .heads import run_model as run
 from .input_adversary import InputAdversary
 from .latent_patch import LedLatents, PatchSettings, fit_latent_patch, with_latent_patch
 from .pruning import PruneHistory, PruneSettings, prune
+from .repair_case import RepairCase
 from .repair_settings import RepairSettings
 
 Method = Literal["auto", "patch", "prune", "finetune"]
@@ -31,34 +32,6 @@ SETTINGS_OF: dict[Method, type[RepairSettings]] = {
 
 # What leads fewer of the samples into a target tells little of the trigger.
 _FEWEST_LED = 0.3
-
-
-@dataclass(frozen=True, eq=False)
-class RepairCase:
-    """What there is to repair, and with what.
-
-    Attributes:
-        model: the original, which no method changes.
-        head: of it.
-        inputs, labels: clean samples to repair with [N, ...] and [N].
-        shifts: s_t, float64 [T, D], in the l2 metric.
-        targets: the T classes.
-        adversary: what drives inputs into them; None where the model has no gradients.
-        max_accuracy_drop: what may be lost; None where nobody looks.
-        quantile: of the margins that the shifts were solved from.
-        progress: whether to show progress bars.
-    """
-
-    model: nn.Module
-    head: Head
-    inputs: Tensor
-    labels: Tensor
-    shifts: Tensor
-    targets: tuple[int, ...]
-    adversary: InputAdversary | None
-    max_accuracy_drop: float | None
-    quantile: float
-    progress: bool | None
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,118 +7,44 @@ import logging
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import SupportsIndex, get_args
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .data import DataLike, as_index, materialise
-from .doubts import sensible_accuracy
-from .errors import HeadNotFoundError, InputError, check_choice
-from .finetuning import EpochLosses, FinetuneSettings
-from .heads import Head, check_labels_in_range, check_model, find_head
-from .input_adversary import Effects, InputAdversary
-from .ops import Status
-from .pruning import PruneHistory
+from .data import DataLike, materialise
+from .errors import InputError, check_choice
+from .finetuning import FinetuneSettings
+from .heads import check_labels_in_range, check_model
+from .input_adversary import Effects
+from .repair_case import (
+    RepairCase,
+    choose_targets,
+    locate_head,
+    reconstructed_tac,
+    seek_adversary,
+    split_of,
+)
 from .repair_gate import Gate, check_repair
 from .repair_methods import (
     Candidate,
     Method,
-    RepairCase,
     count_right,
     count_right_after,
     make_candidate,
     settings_for,
 )
+from .repair_result import Attempt, RepairResult, merit_of, warnings_of
 from .repair_settings import RepairSettings
 from .scan_report import Depth, ScanReport
 from .scanning import scan
 
 logger = logging.getLogger(__name__)
 
-NOTABLE_LOSS = 0.05  # of accuracy; a repair that costs more says so
-
-_NOTABLE_CONFUSION = 0.15  # of accuracy under what led into the targets, likewise
-
 # "auto" is content where what led into the targets leaves accuracy so near to what it was.
 _NEAR = 0.05
-_CLEAN_COUNTS = 3.0
-
-
-@dataclass(frozen=True, eq=False)
-class Attempt:
-    """One method that was tried, and what came of it.
-
-    Attributes:
-        method: "patch", "prune" or "finetune".
-        accepted: whether the gate let it through.
-        reason: why or why not, in one sentence.
-        accuracy_after: on the held-out clean samples; NaN where the method failed.
-        robust_accuracy: on those of them that carry what led into the targets before, a mean over
-            changes and patches; NaN where there was nothing.
-        report_after: the scan of the repaired model; None where there was none.
-        seconds: of the repair, without the gate.
-    """
-
-    method: Method
-    accepted: bool
-    reason: str
-    accuracy_after: float
-    robust_accuracy: float
-    report_after: ScanReport | None = field(repr=False)
-    seconds: float
-
-
-@dataclass(frozen=True)
-class RepairResult:
-    """The outcome of a repair.
-
-    Attributes:
-        model: the repaired copy, in evaluation mode, on the caller's device; where the repair was not
-            accepted, a copy of the model as it was.
-        accepted: whether the repair kept the accuracy asked for, what led into the targets before no
-            longer does, and a thorough scan of the outcome does not find them (`repair_gate`).
-        max_accuracy_drop: as asked for; None was accepted unseen.
-        reason: why it was accepted or not, in one sentence.
-        report_before: the scan that the repair is based on.
-        report_after: the scan of the repaired model; None where there was none.
-        targets: the classes that were to be repaired.
-        method: "patch", "prune" or "finetune": of the model, or of the last that was tried.
-        attempts: all methods that were tried, in that order.
-        accuracy_before, accuracy_after: on the held-out clean samples, of the original and of what
-            was repaired, whether that was accepted or not.
-        robust_accuracy_before, robust_accuracy_after: on those of them that carry what led into the
-            targets, a mean over changes and patches; NaN where there was nothing to carry.
-        training_samples, holdout_samples: how the clean data was split.
-        history: the losses of every epoch of a fine-tuning.
-        pruning: what was pruned; None of other methods.
-        warnings: what the caller should know before using the model.
-        settings: of the method.
-        seconds: wall time of all that was tried, without scans.
-    """
-
-    model: nn.Module = field(repr=False)
-    accepted: bool
-    max_accuracy_drop: float | None
-    reason: str
-    report_before: ScanReport = field(repr=False)
-    report_after: ScanReport | None = field(repr=False)
-    targets: tuple[int, ...]
-    method: Method
-    attempts: tuple[Attempt, ...] = field(repr=False)
-    accuracy_before: float
-    accuracy_after: float
-    robust_accuracy_before: float
-    robust_accuracy_after: float
-    training_samples: int
-    holdout_samples: int
-    history: tuple[EpochLosses, ...] = field(repr=False)
-    pruning: PruneHistory | None = field(repr=False)
-    warnings: tuple[str, ...]
-    settings: RepairSettings
-    seconds: float
 
 
 @torch.inference_mode(False)
@@ -202,7 +128,7 @@ def repair(
     )
     if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
         model = copy.deepcopy(model)  # which gradients may pass by
-    training, holdout = _split(len(labels), shared)
+    training, holdout = split_of(len(labels), shared)
     if report is not None and not isinstance(report, ScanReport):
         raise InputError.of(
             "repair",
@@ -223,17 +149,17 @@ def repair(
             seed=shared.seed,
             progress=progress,
         )
-    found = _find_head(model, inputs[:8], head, report)
+    found = locate_head(model, inputs[:8], head, report)
     check_labels_in_range(labels, found.num_classes, "repair")
-    chosen = _choose_targets(report, targets, found)
-    shifts = _reconstructed_tac(report, found, chosen)
+    chosen = choose_targets(report, targets, found)
+    shifts = reconstructed_tac(report, found, chosen)
     held_out = inputs[holdout], labels[holdout]
     right_before = count_right(model, *held_out, shared.batch_size)
 
     started = time.perf_counter()
     adversary, notes = None, list[str]()
     if not _is_blind(settings):
-        adversary, notes = _seek_adversary(
+        adversary, notes = seek_adversary(
             model, found, (inputs[training], labels[training]), chosen, shared, progress
         )
     case = RepairCase(
@@ -263,7 +189,7 @@ def repair(
             attempts.append(Attempt(name, False, str(error), math.nan, math.nan, None, 0.0))
             continue
         attempts.append(attempt)
-        if best is None or _merit(attempt) > _merit(best[0]):
+        if best is None or merit_of(attempt) > merit_of(best[0]):
             best = attempt, candidate
         robust = attempt.robust_accuracy
         if attempt.accepted and not robust < right_before / len(holdout) - _NEAR:
@@ -299,7 +225,7 @@ def repair(
         holdout_samples=len(holdout),
         history=candidate.history,
         pruning=candidate.pruning,
-        warnings=(*notes, *_warnings(before, kept, found.num_classes, reason)),
+        warnings=(*notes, *warnings_of(before, kept, found.num_classes, reason)),
         settings=all_settings[kept.method],
         seconds=seconds + sum(attempt.seconds for attempt in attempts),
     )
@@ -362,15 +288,6 @@ class _Judge:
         )
 
 
-def _merit(attempt: Attempt) -> tuple[bool, float]:
-    """Accepted first; then accuracy with and without what led into the targets.
-
-    Clean inputs are what a model is for, and others the exception.
-    """
-    robust = 0.0 if math.isnan(attempt.robust_accuracy) else attempt.robust_accuracy
-    return attempt.accepted, _CLEAN_COUNTS * attempt.accuracy_after + robust
-
-
 def _is_blind(settings: RepairSettings | None) -> bool:
     """Whether shifted latents alone are to be trained against, for which no gradients are needed."""
     return isinstance(settings, FinetuneSettings) and settings.gamma == 0
@@ -396,143 +313,3 @@ def _check_drop(max_accuracy_drop: float | None, method: Method) -> None:
             got=repr(max_accuracy_drop),
             way_out="leave it out for 0.02; None accepts whatever comes out",
         )
-
-
-def _seek_adversary(
-    model: nn.Module,
-    head: Head,
-    samples: tuple[Tensor, Tensor],
-    targets: tuple[int, ...],
-    settings: RepairSettings,
-    progress: bool | None,
-) -> tuple[InputAdversary | None, list[str]]:
-    """What the model is trained against beside shifted latents, or why there is nothing."""
-    try:
-        adversary = InputAdversary.sought(
-            model,
-            head,
-            *samples,
-            targets,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            progress=progress,
-        )
-    except InputError as error:
-        return None, [f"only shifted latents were trained against, which removes less ({error})"]
-    return adversary, []
-
-
-def _warnings(before: float, kept: Attempt, num_classes: int, reason: str) -> tuple[str, ...]:
-    warnings = []
-    after, robust = kept.accuracy_after, kept.robust_accuracy
-    if before < sensible_accuracy(num_classes):
-        warnings.append(
-            f"the model was right on only {before:.1%} of the held-out samples before the repair; "
-            "check the normalisation (mean and std) and the order of the classes"
-        )
-    if not kept.accepted:
-        warnings.append(f"rolled back: {reason}")
-        return tuple(warnings)
-    if after < before - NOTABLE_LOSS:
-        warnings.append(
-            f"the repair costs {before - after:.1%} of accuracy on held-out samples; more clean "
-            "samples, more epochs or a lower learning_rate may cost less"
-        )
-    if robust < after - _NOTABLE_CONFUSION:
-        warnings.append(
-            f"inputs that carry what led into the targets are no longer sent there, but only {robust:.1%} "
-            "of them are classified right"
-        )
-    return tuple(warnings)
-
-
-def _find_head(model: nn.Module, example: Tensor, head: str | None, report: ScanReport) -> Head:
-    try:
-        return find_head(model, example, head, operation="repair")
-    except HeadNotFoundError:
-        if head is not None:
-            raise
-        return find_head(model, example, report.head, operation="repair")  # named for the scan
-
-
-def _choose_targets(
-    report: ScanReport, targets: Iterable[SupportsIndex] | SupportsIndex | None, head: Head
-) -> tuple[int, ...]:
-    if report.num_classes != head.num_classes or report.latent_dim != head.latent_dim:
-        raise InputError.of(
-            "repair",
-            "report",
-            expected=f"a scan of this model ({head.num_classes} classes, {head.latent_dim} latents)",
-            got=f"one of {report.num_classes} classes and {report.latent_dim} latents",
-            way_out="scan this model, or leave the report out",
-        )
-    if targets is None:
-        wanted: tuple[object, ...] = report.suspects
-    elif as_index(targets) is None and isinstance(targets, Iterable):
-        wanted = tuple(targets)
-    else:
-        wanted = (targets,)
-    if not wanted:
-        raise InputError.of(
-            "repair",
-            "targets",
-            expected="at least one class to repair",
-            got=f"none (the scan's verdict: {report.verdict})",
-            way_out="name the class with targets=[...] (--target) where you know better than the scan",
-        )
-    chosen: list[int] = []
-    for target in wanted:
-        index = as_index(target)
-        if index is None or not 0 <= index < head.num_classes:
-            raise InputError.of(
-                "repair",
-                "targets",
-                expected=f"classes from 0 to {head.num_classes - 1}",
-                got=repr(target),
-                way_out="pass class indices of this model",
-            )
-        chosen.append(index)
-    return tuple(dict.fromkeys(chosen))
-
-
-def _reconstructed_tac(report: ScanReport, head: Head, targets: tuple[int, ...]) -> Tensor:
-    """s_t of every target in the plain l2 metric, [targets, D], whatever metric the scan used.
-
-    The standardized metric ranks classes better but may leave the direction of the true change:
-    its cosine to it was measured at .04 where l2 gave .70 (docs/method.md).
-    """
-    weight = head.weight.detach()
-    solved = ops.minimal_perturbation(weight, report.margins.to(weight.device), classes=targets)
-    for target, status in zip(targets, solved.status.tolist(), strict=True):
-        if status != Status.OPTIMAL:
-            raise InputError.of(
-                "repair",
-                "targets",
-                expected="classes that a perturbation can reach",
-                got=f"{target}, whose status is {Status(status).name}",
-                way_out="leave that class out: no latent perturbation leads to it",
-            )
-    return solved.perturbation
-
-
-def _split(samples: int, settings: RepairSettings) -> tuple[Tensor, Tensor]:
-    holdout = max(1, round(samples * settings.holdout))
-    if samples >= 3 and samples - holdout < 2:
-        raise InputError.of(
-            "repair",
-            "holdout",
-            expected="a share that leaves at least 2 samples to train on",
-            got=f"{settings.holdout:g}, which splits {samples} samples into "
-            f"{samples - holdout} to train on and {holdout} to measure with",
-            way_out="lower it; the default is 0.2",
-        )
-    if samples < 3:
-        raise InputError.of(
-            "repair",
-            "data",
-            expected="at least 3 samples, some to train on and some to measure with",
-            got=str(samples),
-            way_out="pass more clean samples; a few hundred are sensible",
-        )
-    order = torch.randperm(samples, generator=torch.Generator().manual_seed(settings.seed))
-    return order[holdout:], order[:holdout]

@@ -16,7 +16,7 @@ from . import ops
 from .evaluation import Evaluation
 from .files import StrPath, write_text_atomically
 from .ops import Status
-from .repairing import RepairResult
+from .repair_result import RepairResult
 from .scan_report import ScanReport
 
 __all__ = ["evaluation_to_dict", "json_schema", "repair_to_dict", "scan_to_dict", "write_json"]

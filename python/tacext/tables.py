@@ -13,7 +13,7 @@ from .errors import counted, printable
 from .evaluation import Evaluation
 from .ops import Status
 from .patch_reach import PatchReach
-from .repairing import RepairResult
+from .repair_result import RepairResult
 from .scan_report import ScanReport
 
 _COLOURS = {"backdoored": "bold red", "clean": "bold green", "inconclusive": "bold yellow"}
