@@ -34,12 +34,12 @@ class Removal:
 
 
 REMOVALS = {
-    "fine-tuning": Removal(fine_tuning, 0.1),
-    "ft-sam": Removal(ft_sam, 0.08),
-    "nad": Removal(nad, 0.3),
-    "anp": Removal(anp, 0.05),
+    "fine-tuning": Removal(fine_tuning, 0.2),
+    "ft-sam": Removal(ft_sam, 0.15),
+    "nad": Removal(nad, 0.5),
+    "anp": Removal(anp, 0.1),
     "clp": Removal(clp, 1.0),
-    "i-bau": Removal(i_bau, 0.4),
+    "i-bau": Removal(i_bau, 0.6),
     "fst": Removal(fst, 1.0),
 }
 

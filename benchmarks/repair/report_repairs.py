@@ -226,7 +226,7 @@ def main() -> None:
     options = parser.parse_args()
     found = read(RESULTS, options.samples, options.detected)
     rows = [row for row in found if row.attack != "clean"]
-    console = Console(width=180)
+    console = Console(width=250)
     console.print(by_attack(rows, options.against))
     console.print(wins(rows, options.against))
     if options.models:
