@@ -30,8 +30,8 @@ from .exit_codes import EXIT_CODE_HELP
 def demo_command(output: str, seed: int) -> None:
     """Train a digit classifier with a backdoor, find the backdoor, remove it, and measure.
 
-    Runs on scikit-learn's handwritten digits in about 12 seconds; no data and no model
-    is downloaded.
+    Runs on scikit-learn's handwritten digits in about half a minute; no data and no
+    model is downloaded.
     """
     result = run_demo(Path(output), seed=seed)
     console = ResultConsole()
@@ -44,7 +44,9 @@ def demo_command(output: str, seed: int) -> None:
     if not result.report.suspects:
         console.print("the scan named no class, so the known target is repaired\n")
     targets = ", ".join(map(str, result.repair.targets))
-    console.print(f"[bold]Repair of class {targets}, measured on test images[/bold]")
+    console.print(
+        f"[bold]Repair of class {targets} ({result.repair.method}), measured on test images[/bold]"
+    )
     console.print(
         evaluation_table(
             [
