@@ -19,8 +19,8 @@ from .margins import MarginMax, MarginQuantile
 from .ops import Status
 
 # Images that accuracy is measured on, and that changes and patches are put on.
-_MOST_MEASURED = 1200
-_MOST_ATTACKED = 200
+_MOST_MEASURED = 1000
+_MOST_ATTACKED = 150
 
 
 class AttackedSamples:

@@ -33,9 +33,11 @@ logger = logging.getLogger(__name__)
 # Many channels saturate together, so that a first-order share promises too much: half of it counts.
 _TRUSTED = 0.5
 # What pruning aims to lose: a share of what is allowed, as few images measure it and others will judge,
-# and no more than so much. The second aim is for a backdoor that the first leaves more than this of,
-# as a share of what changes and patches moved; where the second misses too, all is taken back.
-_AIMS = ((0.5, 0.01, 0.3), (0.8, 0.02, 0.5))
+# and no more than so much. The second aim is for a backdoor that the first leaves there.
+_AIMS = ((0.5, 0.01), (0.8, 0.02))
+# Of what changes and patches moved so much may be left; where the second aim leaves more, pruning has
+# missed, and all is taken back.
+_MOST_LEFT = 0.25
 # Times as much may be lost before channels are brought back.
 _OVERDRAFT = 4.0
 _ROUNDING = 1e-9
@@ -159,7 +161,7 @@ def prune(
     """Prunes the model in place, until the backdoor is seen to be gone or accuracy runs out.
 
     Where changes and patches lead few images into a target to begin with, or afterwards more than
-    half as many as before, all channels are brought back.
+    a quarter of what they did before, all channels are brought back.
 
     Args:
         model: a copy that may be changed.
@@ -220,13 +222,13 @@ class _Pruning:
     def run(self, max_accuracy_drop: float, progress: bool | None) -> PruneHistory:
         """Prunes too much, and brings back what was too much."""
         before = self._measure()
-        aims = [(min(share * max_accuracy_drop, most), left) for share, most, left in _AIMS]
+        aims = [min(share * max_accuracy_drop, most) for share, most in _AIMS]
         rounds = [before]
         with progress_bar("pruning", self.settings.rounds, progress) as advance:
             for round_ in range(self.settings.rounds):
                 drop = before.accuracy - rounds[-1].accuracy
                 gone = rounds[-1].most_moved <= _GONE and before.most_moved >= _TELLING
-                if gone or drop > _OVERDRAFT * aims[0][0]:
+                if gone or drop > _OVERDRAFT * aims[0]:
                     break
                 chosen = self._choose(round_)
                 if not chosen:
@@ -236,11 +238,11 @@ class _Pruning:
                 rounds.append(self._measure())
                 logger.info("prune: round %d: %s", round_ + 1, rounds[-1])
                 advance(1)
-        for aim, left in aims:
+        for aim in aims:
             after = self._bring_back(rounds[-1], before.accuracy - aim)
             # Without an adversary both are NaN, and nobody can tell.
             told = not before.most_moved < _TELLING
-            if told and not after.most_moved > left * before.most_moved:
+            if told and not after.most_moved > _MOST_LEFT * before.most_moved:
                 break
         else:
             self._undo(list(self.pruned))
