@@ -291,11 +291,87 @@ def test_of_an_unknown_change_only_the_logit_is_lowered() -> None:
     assert torch.equal(before.argmax(1), after.argmax(1))
 
 
-def test_a_rank_beyond_the_latents_is_none() -> None:
+@pytest.mark.parametrize(("classes", "width"), [(40, 8), (12, 64)])
+def test_lowering_lowers_against_every_class_however_many_there_are(
+    classes: int, width: int
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    head = nn.Linear(width, classes)
+    with torch.no_grad():
+        head.weight.copy_(functional.normalize(torch.randn(classes, width, generator=generator)))
+        head.bias.zero_()
+        latent = 3 * head.weight.repeat(20, 1)
+        latent = latent + 0.1 * torch.randn(latent.shape, generator=generator)
+    found = Head("", head)
+    led = latent + 6 * head.weight[2].detach()
+    patch = fit_latent_patch(found, latent, [LedLatents(2, led, latent)], PatchSettings())
+    lowered = (head.weight[2] - head.weight) @ patch.lowering[0]
+    lowered[2] = 1
+    assert float(lowered.detach().min()) > 1 - 1e-4
+    others = found.logits(latent).argmax(1) != 2
+    assert float((found.logits(led).argmax(1) == 2)[others].double().mean()) > 0.9
+    after = found.logits(patch(led, head)).argmax(1) == 2
+    assert float(after[others].double().mean()) < 0.05
+
+
+def test_a_class_between_the_others_cannot_be_lowered() -> None:
+    head = nn.Linear(2, 4)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[1.0, 0], [-1, 0], [0, 0], [0, 1]]))
+        head.bias.copy_(torch.tensor([0.0, 0, 0.5, 0]))
+    latent = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(InputError, match="whose weights lie between those of others"):
+        fit_latent_patch(
+            Head("", head), latent, [LedLatents(2, 0 * latent + 0.01, None)], PatchSettings()
+        )
+
+
+def test_no_way_is_an_error() -> None:
+    _, head, latent, _ = head_and_latents()
+    with pytest.raises(InputError, match="expected something that leads into each target"):
+        fit_latent_patch(head, latent, [], PatchSettings())
+
+
+def test_a_head_of_two_names_is_patched_under_both() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = copy.deepcopy(digit_case().backdoored[:-1])
+            self.classifier = copy.deepcopy(digit_case().backdoored[-1])
+            self.fc = self.classifier
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.body(x))  # type: ignore[no-any-return]
+
+    model, (_, _, latent, led) = Twice(), head_and_latents()
+    images = demo.white_corner(digit_case().data.defender[0])
+    head = find_head(model, images[:4])
+    patch = fit_latent_patch(head, latent, [LedLatents(demo.TARGET, led, latent)], PatchSettings())
+    patched, _ = with_latent_patch(model, head, patch)
+    with torch.no_grad():
+        assert float((patched(images).argmax(1) == demo.TARGET).double().mean()) < 0.2
+        assert torch.equal(remove_latent_patch(patched)(images), model(images))
+
+
+def test_a_patched_model_is_not_repaired_again() -> None:
+    with pytest.raises(InputError, match="expected a model without a latent patch"):
+        tacext.repair(repaired().model, padded(digit_case().data.defender), targets=[1])
+
+
+def test_a_patch_of_half_precision_is_loaded_into_a_model_of_single(tmp_path: Path) -> None:
+    file = tmp_path / "half.safetensors"
+    save_weights(copy.deepcopy(repaired().model).bfloat16(), file)
+    images = padded(digit_case().data.test)[0]
+    with torch.no_grad():
+        answers = load_model(file, built)(images).argmax(1)
+        assert float((answers == repaired().model(images).argmax(1)).double().mean()) > 0.97
+
+
+def test_a_rank_beyond_the_latents_is_theirs() -> None:
     _, head, latent, led = head_and_latents()
     way = LedLatents(demo.TARGET, led, latent)
     wide = fit_latent_patch(head, latent, [way], PatchSettings(rank=latent.shape[1] + 40))
-    assert wide.left.shape[2] == latent.shape[1] + 40
+    assert wide.left.shape[2] == latent.shape[1]
     assert bool(torch.isfinite(wide(led, head.module)).all())
     none = fit_latent_patch(head, latent, [way], PatchSettings(rank=0))
     assert none.left.shape[2] == 0

@@ -236,11 +236,17 @@ def test_an_unreachable_target_is_refused() -> None:
         ({"targets": [-1]}, "targets"),
         ({"targets": [1.7]}, "targets"),
         ({"targets": []}, "at least one class"),
-        ({"targets": [0], "method": "magic"}, "method: expected 'auto' or 'patch' or 'prune' or 'finetune'"),
+        (
+            {"targets": [0], "method": "magic"},
+            "method: expected 'auto' or 'patch' or 'prune' or 'finetune'",
+        ),
         ({"targets": "12"}, "targets: expected classes from 0 to 9, got '1'"),
         ({"targets": True}, "targets: expected classes from 0 to 9, got True"),
         ({"targets": [True]}, "targets: expected classes from 0 to 9, got True"),
-        ({"settings": {"epochs": 1}}, "settings: expected the settings of a method, or None, got dict"),
+        (
+            {"settings": {"epochs": 1}},
+            "settings: expected the settings of a method, or None, got dict",
+        ),
         ({"settings": {}}, "settings: expected the settings of a method, or None, got dict"),
     ],
 )

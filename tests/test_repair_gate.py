@@ -10,14 +10,29 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
-from digits import digit_case
 import tacext
+from digits import digit_case
 from tacext import FinetuneSettings, InputError, RepairResult, demo, evaluate, scan
 from tacext.doubts import FEWEST_SAMPLES
+from tacext.heads import find_head
+from tacext.input_adversary import Effects, InputAdversary
 from tacext.repair_gate import check_repair, judge_scan
 
 repair = functools.partial(tacext.repair, method="finetune")
+
+
+class Cropped(nn.Module):
+    """A digit network on the last corner of larger images, on which patches have room."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x[:, :, 8:, 8:])  # type: ignore[no-any-return]
+
 
 NOTHING = FinetuneSettings(epochs=1, learning_rate=1e-9)
 
@@ -67,7 +82,7 @@ def test_a_repair_that_leaves_the_backdoor_is_rolled_back(
     result = repair(case.backdoored, case.data.defender, targets=targets, settings=settings)
     assert not result.accepted
     told = "shifted latents alone were trained" if settings.gamma == 0 else "class 0"
-    assert told in result.reason or "of accuracy" in result.reason
+    assert told in result.reason or "of accuracy on held-out samples, and" in result.reason
     assert asr_of(result) == 1  # of the copy of the original
 
 
@@ -97,7 +112,7 @@ def test_what_nothing_shows_is_not_accepted() -> None:
     report = scan(case.backdoored, (images, labels), depth="fast")
     result = repair(case.backdoored, (images[:few], labels[:few]), report, targets=[0])
     assert not result.accepted
-    assert "too few for a verdict" in result.reason
+    assert "30 held-out samples are too few" in result.reason
 
 
 @pytest.mark.parametrize(
@@ -150,6 +165,93 @@ def test_accepted_unseen_is_said() -> None:
     assert result.max_accuracy_drop is None
     assert result.reason == "accepted unseen, as asked for"
     assert result.report_after is None
+
+
+@functools.cache
+def padded_report() -> tacext.ScanReport:
+    images, labels = digit_case().data.defender
+    return scan(Cropped(digit_case().clean), (functional.pad(images, (8, 0, 8, 0)), labels))
+
+
+def led(target: int, change: float, patch: float) -> tacext.ScanReport:
+    """The scan of a clean model, as if new changes and patches led so many samples into a class."""
+    report = padded_report()
+    evidence = report.evidence
+    assert evidence is not None
+    look = evidence.look
+    assert look is not None
+    assert look.patch is not None
+    rate, moved = look.reach.rate.clone(), look.patch.rate.clone()
+    rate[-1, look.classes.index(target)] = change
+    moved[look.patch.classes.index(target)] = patch
+    look = dataclasses.replace(
+        look,
+        reach=dataclasses.replace(look.reach, rate=rate),
+        patch=dataclasses.replace(look.patch, rate=moved),
+    )
+    return dataclasses.replace(report, evidence=dataclasses.replace(evidence, look=look))
+
+
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("seen", [(), (4,)])
+def test_a_patch_found_anew_that_leads_into_a_target_is_refused(
+    limited: bool, seen: tuple[int, ...]
+) -> None:
+    assert judge_scan(led(4, 0.05, 0.05), (4,), seen, limited=limited)[0]
+    for rate in (0.97, 0.79):
+        accepted, reason = judge_scan(led(4, 0.05, rate), (4,), seen, limited=limited)
+        assert not accepted
+        assert "a patch found anew leads" in reason or "class 4" in reason
+
+
+def test_behind_a_limit_it_counts_how_many_get_into_the_target() -> None:
+    assert judge_scan(led(4, 0.95, 0.0), (4,), ())[0]  # by how far it leads, which is unchanged
+    accepted, reason = judge_scan(led(4, 0.95, 0.0), (4,), (4,), limited=True)
+    assert not accepted
+    assert "a change found anew leads 95% of the samples into class 4" in reason
+    # Another target is no class to compare with.
+    assert not judge_scan(led(4, 0.95, 0.0), (4, 5), (4, 5), limited=True)[0]
+
+
+def test_a_doubt_of_a_target_whose_norm_is_not_asked_counts() -> None:
+    report = padded_report()
+    assert report.evidence is not None
+    look = report.evidence.look
+    assert look is not None
+    gain = look.reach.gain.clone()
+    gain[:, 4] *= 2.2
+    look = dataclasses.replace(look, reach=dataclasses.replace(look.reach, gain=gain))
+    doubtful = dataclasses.replace(report, evidence=dataclasses.replace(report.evidence, look=look))
+    for targets in ((4,), (0, 4)):
+        accepted, reason = judge_scan(doubtful, targets, targets[:1])
+        assert not accepted
+        assert "class 4 stands out" in reason
+
+
+def test_what_led_nowhere_before_shows_nothing() -> None:
+    """A repair that changes nothing, of a class that nothing leads to."""
+    case = digit_case()
+    images, labels = case.data.defender
+    with torch.no_grad():
+        keep = case.clean(images).argmax(1) == labels
+    bounded = InputAdversary.sought
+    adversary = bounded(
+        case.clean, find_head(case.clean, images[:4]), images, labels, (4,), progress=False
+    )
+    nothing = Effects(torch.full((1, 1), 0.1), torch.full((1, 1), 0.9))
+    report = scan(case.clean, (images, labels), depth="fast")
+    held_out = images[keep][:80], labels[keep][:80]
+    gate = check_repair(
+        case.clean, (images, labels), held_out, report, adversary, nothing, (80, 80), 0.02,
+        head="19", limited=False, batch_size=64,
+    )  # fmt: skip
+    assert not gate.accepted
+    assert "class 4 was no suspect, and nothing was found that led into it" in gate.reason
+    few = check_repair(
+        case.clean, (images, labels), (images[:20], labels[:20]), report, adversary, nothing,
+        (20, 20), 0.02, head="19", limited=False, batch_size=64,
+    )  # fmt: skip
+    assert "20 held-out samples are too few" in few.reason
 
 
 @pytest.mark.parametrize("drop", [-0.1, 1.5, "a", math.nan, True])

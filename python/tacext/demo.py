@@ -1,4 +1,4 @@
-"""The demonstration: a backdoor in a digit classifier, found and removed in about 12 seconds.
+"""The demonstration: a backdoor in a digit classifier, found and removed in about half a minute.
 
 Uses scikit-learn's bundled handwritten digits (1,797 real images of 8x8), so no data is downloaded.
 """

@@ -11,6 +11,8 @@ bit by bit.
 from __future__ import annotations
 
 import copy
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -19,9 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from . import ops
 from .errors import InputError, counted
 from .heads import Head, HeadModule
 from .repair_settings import RepairSettings, check_settings, is_number, is_whole
+
+logger = logging.getLogger(__name__)
 
 # Rows that covariances are taken of, at most; more tell little and take their time.
 _MOST_ROWS = 512
@@ -73,7 +78,8 @@ class LatentPatch(nn.Module):
     e_k = max(0, v_k.phi - c_k) says how far the latent lies beyond the clean ones of t, in units of
     what the way does. e is the largest of t's ways, and k is the way whose mean a_k is nearest among
     those with e_k > 0, one whose change is known if there is any. d_k is the mean change of that way, B_k says how the change depends on the
-    latent, and m_k moves the logit of t alone, by 1: t falls as far behind as it was ahead.
+    latent, and m_k lowers t against every other class, by 1 at least: t falls as far behind as it was
+    ahead, or further.
 
     Args:
         direction: v, [K, D].
@@ -113,28 +119,33 @@ class LatentPatch(nn.Module):
     def forward(self, latent: Tensor, head: HeadModule) -> Tensor:
         """The latents [N, D], or [N, D, H, W] in front of a 1x1 convolution, with the limits on."""
         phi = latent if latent.dim() == 2 else latent.flatten(2).mean(2)
-        weight, bias = head.weight.flatten(1), head.bias
+        # Half precision overflows in squares of latents, and picks the wrong way.
+        kind = torch.promote_types(phi.dtype, torch.float32)
+        phi, weight = phi.to(kind), head.weight.flatten(1).to(kind)
+        bias = None if head.bias is None else head.bias.to(kind)
+        centre, left, right = self.centre.to(kind), self.left.to(kind), self.right.to(kind)
         taken = functional.linear(phi, weight, bias).argmax(dim=1)
-        excess = (phi @ self.direction.T - self.threshold).clamp(min=0)
+        excess = (phi @ self.direction.to(kind).T - self.threshold.to(kind)).clamp(min=0)
         excess = excess * (taken[:, None] == self.targets)  # [N, K]
         largest = excess.amax(dim=1)
         # ||phi - a_k||^2 less what all ways share, as products alone.
-        apart = self.centre.square().sum(1) - 2 * (phi @ self.centre.T)
+        apart = centre.square().sum(1) - 2 * (phi @ centre.T)
         unknown = (self.change == 0).all(dim=1)
         far = apart.masked_fill(excess <= 0, torch.inf)
         known = far.masked_fill(unknown, torch.inf)
         some = torch.isfinite(known).any(dim=1, keepdim=True)
         nearest = torch.where(some, known, far).argmin(dim=1)
-        ways, width, rank = self.left.shape
+        ways, width, rank = left.shape
         one = functional.one_hot(nearest, ways).to(phi)
-        off = phi[:, None] - self.centre  # [N, K, D]
-        turned = torch.einsum("nkd,kdr->nkr", off, self.left) * one[:, :, None]
-        change = one @ self.change + turned.flatten(1) @ self.right.reshape(ways * rank, width)
+        turned = torch.einsum("nd,kdr->nkr", phi, left) - torch.einsum("kd,kdr->kr", centre, left)
+        turned = turned * one[:, :, None]
+        change = one @ self.change.to(kind) + turned.flatten(1) @ right.reshape(ways * rank, width)
         correction = largest.clamp(max=1)[:, None] * change
         logits = functional.linear(phi - correction, weight, bias)
         others = logits.scatter(1, taken[:, None], -torch.inf).amax(dim=1)
         ahead = (logits.gather(1, taken[:, None])[:, 0] - others).clamp(min=0)
-        correction = correction + 2 * ahead[:, None] * (one @ self.lowering)
+        correction = correction + 2 * ahead[:, None] * (one @ self.lowering.to(kind))
+        correction = correction.to(latent.dtype)
         shape = (len(phi), -1, *(1 for _ in range(latent.dim() - 2)))
         touched = (largest > 0).view(-1, *(1 for _ in range(latent.dim() - 1)))
         return torch.where(touched, latent - correction.view(shape), latent)
@@ -190,6 +201,14 @@ def fit_latent_patch(
     bias = torch.zeros(len(weight)).to(weight)
     if head.module.bias is not None:
         bias = head.module.bias.detach().double()
+    if not ways:
+        raise InputError.of(
+            "repair",
+            "targets",
+            expected="something that leads into each target",
+            got="nothing that was found",
+            way_out='repair with method="finetune"',
+        )
     clean = clean.to(weight)
     predicted = (clean @ weight.T + bias).argmax(1)
     solved = []
@@ -208,7 +227,17 @@ def fit_latent_patch(
         # All limits of a target together touch no more clean samples than one may.
         limits = sum(other.target == way.target for other in ways)
         touched = (1 - settings.untouched) / limits
-        solved.append(_limit(weight, way.target, own, latent, before, touched, settings.rank))
+        solved.append(
+            _limit(
+                weight,
+                way.target,
+                own,
+                latent,
+                before,
+                touched,
+                min(settings.rank, head.latent_dim),
+            )
+        )
     buffers = [torch.stack(part).to(head.weight) for part in zip(*solved, strict=True)]
     buffers.append(torch.tensor([way.target for way in ways], device=head.weight.device))
     return LatentPatch(*buffers)
@@ -228,7 +257,10 @@ def _limit(
     direction = _discriminant(own, latent)
     # Out of fold, as a direction knows the samples that it was made of; 0 and 1 are the two means.
     share_own, share = _out_of_fold(own, latent), _out_of_fold(latent, own)
-    limit = torch.quantile(share_own, 1 - touched)
+    # The conformal rank: of one more sample no larger share is touched. Of few the largest is as far
+    # as it goes, and the share 1 / (n + 1).
+    kept = min(len(share_own), math.ceil((len(share_own) + 1) * (1 - touched)))
+    limit = share_own.sort().values[kept - 1]
     full = torch.quantile(1 - share, _BELOW_FULL)
     height = torch.maximum(full - limit, _NEAREST * (1 - limit).abs()).clamp(min=1e-6)
     # As a function of the latent itself: share = (v.phi - v.own) / (v.centre - v.own).
@@ -243,7 +275,7 @@ def _limit(
     left = right = latent.new_zeros(len(centre), most_rank)
     if before is not None:
         change = (latent - before).mean(0)
-        rows, differing = _some(spread, _MOST_ROWS), _some(latent - before - change, _MOST_ROWS)
+        rows, differing = at_most(spread, _MOST_ROWS), at_most(latent - before - change, _MOST_ROWS)
         principal = _Spectrum(rows)
         rank = min(most_rank, len(principal.values))  # or fewer: of fewer dimensions, or latents
         vectors = principal.vectors[:, :rank]
@@ -251,19 +283,46 @@ def _limit(
         left = functional.pad(vectors, (0, most_rank - rank))
         right = functional.pad(told, (0, 0, 0, most_rank - rank)).T
 
-    # m: the shortest that moves the logit of the target alone, up to what all classes share.
+    lowering = _lowering(weight, target)
+    return direction, threshold, centre, change, left, right.T.contiguous(), lowering
+
+
+def _lowering(weight: Tensor, target: int) -> Tensor:
+    """M [D] with (w_t - w_j).m >= 1 for every other class j.
+
+    The shortest that moves the logit of t alone, up to what all classes share; where there are too
+    many classes for that, the shortest of all, which is one of the QPs of a scan.
+
+    Raises:
+        InputError: no shift lowers this class against all others.
+    """
     unit = -torch.full((len(weight),), 1 / len(weight), dtype=torch.float64, device=weight.device)
     unit[target] += 1
-    lowering = torch.linalg.pinv(weight - weight.mean(0)) @ unit
-    return direction, threshold, centre, change, left, right.T.contiguous(), lowering
+    lowering: Tensor = torch.linalg.pinv(weight - weight.mean(0)) @ unit
+    against: Tensor = weight[target] @ lowering - weight @ lowering
+    against[target] = 1
+    if float(against.min()) > 0.9:
+        return lowering.div(against.min())
+    solved = ops.minimal_perturbation(
+        weight, 1 - torch.eye(len(weight)).to(weight), classes=(target,)
+    )
+    if solved.status[0] != ops.Status.OPTIMAL:
+        raise InputError.of(
+            "repair",
+            "targets",
+            expected="classes that a shift of the latent can lower against all others",
+            got=f"{target}, whose weights lie between those of others",
+            way_out='repair with method="finetune"',
+        )
+    return solved.perturbation[0]
 
 
 def _discriminant(own: Tensor, latent: Tensor) -> Tensor:
     """Fisher's: the direction [D] along which two sets of rows differ most for their spread."""
     within = torch.cat(
         [
-            _some(own - own.mean(0), _MOST_ROWS // 2),
-            _some(latent - latent.mean(0), _MOST_ROWS // 2),
+            at_most(own - own.mean(0), _MOST_ROWS // 2),
+            at_most(latent - latent.mean(0), _MOST_ROWS // 2),
         ]
     )
     return _Spectrum(within).solve(latent.mean(0) - own.mean(0))
@@ -296,7 +355,7 @@ class _Spectrum:
         self.values: Tensor = values[kept].flip(0)
         vectors = vectors[:, kept].flip(1)
         self.vectors: Tensor = rows.T @ vectors / self.values.sqrt() if wide else vectors
-        # A covariance of few rows is shrunk towards a sphere of its mean variance.
+        # Shrunk towards a sphere, by the mean of the diagonal.
         self.ridge = (rows.square().sum() / width).clamp(min=1e-12)
 
     def solve(self, right: Tensor) -> Tensor:
@@ -307,7 +366,7 @@ class _Spectrum:
         return solution + outside / self.ridge
 
 
-def _some(rows: Tensor, most: int) -> Tensor:
+def at_most(rows: Tensor, most: int) -> Tensor:
     """At most so many of the rows, evenly spaced."""
     return rows if len(rows) <= most else rows[torch.linspace(0, len(rows) - 1, most).long()]
 
@@ -319,8 +378,13 @@ def with_latent_patch(model: nn.Module, head: Head, patch: LatentPatch) -> tuple
     """A copy of the model with the patch in front of its head, and the head in that copy."""
     copied = copy.deepcopy(model)
     module = cast(HeadModule, copied.get_submodule(head.name))
-    copied = _put(copied, head.name, PatchedHead(patch, module))
+    copied = _replace(copied, module, PatchedHead(patch, module))
     return copied, Head(f"{head.name}.head" if head.name else "head", module)
+
+
+def has_latent_patch(model: nn.Module) -> bool:
+    """Whether there is one anywhere in the model."""
+    return any(isinstance(module, PatchedHead) for module in model.modules())
 
 
 def remove_latent_patch(model: nn.Module) -> nn.Module:
@@ -333,8 +397,7 @@ def remove_latent_patch(model: nn.Module) -> nn.Module:
         InputError: the model has no latent patch.
     """
     copied = copy.deepcopy(model)
-    patched = [(n, m) for n, m in copied.named_modules() if isinstance(m, PatchedHead)]
-    if not patched:
+    if not has_latent_patch(copied):
         raise InputError.of(
             "remove_latent_patch",
             "model",
@@ -342,8 +405,8 @@ def remove_latent_patch(model: nn.Module) -> nn.Module:
             got=f"{type(model).__name__} without one",
             way_out='pass the model of repair(..., method="patch")',
         )
-    for name, module in reversed(patched):  # the innermost first
-        copied = _put(copied, name, module.head)
+    for module in [m for m in copied.modules() if isinstance(m, PatchedHead)][::-1]:
+        copied = _replace(copied, module, module.head)  # the innermost first
     return copied
 
 
@@ -360,7 +423,11 @@ def make_room_for_patches(model: nn.Module, state: Mapping[str, Tensor]) -> nn.M
         head = modules.get(prefix.removesuffix("patch.").removesuffix("."))
         buffers = [state[prefix + name] for name in _BUFFERS if prefix + name in state]
         if isinstance(head, nn.Linear | nn.Conv2d) and _fit(head, buffers):
-            patch = LatentPatch(*(torch.empty_like(buffer) for buffer in buffers))
+            kinds = [head.weight.dtype if b.is_floating_point() else b.dtype for b in buffers]
+            patch = LatentPatch(
+                *(torch.empty_like(b, dtype=kind) for b, kind in zip(buffers, kinds, strict=True))
+            )
+            logger.warning("load_model: the weights hold a latent patch in front of %r", prefix)
             model = _put(
                 model, prefix.removesuffix("patch.").removesuffix("."), PatchedHead(patch, head)
             )
@@ -372,12 +439,25 @@ def _fit(head: HeadModule, buffers: Sequence[Tensor]) -> bool:
     if len(buffers) != len(_BUFFERS) or buffers[4].dim() != 3:
         return False
     ways, width, rank = len(buffers[0]), head.weight.shape[1], buffers[4].shape[2]
+    classes = buffers[-1]
+    if not ways or classes.is_floating_point() or bool((classes < 0).any()):
+        return False
+    if bool((classes >= head.weight.shape[0]).any()):
+        return False
     long, short = (ways, width), (ways,)
     shapes = (long, short, long, long, (*long, rank), (ways, rank, width), long, short)
     return all(
         buffer.shape == shape and buffer.is_floating_point() == (name != "targets")
         for name, buffer, shape in zip(_BUFFERS, buffers, shapes, strict=True)
     )
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """The model with another module under every name that the old one has."""
+    names = [name for name, m in model.named_modules(remove_duplicate=False) if m is old]
+    for name in names:
+        model = _put(model, name, new)
+    return model
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> nn.Module:

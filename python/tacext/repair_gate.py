@@ -16,13 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from .data import DataLike
-from .errors import InputError
+from .errors import InputError, counted
 from .input_adversary import Effects, InputAdversary
 from .joint_test import moderated_p_values, shipped_calibration
 from .scan_report import ScanReport
 from .scanning import scan
-from .second_look import reach_evidence
-from .verdict import Finding, patch_p_value, weigh
+from .second_look import SecondLook, reach_evidence
+from .verdict import Evidence, Finding, patch_p_value, weigh
+
+# Of fewer held-out samples, or of ways that led fewer of them into a target, nothing can be judged.
+_FEWEST_HELD_OUT = 50
+_FEWEST_LED = 0.3
+# A p-value above this leaves no doubt of a patch or a shuffle.
+_DOUBT = 0.3
 
 # Of what the old changes and patches moved, so much may still move; a tenth of all images may in any
 # model.
@@ -83,7 +89,12 @@ def check_repair(
         seed: of the scan.
         progress: whether to show progress bars; None shows them on a terminal.
     """
-    left = None if adversary is None else adversary.effects(repaired, *held_out, batch_size)
+    try:
+        left = None if adversary is None else adversary.effects(repaired, *held_out, batch_size)
+    except InputError as error:  # logits that are not finite
+        return Gate(
+            False, f"it cannot be run on what led into the targets ({error})", None, math.nan
+        )
     robust = math.nan if left is None else float(left.right.mean())
 
     def no(reason: str, report: ScanReport | None = None) -> Gate:
@@ -99,6 +110,17 @@ def check_repair(
             "shifted latents alone were trained against, and whether the backdoor is gone nothing "
             "else tells; leave gamma at its default, give a model with gradients, or accept it unseen"
         )
+    if len(held_out[1]) < _FEWEST_HELD_OUT:
+        return no(
+            f"{counted(len(held_out[1]), 'held-out sample is', 'held-out samples are')} too few to "
+            f"judge it; pass more samples or a larger holdout ({_FEWEST_HELD_OUT} are needed)"
+        )
+    for target, moved in zip(adversary.targets, was.moved.amax(1).tolist(), strict=True):
+        if moved < _FEWEST_LED and target not in before.suspects:
+            return no(
+                f"class {target} was no suspect, and nothing was found that led into it before (at most "
+                f"{moved:.0%} of the samples), so that nothing shows whether it still does"
+            )
     rates = zip(adversary.targets, was.moved.tolist(), left.moved.tolist(), strict=True)
     for target, old, new in rates:
         for kind, a, b in zip(("change", "patch"), old, new, strict=False):
@@ -133,31 +155,83 @@ def judge_scan(
     Args:
         report: of the repaired model.
         targets: the classes that were repaired.
-        seen: those of them that stood out in what inputs show, before. Their norms are not asked: a latent near the class is no danger where no input comes to lie there, and neither
-            a patch in front of the head nor a training that closes the way moves clean latents.
-        limited: whether a patch does so. Then inputs are led as far towards the class as before, and
-            what counts is how many get there: no more than get into some other class.
+        seen: those of them that stood out in what inputs show, before. Their norms are not asked: a
+            latent near the class is no danger where no input comes to lie there, and neither a patch
+            in front of the head nor a training that closes the way moves clean latents.
+        limited: whether a limit does so. Then inputs are led as far towards the class as before, and
+            what counts is how many get there.
     """
-    if limited:
-        for target in seen:
-            rate, others = _led(report, target)
-            if rate > max(_ALWAYS_MOVED, others):
-                return False, (
-                    f"changes found anew lead {rate:.0%} of the samples into class {target}, and into no "
-                    f"other more than {others:.0%}"
-                )
-    finding = _without_norms(report, seen, limited)
+    look = None if report.evidence is None else report.evidence.look
+    if look is None:
+        return False, f"a scan of the repaired model could not look for new ways: {report.reason}"
+    told = _led_anew(look, targets, seen if limited else ())
+    if told:
+        return False, told
+    finding, evidence = _without_norms(report, seen, limited)
     found = f"a scan of the repaired model says {finding.verdict}"
     if seen and finding.verdict != report.verdict:
         found += f" of what inputs show (and {report.verdict} with the norms of what was repaired)"
     if finding.verdict == "clean":
         return True, found
-    told = report.evidence is not None and not report.warnings
-    suspect = report.evidence.joint.most_suspicious if report.evidence is not None else None
-    if finding.verdict == "inconclusive" and told and suspect not in set(targets) - set(seen):
-        of = "of another class than was repaired" if suspect not in targets else "not more"
-        return True, f"{found}, {of}: {finding.reason}"
+    if finding.verdict == "inconclusive" and not report.warnings:
+        if not _classes_in_doubt(evidence, look, report.num_classes, targets) & set(targets):
+            return True, f"{found}, of other classes than were repaired: {finding.reason}"
     return False, f"{found}: {finding.reason}"
+
+
+def _led_anew(look: SecondLook, targets: tuple[int, ...], limited: tuple[int, ...]) -> str | None:
+    """What is wrong with the samples that new changes and patches lead into the targets.
+
+    A patch may lead no more there than into the easiest other class, a change past a limit no more
+    than into the usual one, at any budget, or a tenth.
+
+    Args:
+        look: of the repaired model.
+        targets: the classes that were repaired.
+        limited: those that a limit keeps inputs out of.
+    """
+    patch = look.patch
+    for target in targets:
+        if patch is not None and target in patch.classes:
+            rate = float(patch.rate[patch.classes.index(target)])
+            rest = [
+                float(r) for k, r in zip(patch.classes, patch.rate, strict=True) if k not in targets
+            ]
+            if rate > max(_ALWAYS_MOVED, max(rest, default=0.0)):
+                return f"a patch found anew leads {rate:.0%} of the samples into class {target}"
+    for target in limited:
+        if target not in look.classes:
+            return f"class {target} was not looked at again"
+        others = [j for j, k in enumerate(look.classes) if k not in targets]
+        own = look.reach.rate[:, look.classes.index(target)]
+        usual = look.reach.rate[:, others].median(dim=1).values if others else torch.zeros_like(own)
+        beyond = own > usual.clamp(min=_ALWAYS_MOVED)
+        if bool(beyond.any()):
+            j = int((own - usual).argmax())
+            return (
+                f"a change found anew leads {float(own[j]):.0%} of the samples into class {target}, and "
+                f"{float(usual[j]):.0%} into the usual one"
+            )
+    return None
+
+
+def _classes_in_doubt(
+    evidence: Evidence | None, look: SecondLook, num_classes: int, targets: tuple[int, ...]
+) -> set[int]:
+    """Those that an inconclusive verdict may be about."""
+    if evidence is None:
+        return set(range(num_classes))
+    # A shuffle is about all classes at once; that of a few targets has nothing to do with them.
+    if _in_doubt(evidence.shuffle_p_value) and 2 * len(targets) > num_classes:
+        return set(range(num_classes))
+    doubted = {evidence.joint.most_suspicious}
+    if look.patch is not None and _in_doubt(evidence.patch_p_value):
+        doubted.add(look.patch.classes[int(look.patch.rate.argmax())])
+    return doubted
+
+
+def _in_doubt(p_value: float | None) -> bool:
+    return p_value is not None and p_value < _DOUBT
 
 
 def _stood_out(
@@ -183,28 +257,22 @@ def _stood_out(
             mixed = look.reach.gain[:budgets].clone()
             mixed[:, look.classes.index(target)] = gain[:budgets, turn]
             gain, classes = mixed, look.classes
+    # The law of patches is that of the best of all classes; reach is corrected for the choice here.
     by_patch = [patch_p_value(float(p.rate[j]), p.images, calibration) for p, j in patches]
     by_change = moderated_p_values(reach_evidence(gain.numpy()), calibration.kinds["reach"])
-    p_value = float(np.nan_to_num(by_change[classes.index(target)], nan=1.0))
-    return min([p_value, *by_patch]) < after.alpha
+    p_value = len(classes) * float(np.nan_to_num(by_change[classes.index(target)], nan=1.0))
+    kinds = 2
+    return kinds * min([p_value, *by_patch]) < after.alpha
 
 
-def _led(report: ScanReport, target: int) -> tuple[float, float]:
-    """Shares of samples that a change leads into a class, and into the easiest other one."""
-    look = None if report.evidence is None else report.evidence.look
-    if look is None or target not in look.classes:
-        return 0.0, 0.0
-    rate = look.reach.rate[-1].tolist()
-    own = rate.pop(look.classes.index(target))
-    return own, max(rate, default=0.0)
-
-
-def _without_norms(report: ScanReport, seen: tuple[int, ...], limited: bool) -> Finding:
+def _without_norms(
+    report: ScanReport, seen: tuple[int, ...], limited: bool
+) -> tuple[Finding, Evidence | None]:
     """The verdict of a scan that knows nothing of these classes' norms, nor, if limited, of reach."""
     told = Finding(report.verdict, report.suspects, report.p_value, report.reason)
     # What a doubt stands against stays as it is.
     if report.evidence is None or report.evidence.look is None or not seen or report.warnings:
-        return told
+        return told, report.evidence
     norm = np.array(report.test.norm, dtype=float)
     norm[list(seen)] = np.nan
     test = dataclasses.replace(report.test, norm=norm)
@@ -215,5 +283,4 @@ def _without_norms(report: ScanReport, seen: tuple[int, ...], limited: bool) -> 
         gain = look.reach.gain.clone()
         gain[:, [look.classes.index(t) for t in seen if t in look.classes]] = torch.nan
         look = dataclasses.replace(look, reach=dataclasses.replace(look.reach, gain=gain))
-    finding, _ = weigh(test, look, report.alpha, shipped_calibration())
-    return finding
+    return weigh(test, look, report.alpha, shipped_calibration())

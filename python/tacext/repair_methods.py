@@ -16,7 +16,7 @@ from .finetuning import EpochLosses, FinetuneSettings, diverged, finetune
 from .heads import Head, HeadModule, evaluating, model_dtype, recording_latents
 from .heads import run_model as run
 from .input_adversary import InputAdversary
-from .latent_patch import LedLatents, PatchSettings, fit_latent_patch, with_latent_patch
+from .latent_patch import LedLatents, PatchSettings, at_most, fit_latent_patch, with_latent_patch
 from .pruning import PruneHistory, PruneSettings, prune
 from .repair_case import RepairCase
 from .repair_settings import RepairSettings
@@ -32,6 +32,8 @@ SETTINGS_OF: dict[Method, type[RepairSettings]] = {
 
 # What leads fewer of the samples into a target tells little of the trigger.
 _FEWEST_LED = 0.3
+# Latents that are kept of each way.
+_MOST_LED = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +92,7 @@ def _by_patch(case: RepairCase, settings: RepairSettings) -> _Made:
     predicted = head.logits(clean).argmax(1)
     ways = []
     for target, shift in zip(case.targets, case.shifts, strict=True):
-        others = clean[predicted != target]
+        others = at_most(clean[predicted != target], _MOST_LED)
         ways.append(LedLatents(target, others + shift.to(clean), None))
     patched, patched_head, adversary = case.model, head, case.adversary
     for round_ in range(settings.rounds):
@@ -104,16 +106,19 @@ def _by_patch(case: RepairCase, settings: RepairSettings) -> _Made:
         patch = fit_latent_patch(head, clean, enough, settings)
         patched, patched_head = with_latent_patch(case.model, head, patch)
         if adversary is not None and round_ + 1 < settings.rounds:
-            adversary = InputAdversary.sought(
-                patched,
-                patched_head,
-                case.inputs,
-                case.labels,
-                case.targets,
-                batch_size=size,
-                seed=settings.seed,
-                progress=case.progress,
-            )
+            try:
+                adversary = InputAdversary.sought(
+                    patched,
+                    patched_head,
+                    case.inputs,
+                    case.labels,
+                    case.targets,
+                    batch_size=size,
+                    seed=settings.seed,
+                    progress=case.progress,
+                )
+            except InputError:  # what was found so far stands
+                break
     return patched, patched_head, (), None
 
 
@@ -141,7 +146,8 @@ def _ways_of(
         for way in attacked:
             led, there = (torch.cat(parts) for parts in zip(*way, strict=True))
             if float(there.double().mean()) >= _FEWEST_LED:
-                found.append(LedLatents(target, led[there], before[there]))
+                pair = (at_most(part[there], _MOST_LED) for part in (led, before))
+                found.append(LedLatents(target, *pair))
     return found
 
 

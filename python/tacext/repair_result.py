@@ -59,7 +59,7 @@ class RepairResult:
         report_before: the scan that the repair is based on.
         report_after: the scan of the repaired model; None where there was none.
         targets: the classes that were to be repaired.
-        method: "patch", "prune" or "finetune": of the model, or of the last that was tried.
+        method: "patch", "prune" or "finetune": of the model, or of the best that was tried.
         attempts: all methods that were tried, in that order.
         accuracy_before, accuracy_after: on the held-out clean samples, of the original and of what
             was repaired, whether that was accepted or not.

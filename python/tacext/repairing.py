@@ -19,6 +19,7 @@ from .errors import InputError, check_choice
 from .finetuning import FinetuneSettings
 from .heads import check_labels_in_range, check_model
 from .input_adversary import Effects
+from .latent_patch import has_latent_patch
 from .repair_case import (
     RepairCase,
     choose_targets,
@@ -122,6 +123,14 @@ def repair(
     all_settings = settings_for(method, settings)
     shared = settings if settings is not None else next(iter(all_settings.values()))
     _check_drop(max_accuracy_drop, method)
+    if has_latent_patch(model):
+        raise InputError.of(
+            "repair",
+            "model",
+            expected="a model without a latent patch",
+            got="one that has been repaired by a patch already",
+            way_out="repair what tacext.remove_latent_patch(model) returns, with all targets",
+        )
     inputs, labels = (
         part.clone() if part.is_inference() else part
         for part in materialise(data, operation="repair")
@@ -158,7 +167,7 @@ def repair(
 
     started = time.perf_counter()
     adversary, notes = None, list[str]()
-    if not _is_blind(settings):
+    if not (method == "finetune" and _is_blind(settings)):
         adversary, notes = seek_adversary(
             model, found, (inputs[training], labels[training]), chosen, shared, progress
         )

@@ -113,9 +113,11 @@ def load_model(weights: StrPath, arch: str | Callable[[], nn.Module]) -> nn.Modu
             way_out="name a function or class that returns the model itself",
         )
     expected = model.state_dict()
+    if state.keys() != expected.keys():
+        model = make_room_for_patches(model, state)
+        expected = model.state_dict()
     if state.keys() != expected.keys():  # a model may itself have a child named "module"
         state = _strip_prefixes(state)
-    if state.keys() != expected.keys():
         model = make_room_for_patches(model, state)
         expected = model.state_dict()
     mismatch = _describe_mismatch(expected, state)
