@@ -164,18 +164,19 @@ def judge_scan(
     look = None if report.evidence is None else report.evidence.look
     if look is None:
         return False, f"a scan of the repaired model could not look for new ways: {report.reason}"
-    told = _led_anew(look, targets, seen if limited else ())
-    if told:
-        return False, told
+    wrong = _led_anew(look, targets, seen if limited else ())
+    if wrong:
+        return False, wrong
     finding, evidence = _without_norms(report, seen, limited)
     found = f"a scan of the repaired model says {finding.verdict}"
     if seen and finding.verdict != report.verdict:
         found += f" of what inputs show (and {report.verdict} with the norms of what was repaired)"
     if finding.verdict == "clean":
         return True, found
-    if finding.verdict == "inconclusive" and not report.warnings:
-        if not _classes_in_doubt(evidence, look, report.num_classes, targets) & set(targets):
-            return True, f"{found}, of other classes than were repaired: {finding.reason}"
+    doubted = _classes_in_doubt(evidence, look, report.num_classes, targets)
+    told = finding.verdict == "inconclusive" and not report.warnings
+    if told and not doubted & set(targets):
+        return True, f"{found}, of other classes than were repaired: {finding.reason}"
     return False, f"{found}: {finding.reason}"
 
 
