@@ -247,6 +247,13 @@ def test_what_led_nowhere_before_shows_nothing() -> None:
     )  # fmt: skip
     assert not gate.accepted
     assert "class 4 was no suspect, and nothing was found that led into it" in gate.reason
+    usual = Effects(torch.full((1, 1), 0.9), torch.full((1, 1), 0.1))  # as long changes do
+    natural = check_repair(
+        case.clean, (images, labels), held_out, report, adversary, usual, (80, 80), 0.02,
+        head="19", limited=False, batch_size=64,
+    )  # fmt: skip
+    assert not natural.accepted
+    assert "as into no class of a clean model" in natural.reason
     few = check_repair(
         case.clean, (images, labels), (images[:20], labels[:20]), report, adversary, nothing,
         (20, 20), 0.02, head="19", limited=False, batch_size=64,

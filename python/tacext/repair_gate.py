@@ -143,6 +143,13 @@ def check_repair(
     except InputError as error:
         return no(f"it cannot be scanned again ({error})")
     seen = tuple(t for t in adversary.targets if _stood_out(t, before, adversary, report))
+    for target in adversary.targets:
+        if target not in before.suspects and target not in seen:
+            return no(
+                f"class {target} was no suspect, and nothing led into it before as into no class of a "
+                "clean model, so that there is nothing to see that a repair has changed",
+                report,
+            )
     accepted, reason = judge_scan(report, adversary.targets, seen, limited=limited)
     return Gate(accepted, reason, report, robust)
 
