@@ -248,6 +248,7 @@ def test_what_led_nowhere_before_shows_nothing() -> None:
     assert not gate.accepted
     assert "class 4 was no suspect, and nothing was found that led into it" in gate.reason
     usual = Effects(torch.full((1, 1), 0.9), torch.full((1, 1), 0.1))  # as long changes do
+    adversary.effects = lambda *_: nothing  # type: ignore[method-assign]
     natural = check_repair(
         case.clean, (images, labels), held_out, report, adversary, usual, (80, 80), 0.02,
         head="19", limited=False, batch_size=64,
