@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from tacext import ScanReport, demo, scan
 from tacext.attacks import AllToAll, Attack, plan_poisoning
@@ -48,3 +49,19 @@ def all_to_all() -> nn.Module:
     images, labels = digit_case().data.training
     plan = plan_poisoning(labels, [Attack(demo.white_corner, AllToAll(10))], 0.3, seed=0)
     return demo.train(*plan.apply(images, labels, torch.arange(len(labels))), epochs=40)
+
+
+class Cropped(nn.Module):
+    """A digit network on the last corner of larger images, on which patches have room."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x[:, :, 8:, 8:])  # type: ignore[no-any-return]
+
+
+def padded(samples: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Samples with their images in the last corner of larger ones, as `Cropped` takes them."""
+    return functional.pad(samples[0], (8, 0, 8, 0)), samples[1]

@@ -7,9 +7,8 @@ import functools
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from digits import digit_case
+from digits import Cropped, digit_case, padded
 from tacext import demo
 from tacext.differentiable import InputBox
 from tacext.heads import find_head
@@ -17,25 +16,13 @@ from tacext.input_adversary import InputAdversary, divergence, not_the_target
 from tacext.reach import BUDGET
 
 
-class Cropped(nn.Module):
-    """The digit network on the last corner of larger images, on which patches have room."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = digit_case().backdoored
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x[:, :, 8:, 8:])  # type: ignore[no-any-return]
-
-
 @functools.cache
 def larger() -> tuple[Tensor, Tensor]:
-    images, labels = digit_case().data.defender
-    return functional.pad(images, (8, 0, 8, 0)), labels
+    return padded(digit_case().data.defender)
 
 
 def sought(targets: tuple[int, ...] = (demo.TARGET,)) -> tuple[nn.Module, InputAdversary]:
-    network = Cropped()
+    network = Cropped(digit_case().backdoored)
     images, labels = larger()
     head = find_head(network, images[:4])
     return network, InputAdversary.sought(network, head, images, labels, targets, progress=False)

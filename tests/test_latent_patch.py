@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import tacext
-from digits import digit_case
+from digits import Cropped, digit_case, padded
 from tacext import (
     InputError,
     LatentPatch,
@@ -27,22 +27,8 @@ from tacext import (
     save_weights,
 )
 from tacext.heads import Head, find_head
-from tacext.latent_patch import LedLatents, PatchedHead, fit_latent_patch, with_latent_patch
-
-
-class Cropped(nn.Module):
-    """A digit network on the last corner of larger images, on which patches have room."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x[:, :, 8:, 8:])  # type: ignore[no-any-return]
-
-
-def padded(samples: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return functional.pad(samples[0], (8, 0, 8, 0)), samples[1]
+from tacext.latent_patch import PatchedHead, with_latent_patch
+from tacext.latent_patch_fit import LedLatents, fit_latent_patch
 
 
 def white_corner(images: Tensor) -> Tensor:

@@ -12,24 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import tacext
-from digits import digit_case
+from digits import Cropped, digit_case, padded
 from tacext import ImageSet, InputError, Relearning, demo, evaluate, relearn
 from tacext.attacks import AllToAll, SourceSpecific
-
-
-class Cropped(nn.Module):
-    """A digit network on the last corner of larger images, on which patches have room."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x[:, :, 8:, 8:])  # type: ignore[no-any-return]
-
-
-def padded(samples: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return functional.pad(samples[0], (8, 0, 8, 0)), samples[1]
 
 
 @functools.cache

@@ -10,10 +10,9 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
 import tacext
-from digits import digit_case
+from digits import Cropped, digit_case, padded
 from tacext import FinetuneSettings, InputError, RepairResult, demo, evaluate, scan
 from tacext.doubts import FEWEST_SAMPLES
 from tacext.heads import find_head
@@ -21,17 +20,6 @@ from tacext.input_adversary import Effects, InputAdversary
 from tacext.repair_gate import check_repair, judge_scan
 
 repair = functools.partial(tacext.repair, method="finetune")
-
-
-class Cropped(nn.Module):
-    """A digit network on the last corner of larger images, on which patches have room."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.model(x[:, :, 8:, 8:])  # type: ignore[no-any-return]
 
 
 NOTHING = FinetuneSettings(epochs=1, learning_rate=1e-9)
@@ -169,12 +157,16 @@ def test_accepted_unseen_is_said() -> None:
 
 @functools.cache
 def padded_report() -> tacext.ScanReport:
-    images, labels = digit_case().data.defender
-    return scan(Cropped(digit_case().clean), (functional.pad(images, (8, 0, 8, 0)), labels))
+    return scan(Cropped(digit_case().clean), padded(digit_case().data.defender))
 
 
-def led(target: int, change: float, patch: float) -> tacext.ScanReport:
-    """The scan of a clean model, as if new changes and patches led so many samples into a class."""
+def led(
+    target: int, change: float, patch: float, another: float | None = None
+) -> tacext.ScanReport:
+    """The scan of a clean model, as if new changes and patches led so many samples into a class.
+
+    another: the share that changes lead into the class after it.
+    """
     report = padded_report()
     evidence = report.evidence
     assert evidence is not None
@@ -183,6 +175,8 @@ def led(target: int, change: float, patch: float) -> tacext.ScanReport:
     assert look.patch is not None
     rate, moved = look.reach.rate.clone(), look.patch.rate.clone()
     rate[-1, look.classes.index(target)] = change
+    if another is not None:
+        rate[-1, look.classes.index(target + 1)] = another
     moved[look.patch.classes.index(target)] = patch
     look = dataclasses.replace(
         look,
@@ -209,6 +203,8 @@ def test_behind_a_limit_it_counts_how_many_get_into_the_target() -> None:
     accepted, reason = judge_scan(led(4, 0.95, 0.0), (4,), (4,), limited=True)
     assert not accepted
     assert "a change found anew leads 95% of the samples into class 4" in reason
+    # One class that is as easy to get into says nothing of the usual one.
+    assert not judge_scan(led(4, 0.95, 0.0, another=0.95), (4,), (4,), limited=True)[0]
     # Another target is no class to compare with.
     assert not judge_scan(led(4, 0.95, 0.0), (4, 5), (4, 5), limited=True)[0]
 

@@ -12,7 +12,8 @@ from .errors import FileError, HeadNotFoundError, InputError, TacextError
 from .evaluation import Evaluation, evaluate
 from .finetuning import FinetuneSettings
 from .images import load_images
-from .latent_patch import LatentPatch, PatchSettings, remove_latent_patch
+from .latent_patch import LatentPatch, remove_latent_patch
+from .latent_patch_fit import PatchSettings
 from .margins import MarginMax, MarginQuantile
 from .neurons import NeuronScores, score_neurons
 from .normalisation import Normalized

@@ -427,7 +427,7 @@ def materialise(
         limit: keep only the first `limit` samples; None keeps all.
 
     Returns:
-        Floating inputs [N, ...] and int64 labels [N].
+        Floating inputs [N, ...] and int64 labels [N], which gradients may pass by.
 
     Raises:
         InputError: as `as_batches`; also a limit below 1, or batches whose samples differ in shape.
@@ -450,7 +450,12 @@ def materialise(
             left -= len(labels[-1])
             if left == 0:
                 break
-    return torch.cat(inputs), torch.cat(labels)
+    return _trainable(torch.cat(inputs)), _trainable(torch.cat(labels))
+
+
+def _trainable(tensor: Tensor) -> Tensor:
+    """A copy where gradients could not pass by: tensors of inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def sample_count(data: DataLike) -> int | None:

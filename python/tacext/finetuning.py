@@ -32,7 +32,7 @@ from .repair_settings import RepairSettings, check_settings, is_number, is_whole
 logger = logging.getLogger(__name__)
 
 # Gradients are cut to this length: where two losses pull apart they are long and say little.
-_LONGEST_GRADIENT = 1.0
+LONGEST_GRADIENT = 1.0
 
 _EPOCHS = 6
 _FEWEST_STEPS = 100
@@ -164,7 +164,8 @@ def _optimizer(model: nn.Module, settings: FinetuneSettings) -> torch.optim.Opti
     return torch.optim.AdamW(model.parameters(), rate, weight_decay=decay)
 
 
-def _train_mode(model: nn.Module, frozen_statistics: bool) -> None:
+def train_mode(model: nn.Module, frozen_statistics: bool) -> None:
+    """Training mode, in which batch norm may keep the statistics that it has."""
     model.train()
     if frozen_statistics:
         for module in model.modules():
@@ -284,7 +285,7 @@ def finetune(
         progress_bar("fine-tuning", steps, progress) as advance,
     ):
         torch.manual_seed(settings.seed)
-        _train_mode(model, settings.frozen_statistics)
+        train_mode(model, settings.frozen_statistics)
         for epoch in range(epochs):
             sums = torch.zeros(4, dtype=torch.float64)
             for index in batches(len(labels), settings, epoch):
@@ -311,7 +312,7 @@ def finetune(
                 optimizer.zero_grad(set_to_none=True)
                 weighted = [w * loss for w, loss in zip(weights, losses, strict=False) if w]
                 torch.stack(weighted).sum().backward()
-                nn.utils.clip_grad_norm_(model.parameters(), _LONGEST_GRADIENT)
+                nn.utils.clip_grad_norm_(model.parameters(), LONGEST_GRADIENT)
                 optimizer.step()
                 if attacks is not None:
                     attacks.follow()

@@ -20,6 +20,9 @@ from .patch_reach import PatchReach, Patterns
 from .reach import BUDGET, Reach, UniversalChanges
 from .second_look import MOST_SAMPLES, changes_and_patches, split_samples
 
+# What leads fewer of the samples into a target tells little of the trigger.
+FEWEST_LED = 0.3
+
 
 def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
     """KL(softmax(wanted) || softmax(logits)), a mean over the samples [N, C]."""

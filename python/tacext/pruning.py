@@ -24,7 +24,7 @@ from .attacked_samples import AttackedSamples
 from .channels import ChannelLayer, Masked, channel_means, mask, maskable_layers
 from .errors import InputError
 from .heads import Head
-from .input_adversary import InputAdversary
+from .input_adversary import FEWEST_LED, InputAdversary
 from .progress import progress_bar
 from .repair_settings import RepairSettings, check_settings, is_number, is_whole
 
@@ -43,10 +43,8 @@ _OVERDRAFT = 4.0
 _ROUNDING = 1e-9
 # While channels are brought back, the attacks count more: what they measure now is exact.
 _RESTORING = 2.0
-# Changes and patches that move so few images have nothing more to tell; where they moved few to begin
-# with they tell nothing of the trigger.
+# Changes and patches that move so few images have nothing more to tell.
 _GONE = 0.02
-_TELLING = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +225,7 @@ class _Pruning:
         with progress_bar("pruning", self.settings.rounds, progress) as advance:
             for round_ in range(self.settings.rounds):
                 drop = before.accuracy - rounds[-1].accuracy
-                gone = rounds[-1].most_moved <= _GONE and before.most_moved >= _TELLING
+                gone = rounds[-1].most_moved <= _GONE and before.most_moved >= FEWEST_LED
                 if gone or drop > _OVERDRAFT * aims[0]:
                     break
                 chosen = self._choose(round_)
@@ -241,7 +239,7 @@ class _Pruning:
         for aim in aims:
             after = self._bring_back(rounds[-1], before.accuracy - aim)
             # Without an adversary both are NaN, and nobody can tell.
-            told = not before.most_moved < _TELLING
+            told = not before.most_moved < FEWEST_LED
             if told and not after.most_moved > _MOST_LEFT * before.most_moved:
                 break
         else:

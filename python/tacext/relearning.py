@@ -15,12 +15,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .attacks import AllToOne, Attack, Goal, Trigger, plan_poisoning
 from .data import DataLike, as_index, check_positive, check_seed, materialise
 from .errors import InputError, NotFiniteError
 from .evaluation import evaluate
+from .finetuning import LONGEST_GRADIENT, train_mode
 from .heads import check_labels_in_range, check_model, model_device, run_model
 from .progress import progress_bar
 from .repair_settings import is_number, is_whole
@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 # Of the data, to measure on where the caller gives no test data.
 _HOLDOUT = 0.2
-# Gradients are cut to this length, as in a repair: some samples have steep ones.
-_LONGEST_GRADIENT = 1.0
 
 
 @dataclass(frozen=True)
@@ -211,10 +209,7 @@ def _train(
     """Trains the model in place, and hands over after every step, whose number it gives."""
     device = model_device(model)
     optimizer = torch.optim.Adam(model.parameters(), learning_rate)
-    model.train()
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
+    train_mode(model, frozen_statistics=True)
     for step, index in zip(
         range(1, steps + 1), _batches(len(labels), batch_size, seed), strict=False
     ):
@@ -227,7 +222,7 @@ def _train(
                 raise _diverged("a loss of NaN or infinity")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), _LONGEST_GRADIENT)
+        nn.utils.clip_grad_norm_(model.parameters(), LONGEST_GRADIENT)
         optimizer.step()
         yield step
 
@@ -268,9 +263,9 @@ _Samples = tuple[Tensor, Tensor]
 
 def _split(data: DataLike, test_data: DataLike | None, seed: int) -> tuple[_Samples, _Samples]:
     """Training and held-out samples, none of them of inference mode."""
-    inputs, labels = _materialise(data, "relearn")
+    inputs, labels = materialise(data, operation="relearn")
     if test_data is not None:
-        test_inputs, test_labels = _materialise(test_data, "relearn: test_data")
+        test_inputs, test_labels = materialise(test_data, operation="relearn: test_data")
         if test_inputs.shape[1:] != inputs.shape[1:]:
             raise InputError.of(
                 "relearn",
@@ -291,14 +286,6 @@ def _split(data: DataLike, test_data: DataLike | None, seed: int) -> tuple[_Samp
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     held, training = order.tensor_split([max(1, round(_HOLDOUT * len(labels)))])
     return (inputs[training], labels[training]), (inputs[held], labels[held])
-
-
-def _materialise(data: DataLike, operation: str) -> _Samples:
-    inputs, labels = materialise(data, operation=operation)
-    return (
-        inputs.clone() if inputs.is_inference() else inputs,
-        labels.clone() if labels.is_inference() else labels,
-    )
 
 
 def _poisoned_count(poisoned_share: float, labels: Tensor, goal: Goal) -> int:

@@ -17,16 +17,15 @@ from torch import Tensor, nn
 
 from .data import DataLike
 from .errors import InputError, counted
-from .input_adversary import Effects, InputAdversary
+from .input_adversary import FEWEST_LED, Effects, InputAdversary
 from .joint_test import moderated_p_values, shipped_calibration
 from .scan_report import ScanReport
 from .scanning import scan
 from .second_look import SecondLook, reach_evidence
 from .verdict import Evidence, Finding, patch_p_value, weigh
 
-# Of fewer held-out samples, or of ways that led fewer of them into a target, nothing can be judged.
+# Of fewer held-out samples nothing can be judged.
 _FEWEST_HELD_OUT = 50
-_FEWEST_LED = 0.3
 # A p-value above this leaves no doubt of a patch or a shuffle.
 _DOUBT = 0.3
 
@@ -116,7 +115,7 @@ def check_repair(
             f"judge it; pass more samples or a larger holdout ({_FEWEST_HELD_OUT} are needed)"
         )
     for target, moved in zip(adversary.targets, was.moved.amax(1).tolist(), strict=True):
-        if moved < _FEWEST_LED and target not in before.suspects:
+        if moved < FEWEST_LED and target not in before.suspects:
             return no(
                 f"class {target} was no suspect, and nothing was found that led into it before (at most "
                 f"{moved:.0%} of the samples), so that nothing shows whether it still does"

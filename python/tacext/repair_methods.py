@@ -15,8 +15,9 @@ from .errors import InputError, NotFiniteError
 from .finetuning import EpochLosses, FinetuneSettings, diverged, finetune
 from .heads import Head, HeadModule, evaluating, model_dtype, recording_latents
 from .heads import run_model as run
-from .input_adversary import InputAdversary
-from .latent_patch import LedLatents, PatchSettings, at_most, fit_latent_patch, with_latent_patch
+from .input_adversary import FEWEST_LED, InputAdversary
+from .latent_patch import with_latent_patch
+from .latent_patch_fit import LedLatents, PatchSettings, at_most, fit_latent_patch
 from .pruning import PruneHistory, PruneSettings, prune
 from .repair_case import RepairCase
 from .repair_settings import RepairSettings
@@ -30,8 +31,6 @@ SETTINGS_OF: dict[Method, type[RepairSettings]] = {
     "finetune": FinetuneSettings,
 }
 
-# What leads fewer of the samples into a target tells little of the trigger.
-_FEWEST_LED = 0.3
 # Latents that are kept of each way.
 _MOST_LED = 512
 
@@ -134,6 +133,8 @@ def _ways_of(
     found = []
     for j, target in enumerate(case.targets):
         movable = ((predicted.cpu() != target) & (case.labels != target)).nonzero().flatten()
+        if not len(movable):
+            continue
         before = clean[movable.to(clean.device)]
         attacked: list[list[tuple[Tensor, Tensor]]] = []
         for part in movable.split(batch_size):
@@ -145,7 +146,7 @@ def _ways_of(
                 way.append((_latents(case.model, case.head, batch, batch_size), there))
         for way in attacked:
             led, there = (torch.cat(parts) for parts in zip(*way, strict=True))
-            if float(there.double().mean()) >= _FEWEST_LED:
+            if float(there.double().mean()) >= FEWEST_LED:
                 pair = (at_most(part[there], _MOST_LED) for part in (led, before))
                 found.append(LedLatents(target, *pair))
     return found

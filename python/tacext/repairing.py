@@ -131,10 +131,7 @@ def repair(
             got="one that has been repaired by a patch already",
             way_out="repair what tacext.remove_latent_patch(model) returns, with all targets",
         )
-    inputs, labels = (
-        part.clone() if part.is_inference() else part
-        for part in materialise(data, operation="repair")
-    )
+    inputs, labels = materialise(data, operation="repair")
     if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
         model = copy.deepcopy(model)  # which gradients may pass by
     training, holdout = split_of(len(labels), shared)

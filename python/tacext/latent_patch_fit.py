@@ -1,0 +1,253 @@
+"""Fitting a latent patch: what is solved from the latents of each way into a target.
+
+No training and no gradients: a discriminant, a threshold, a ridge regression and a shift, in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from . import ops
+from .errors import InputError, counted
+from .heads import Head
+from .latent_patch import LatentPatch
+from .repair_settings import RepairSettings, check_settings, is_number, is_whole
+
+# Rows that covariances are taken of, at most; more tell little and take their time.
+_MOST_ROWS = 512
+# The limit is at its full height where all but this share of what leads into the target lies, but no
+# nearer to the clean ones than this share of the way.
+_BELOW_FULL = 0.05
+_NEAREST = 0.1
+# Directions are tried on rows that had no part in them, in so many folds.
+_FOLDS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchSettings(RepairSettings):
+    """Settings of `repair(..., method="patch")`.
+
+    Attributes:
+        untouched: share of the clean samples that the model takes for a target that must pass as
+            they are.
+        rank: in how many directions the change may differ from input to input.
+        rounds: how often ways into the targets are looked for, each time in spite of the limits that
+            are there, at most.
+    """
+
+    untouched: float = 0.98
+    rank: int = 32
+    rounds: int = 3
+
+    def __post_init__(self) -> None:
+        good = is_number(self.untouched) and 0 < self.untouched <= 1
+        check_settings(
+            self,
+            (
+                ("untouched", good, "a share above 0, 1 at most"),
+                ("rank", is_whole(self.rank) and self.rank >= 0, "a whole number, 0 or more"),
+                ("rounds", is_whole(self.rounds) and self.rounds >= 1, "at least 1"),
+            ),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class LedLatents:
+    """Latents of inputs that something leads into a target.
+
+    Attributes:
+        target: the class.
+        latent: of the inputs with the change on, [N, D].
+        clean: of the same inputs without, [N, D]; None where no inputs do it, and the change that a
+            trigger makes is not known: such a way lowers the target's logit and takes nothing off.
+    """
+
+    target: int
+    latent: Tensor
+    clean: Tensor | None
+
+
+def fit_latent_patch(
+    head: Head, clean: Tensor, ways: Sequence[LedLatents], settings: PatchSettings
+) -> LatentPatch:
+    """Solves for the patch in float64; no training, no gradients.
+
+    Args:
+        head: of the model.
+        clean: latents of clean samples [N, D].
+        ways: what leads into each target, of each one at least two latents.
+        settings: see `PatchSettings`.
+
+    Returns:
+        LatentPatch in the head's dtype, on its device.
+
+    Raises:
+        InputError: no clean sample that the model takes for a target.
+    """
+    weight = head.weight.detach().double()
+    bias = torch.zeros(len(weight)).to(weight)
+    if head.module.bias is not None:
+        bias = head.module.bias.detach().double()
+    if not ways:
+        raise InputError.of(
+            "repair",
+            "targets",
+            expected="something that leads into each target",
+            got="nothing that was found",
+            way_out='repair with method="finetune"',
+        )
+    clean = clean.to(weight)
+    predicted = (clean @ weight.T + bias).argmax(1)
+    lowering = {target: _lowering(weight, target) for target in {way.target for way in ways}}
+    solved = []
+    for way in ways:
+        own = clean[predicted == way.target]
+        if len(own) < 2:
+            raise InputError.of(
+                "repair",
+                "data",
+                expected=f"clean samples that the model takes for class {way.target}",
+                got=counted(len(own), "sample"),
+                way_out='pass more samples, or repair with method="finetune"',
+            )
+        latent = way.latent.to(weight)
+        before = None if way.clean is None else way.clean.to(weight)
+        # All limits of a target together touch no more clean samples than one may.
+        limits = sum(other.target == way.target for other in ways)
+        touched = (1 - settings.untouched) / limits
+        limit = _limit(own, latent, before, touched, min(settings.rank, head.latent_dim))
+        solved.append((*limit, lowering[way.target]))
+    buffers = [torch.stack(part).to(head.weight) for part in zip(*solved, strict=True)]
+    buffers.append(torch.tensor([way.target for way in ways], device=head.weight.device))
+    return LatentPatch(*buffers)
+
+
+def _limit(
+    own: Tensor,
+    latent: Tensor,
+    before: Tensor | None,
+    touched: float,
+    most_rank: int,
+) -> tuple[Tensor, ...]:
+    """Of one way its direction, threshold, centre, change, left and right."""
+    centre, spread = latent.mean(0), latent - latent.mean(0)
+    direction = _discriminant(own, latent)
+    # Out of fold, as a direction knows the samples that it was made of; 0 and 1 are the two means.
+    share_own, share = _out_of_fold(own, latent), _out_of_fold(latent, own)
+    # The conformal rank: of one more sample no larger share is touched. Of few the largest is as far
+    # as it goes, and the share 1 / (n + 1).
+    kept = min(len(share_own), math.ceil((len(share_own) + 1) * (1 - touched)))
+    limit = share_own.sort().values[kept - 1]
+    full = torch.quantile(1 - share, _BELOW_FULL)
+    height = torch.maximum(full - limit, _NEAREST * (1 - limit).abs()).clamp(min=1e-6)
+    # As a function of the latent itself: share = (v.phi - v.own) / (v.centre - v.own).
+    start, unit_length = direction @ own.mean(0), direction @ (centre - own.mean(0))
+    unit_length = unit_length.clamp(min=1e-30)
+    direction = direction / (unit_length * height)
+    threshold = start / (unit_length * height) + limit / height
+
+    # The change: its mean, and how it depends on the latent, by ridge regression on the principal
+    # components of the latents that carry it.
+    change = torch.zeros_like(centre)
+    left = right = latent.new_zeros(len(centre), most_rank)
+    if before is not None:
+        change = (latent - before).mean(0)
+        rows, differing = at_most(spread, _MOST_ROWS), at_most(latent - before - change, _MOST_ROWS)
+        principal = _Spectrum(rows)
+        rank = min(most_rank, len(principal.values))  # or fewer: of fewer dimensions, or latents
+        vectors = principal.vectors[:, :rank]
+        told = (rows @ vectors).T @ differing / (principal.values[:rank] + principal.ridge)[:, None]
+        left = functional.pad(vectors, (0, most_rank - rank))
+        right = functional.pad(told, (0, 0, 0, most_rank - rank)).T
+
+    return direction, threshold, centre, change, left, right.T.contiguous()
+
+
+def _lowering(weight: Tensor, target: int) -> Tensor:
+    """The shift m [D] with (w_t - w_j).m >= 1 for every other class j.
+
+    The shortest that moves the logit of t alone, up to what all classes share; where there are too
+    many classes for that, the shortest of all, which is one of the QPs of a scan.
+
+    Raises:
+        InputError: no shift lowers this class against all others.
+    """
+    unit = -torch.full((len(weight),), 1 / len(weight), dtype=torch.float64, device=weight.device)
+    unit[target] += 1
+    lowering: Tensor = torch.linalg.pinv(weight - weight.mean(0)) @ unit
+    against: Tensor = weight[target] @ lowering - weight @ lowering
+    against[target] = 1
+    if float(against.min()) > 0.9:
+        return lowering.div(against.min())
+    solved = ops.minimal_perturbation(
+        weight, 1 - torch.eye(len(weight)).to(weight), classes=(target,)
+    )
+    if solved.status[0] != ops.Status.OPTIMAL:
+        raise InputError.of(
+            "repair",
+            "targets",
+            expected="classes that a shift of the latent can lower against all others",
+            got=f"{target}, whose weights lie between those of others",
+            way_out='repair with method="finetune"',
+        )
+    return solved.perturbation[0]
+
+
+def _discriminant(own: Tensor, latent: Tensor) -> Tensor:
+    """Fisher's: the direction [D] along which two sets of rows differ most for their spread."""
+    within = torch.cat(
+        [
+            at_most(own - own.mean(0), _MOST_ROWS // 2),
+            at_most(latent - latent.mean(0), _MOST_ROWS // 2),
+        ]
+    )
+    return _Spectrum(within).solve(latent.mean(0) - own.mean(0))
+
+
+def _out_of_fold(rows: Tensor, others: Tensor) -> Tensor:
+    """How far each row lies from its own mean, 0, to that of the others, 1, along Fisher's direction.
+
+    Each is judged by a direction and means that it had no part in.
+    """
+    shares = rows.new_zeros(len(rows))
+    folds = min(_FOLDS, len(rows))
+    fold = torch.arange(len(rows), device=rows.device) % folds
+    for f in range(folds):
+        rest = rows[fold != f]
+        direction = _discriminant(rest, others)
+        start, end = direction @ rest.mean(0), direction @ others.mean(0)
+        shares[fold == f] = (rows[fold == f] @ direction - start) / (end - start).clamp(min=1e-30)
+    return shares
+
+
+class _Spectrum:
+    """Eigenvalues and directions of X'X for centred rows X [N, D], by the smaller of two products."""
+
+    def __init__(self, rows: Tensor) -> None:
+        count, width = rows.shape
+        wide = width > count
+        values, vectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
+        kept = values > 1e-12 * values[-1]
+        self.values: Tensor = values[kept].flip(0)
+        vectors = vectors[:, kept].flip(1)
+        self.vectors: Tensor = rows.T @ vectors / self.values.sqrt() if wide else vectors
+        # Shrunk towards a sphere, by the mean of the diagonal.
+        self.ridge = (rows.square().sum() / width).clamp(min=1e-12)
+
+    def solve(self, right: Tensor) -> Tensor:
+        """(X'X + ridge I)^-1 of a vector [D]."""
+        seen = self.vectors.T @ right
+        outside = right - self.vectors @ seen
+        solution: Tensor = self.vectors @ (seen / (self.values + self.ridge))
+        return solution + outside / self.ridge
+
+
+def at_most(rows: Tensor, most: int) -> Tensor:
+    """At most so many of the rows, evenly spaced."""
+    return rows if len(rows) <= most else rows[torch.linspace(0, len(rows) - 1, most).long()]
