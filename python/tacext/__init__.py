@@ -11,6 +11,7 @@ from .data import ImageSet
 from .errors import FileError, HeadNotFoundError, InputError, TacextError
 from .evaluation import Evaluation, evaluate
 from .finetuning import FinetuneSettings
+from .guard import Guard, GuardInfo, GuardOutput, GuardScorer
 from .images import load_images
 from .latent_patch import LatentPatch, remove_latent_patch
 from .latent_patch_fit import PatchSettings
@@ -33,6 +34,10 @@ __all__ = [
     "Evaluation",
     "FileError",
     "FinetuneSettings",
+    "Guard",
+    "GuardInfo",
+    "GuardOutput",
+    "GuardScorer",
     "HeadNotFoundError",
     "ImageSet",
     "InputError",

@@ -66,10 +66,12 @@ def observe(
     operation: str,
     quantile: float = 1.0,
     keeper: SampleKeeper | None = None,
+    latent_keeper: SampleKeeper | None = None,
 ) -> Observation:
     """Streams the data through the model once; see `scan` for the arguments and errors.
 
-    `keeper` gets the samples to choose some from.
+    `keeper` gets the samples to choose some from, `latent_keeper` their latents, each with the head's
+    logits behind it: [N, D + C], float32.
     """
     found: Head | None = None
     moments = LatentMoments.empty(0)
@@ -101,6 +103,8 @@ def observe(
             margin_seconds += time.perf_counter() - now
             if keeper is not None:
                 keeper.add(inputs, labels)
+            if latent_keeper is not None:
+                latent_keeper.add(torch.cat([latent, logits], 1).float(), labels)
             seen[labels] = True
             confidence += float(_probabilities(output).amax(1).sum())
             correct += int((output.argmax(1).cpu() == labels).sum())

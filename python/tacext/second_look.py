@@ -53,8 +53,11 @@ class SampleKeeper:
         one_shape: whether all samples so far have the same shape; others are not kept.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(
+        self, seed: int = 0, most: int = MOST_SAMPLES, most_bytes: int = MOST_BYTES
+    ) -> None:
         self._generator = torch.Generator().manual_seed(seed)
+        self._most, self._most_bytes = most, most_bytes
         self._keys = torch.zeros(0, dtype=torch.float64)
         self._inputs: Tensor | None = None
         self._labels = torch.zeros(0, dtype=torch.int64)
@@ -69,7 +72,7 @@ class SampleKeeper:
             return
         keys = torch.rand(len(labels), dtype=torch.float64, generator=self._generator)
         size = max(1, inputs[0].numel() * inputs.element_size())
-        most = max(1, min(MOST_SAMPLES, MOST_BYTES // size))
+        most = max(1, min(self._most, self._most_bytes // size))
         if len(self._keys) >= most:
             chosen = (keys < self._keys[-1]).nonzero().flatten()
             if not len(chosen):

@@ -1,0 +1,296 @@
+"""A guard beside the model: in production, is this input a trigger?"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .data import DataLike, check_seed
+from .errors import InputError, counted
+from .files import StrPath
+from .guard_file import GuardInfo, read_guard, same_head, write_guard
+from .guard_fit import fit_scorer
+from .guard_scoring import GuardOutput, GuardScorer, threshold_at
+from .heads import check_model
+from .latent_tap import TappedModel
+from .observation import observe, solve
+from .second_look import SampleKeeper
+
+__all__ = ["Guard", "GuardInfo", "GuardOutput", "GuardScorer"]
+
+logger = logging.getLogger(__name__)
+
+# Of more clean samples so many are chosen; ranks beyond say nothing more.
+MOST_SAMPLES, MOST_BYTES = 20_000, 1 << 30
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Guard(nn.Module):
+    """Runs a model and says of every input whether it looks like one with a trigger.
+
+    It knows neither trigger nor target. `guard(inputs)` costs one pass of the model and some 40
+    products of the length of a latent; the model's own output is untouched. It is an nn.Module: move
+    it, compile it, export it. The model's parameters are shared with the model given, and the guard's
+    own numbers stay float32 where the model is converted to half precision.
+
+    Attributes:
+        model: the model, with its latents handed out.
+        scorer: what judges latents and logits, without the model.
+        info: what it was fitted on.
+    """
+
+    def __init__(self, model: TappedModel, scorer: GuardScorer, info: GuardInfo) -> None:
+        super().__init__()
+        self.model = model
+        self.scorer = scorer
+        self.info = info
+        self.training = False
+
+    @classmethod
+    def fit(
+        cls,
+        model: nn.Module,
+        data: DataLike,
+        false_positive_rate: float = 0.01,
+        *,
+        head: str | None = None,
+        batch_size: int = 256,
+        seed: int = 0,
+        progress: bool | None = None,
+    ) -> Guard:
+        """Learns from clean samples what is usual for the model.
+
+        Args:
+            model: the classifier, as for `scan`; left as it is.
+            data: clean samples with labels, as for `scan`, like those that production will see. They
+                may have been trained on only if the model is as sure of new ones. Labels are read,
+                not used.
+            false_positive_rate: the share of clean inputs that may be flagged, 0 < rate < 1. It holds
+                on average over guards fitted on samples like these; of one guard the share differs
+                from it by chance, less with more samples.
+            head: the name of the last linear layer, where the model is too unusual to tell.
+            batch_size: of the passes.
+            seed: which samples judge which.
+            progress: whether to show a progress bar; None shows it on a terminal.
+
+        Raises:
+            InputError: a rate that so few samples cannot promise, and all that `scan` raises of model
+                and data.
+        """
+        operation = "Guard.fit"
+        check_model(model, operation)
+        rate = _check_rate(false_positive_rate, operation)
+        check_seed(operation, seed)
+        latents = SampleKeeper(seed, MOST_SAMPLES, MOST_BYTES)
+        examples = SampleKeeper(seed, 4)
+        observation = observe(
+            model,
+            data,
+            head=head,
+            batch_size=batch_size,
+            progress=progress,
+            operation=operation,
+            keeper=examples,
+            latent_keeper=latents,
+        )
+        perturbations, _ = solve(observation, "standardized", operation=operation)
+        dim, classes = observation.head.latent_dim, observation.head.num_classes
+        latent, logits = latents.samples()[0].split([dim, classes], 1)
+        scorer = fit_scorer(
+            latent, logits, perturbations.perturbation.cpu(), rate, seed, operation
+        ).to(observation.head.weight.device)
+        counts = torch.bincount(logits.argmax(1), minlength=classes)
+        tapped = TappedModel.of(model, observation.head, examples.samples()[0], operation)
+        info = GuardInfo(
+            samples=len(latent),
+            false_positive_rate=rate,
+            head=observation.head.name,
+            ends_in_head=tapped.ends_in_head,
+            class_counts=tuple(counts.tolist()),
+            head_norms=tuple(observation.head.weight.detach().float().norm(dim=1).tolist()),
+            created_with=ops.build_info().version,
+        )
+        if unseen := info.unseen_classes:
+            few = ", ".join(map(str, unseen[:8])) + (", ..." if len(unseen) > 8 else "")
+            logger.warning(
+                "Guard.fit: no sample was taken for %s (%s); inputs taken for them will mostly be "
+                "flagged; pass samples of them",
+                counted(len(unseen), "class", "classes"),
+                few,
+            )
+        return cls(tapped, scorer, info)
+
+    def forward(self, inputs: Tensor) -> GuardOutput:
+        """Runs the model on inputs as it takes them, and judges them.
+
+        Inputs whose latents are not finite are flagged: one of them must not stop the batch.
+
+        Args:
+            inputs: [N, ...], N >= 1.
+
+        Raises:
+            InputError: an empty batch, or a model in training mode, whose batch norm would mix the
+                samples; neither is asked in a compiled or exported pass.
+        """
+        if not torch.compiler.is_compiling():
+            self._check_ready(inputs)
+        output, latent, logits = self.model(inputs)
+        judged = self.scorer(latent.detach(), logits.detach())
+        return GuardOutput(output, judged.score, judged.p_value, judged.flagged)
+
+    def check(self, latent: Tensor, logits: Tensor | None = None) -> GuardOutput:
+        """Judges latents that the caller has already.
+
+        Args:
+            latent: [N, D], what flows into the head, of any floating dtype.
+            logits: [N, C], what the head makes of them; None computes that.
+
+        Raises:
+            InputError: no tensor, no sample, another size or device, NaN or infinity.
+        """
+        operation = "Guard.check"
+        _check_rows(operation, "latent", latent, self.scorer.mean.shape[1], self.scorer.mean)
+        if logits is None:
+            head = self.model.head
+            weight = head.weight.flatten(1)
+            logits = nn.functional.linear(latent.to(weight.dtype), weight, head.bias)
+        _check_rows(operation, "logits", logits, self.scorer.mean.shape[0], self.scorer.mean)
+        if len(logits) != len(latent):
+            raise InputError.of(
+                operation,
+                "logits",
+                expected=f"{len(latent)} rows, as many as latents",
+                got=f"{len(logits)}",
+                way_out="pass the logits of the same batch",
+            )
+        judged: GuardOutput = self.scorer(latent, logits)
+        return judged
+
+    def at_rate(self, false_positive_rate: float) -> Guard:
+        """The same guard with another threshold; model and calibration are shared.
+
+        Raises:
+            InputError: a rate that the calibration samples cannot promise.
+        """
+        operation = "Guard.at_rate"
+        rate = _check_rate(false_positive_rate, operation)
+        scorer = copy.copy(self.scorer)
+        scorer._buffers = dict(self.scorer._buffers)
+        known = self.scorer.knots.cpu(), self.scorer.exceeding.cpu()
+        threshold = threshold_at(*known, self.info.samples, rate, operation)
+        scorer._buffers["threshold"] = threshold.to(self.scorer.knots.device)
+        info = replace(self.info, false_positive_rate=rate)
+        return Guard(self.model, scorer, info)
+
+    def save(self, path: StrPath) -> None:
+        """Writes the guard, without the model, to one safetensors file, whole or not at all.
+
+        Raises:
+            InputError: another ending than .safetensors.
+            FileError: the folder is missing or not writable, or the disk is full.
+        """
+        write_guard(self.scorer, self.info, path)
+
+    @classmethod
+    def load(cls, path: StrPath, model: nn.Module) -> Guard:
+        """Reads a guard, and puts it beside the model that it was fitted on.
+
+        Args:
+            path: a file that `save` wrote.
+            model: with the same weights, on any device, perhaps in half precision.
+
+        Raises:
+            FileError: a file that is missing, damaged, or none of a guard.
+            InputError: another model.
+        """
+        operation = "Guard.load"
+        check_model(model, operation)
+        scorer, info = read_guard(path, operation)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        module, known = modules.get(info.head), False
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            weight = module.weight.detach().flatten(1)
+            norms = weight.float().norm(dim=1)
+            known = weight.shape == scorer.mean.shape
+            known = known and same_head(norms, info.head_norms, weight.dtype in _HALF)
+        if not known:
+            raise InputError.of(
+                operation,
+                "model",
+                expected=f"the model that the guard in {path} was fitted on, with the head {info.head!r}",
+                got=f"a {type(model).__name__} with another head",
+                way_out="load the weights of that model, or fit a guard for this one",
+            )
+        tapped = TappedModel(model, info.head, info.ends_in_head)
+        return cls(tapped, scorer.to(tapped.head.weight.device), info)
+
+    def _check_ready(self, inputs: object) -> None:
+        if not isinstance(inputs, Tensor) or not inputs.dim() or not len(inputs):
+            got = (
+                f"shape {list(inputs.shape)}"
+                if isinstance(inputs, Tensor)
+                else type(inputs).__name__
+            )
+            raise InputError.of(
+                "Guard",
+                "inputs",
+                expected="a tensor [N, ...] with at least one sample",
+                got=got,
+                way_out="skip empty batches",
+            )
+        if any(module.training for module in self.model.trunk.modules()):
+            raise InputError.of(
+                "Guard",
+                "model",
+                expected="a model in evaluation mode",
+                got="one in training mode",
+                way_out="call guard.eval() first",
+            )
+
+
+def _check_rate(rate: object, operation: str) -> float:
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 1:
+        raise InputError.of(
+            operation,
+            "false_positive_rate",
+            expected="a number between 0 and 1",
+            got=repr(rate),
+            way_out="use 0.01 for one false alarm in a hundred inputs",
+        )
+    return float(rate)
+
+
+def _check_rows(operation: str, argument: str, value: object, width: int, like: Tensor) -> None:
+    ops.check_tensor(operation, argument, value)
+    assert isinstance(value, Tensor)
+    if value.dim() != 2 or value.shape[1] != width or not len(value):
+        raise InputError.of(
+            operation,
+            argument,
+            expected=f"[N, {width}] with N >= 1",
+            got=str(list(value.shape)),
+            way_out="pass what flows into, or out of, the head of the model that was guarded",
+        )
+    if not value.is_floating_point():
+        raise InputError.of(
+            operation,
+            argument,
+            expected="a floating dtype",
+            got=str(value.dtype),
+            way_out="pass it as the model computes it",
+        )
+    ops.check_same_device(operation, argument, value, "the guard", like)
+    bad = (~torch.isfinite(value)).any(1).nonzero()
+    if len(bad):
+        raise InputError.of(
+            operation,
+            argument,
+            expected="finite numbers",
+            got=f"NaN or infinity in row {int(bad[0])}",
+            way_out="reject that input",
+        )

@@ -1,0 +1,518 @@
+"""Guards on real digit classifiers, and their false-alarm rate on latents drawn at will."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import math
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import safetensors
+import safetensors.torch
+import scipy.stats
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import tacext
+from digits import Cropped, digit_case, padded
+from tacext import FileError, Guard, GuardOutput, HeadNotFoundError, InputError, demo
+from tacext.guard_fit import Geometry, fit_scorer
+from tacext.guard_scoring import GuardScorer, calibration_table, threshold_at
+
+
+@functools.cache
+def guard() -> Guard:
+    return Guard.fit(digit_case().backdoored, digit_case().data.defender, 0.05)
+
+
+def stamped(images: Tensor, labels: Tensor) -> Tensor:
+    return demo.white_corner(images[labels != demo.TARGET])
+
+
+def same(a: GuardOutput, b: GuardOutput) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def close(a: GuardOutput, b: GuardOutput) -> bool:
+    pairs = zip(a[:3], b[:3], strict=True)
+    return all(torch.allclose(x, y, atol=1e-4) for x, y in pairs) and torch.equal(a[3], b[3])
+
+
+# ---- what it says --------------------------------------------------------------------------------
+
+
+def test_triggered_digits_are_flagged_and_clean_ones_are_not() -> None:
+    images, labels = digit_case().data.test
+    with torch.no_grad():
+        clean, triggered = guard()(images), guard()(stamped(images, labels))
+        honest = Guard.fit(digit_case().clean, digit_case().data.defender, 0.05)
+        mistaken = honest(stamped(images, labels))
+    assert float(triggered.flagged.float().mean()) > 0.85
+    assert float(clean.flagged.float().mean()) < 0.08
+    # On a clean model the corner is no trigger; unusual it still is.
+    assert float(mistaken.flagged.float().mean()) < 0.4
+    assert float(triggered.p_value.median()) < 0.02
+    assert float(clean.p_value.median()) > 0.3
+
+
+def test_the_models_own_output_is_untouched() -> None:
+    model, images = digit_case().backdoored, digit_case().data.test[0]
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(guard()(images).logits, model(images))
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert next(guard().model.trunk.parameters()) is next(model.parameters())
+
+
+def test_a_fit_gives_the_same_bits_again() -> None:
+    again = Guard.fit(digit_case().backdoored, digit_case().data.defender, 0.05)
+    for name, tensor in guard().scorer.state_dict().items():
+        assert torch.equal(tensor, again.scorer.state_dict()[name]), name
+
+
+def test_the_score_is_what_it_says_it_is() -> None:
+    scorer, images = guard().scorer, digit_case().data.test[0][:50]
+    with torch.no_grad():
+        _, latent, logits = guard().model(images)
+        found = scorer(latent, logits)
+    t = {name: value.double().numpy() for name, value in scorer.state_dict().items()}
+    for phi, z, score in zip(
+        latent.double().numpy(), logits.double().numpy(), found.score, strict=True
+    ):
+        k = int(z.argmax())
+        y = (phi - t["mean"][k]) * t["inverse_spread"]
+        squares = np.concatenate([[y @ y], (t["basis"] @ y) ** 2])
+        parts = np.array([
+            math.sqrt(max(0, squares @ t["near_weight"])),
+            math.sqrt(max(0, squares @ t["far_weight"])),
+            y @ t["direction"][k],
+            z[k] - np.delete(z, k).max(),
+        ])  # fmt: skip
+        units = np.maximum(0, (parts - t["location"][k]) * t["inverse_deviation"][k])
+        assert float(score) == pytest.approx(float(np.linalg.norm(units)), rel=1e-4, abs=1e-4)
+
+
+def test_the_distances_are_those_of_a_covariance() -> None:
+    """near and far are y' P y with P the inverse of a covariance that is even beside the basis."""
+    generator = torch.Generator().manual_seed(3)
+    predicted = torch.arange(600) % 3
+    mix = torch.eye(12) + 0.1 * torch.randn(12, 12, generator=generator)
+    mixed = torch.randn(600, 12, generator=generator) @ mix
+    geometry = Geometry.of(mixed + 3 * predicted[:, None], predicted, torch.ones(3, 12))
+    assert torch.allclose(geometry.basis @ geometry.basis.T, torch.eye(12), atol=1e-4)
+    latent = torch.randn(20, 12, generator=generator)
+    parts, classes = geometry.parts(latent, torch.eye(3)[torch.arange(20) % 3])
+    y = ((latent - geometry.mean[classes]) * geometry.inverse_spread).double()
+    rows = (mixed + 3 * predicted[:, None] - geometry.mean[predicted]) * geometry.inverse_spread
+    covariance = (rows.double().T @ rows.double()) / 597
+    exact = (y @ torch.linalg.inv(covariance) * y).sum(1).sqrt()  # all 12 directions are known
+    assert torch.allclose(parts[:, 1].double(), exact, rtol=1e-3)
+
+
+# ---- the promised rate ---------------------------------------------------------------------------
+
+
+def drawn(seed: int, samples: int) -> tuple[Tensor, Tensor]:
+    """Latents and logits of classes that overlap, of uneven size, with heavy tails."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = torch.Generator().manual_seed(1)
+    centres = 2 * torch.randn(7, 40, generator=shape)
+    mix = torch.randn(40, 40, generator=shape) / 6
+    label = (7 * torch.rand(samples, generator=generator) ** 2).long().clamp(max=6)
+    noise = torch.randn(samples, 40, generator=generator)
+    tail = 1 / torch.rand(samples, 1, generator=generator).clamp(min=1e-4).pow(0.25)
+    latent = (centres[label] + tail * noise @ mix).relu()
+    return latent, latent @ centres.T
+
+
+@pytest.mark.parametrize(("samples", "fits"), [(120, 60), (200, 60), (500, 40), (2500, 10)])
+def test_the_promised_rate_holds_from_few_samples_on(samples: int, fits: int) -> None:
+    rate, flagged, asked = 0.02, 0, 4000
+    perturbation = torch.randn(7, 40, generator=torch.Generator().manual_seed(2))
+    rates = []
+    for seed in range(fits):
+        scorer = fit_scorer(*drawn(seed, samples), perturbation, rate, seed, "test")
+        count = int(scorer(*drawn(10_000 + seed, asked)).flagged.sum())
+        flagged += count
+        rates.append(count / asked)
+    # Over fits, the rate of a conformal guard is beta distributed around the promise.
+    deviation = math.sqrt(rate * (1 - rate) / samples / fits + rate * (1 - rate) / asked / fits)
+    assert flagged / asked / fits <= rate + 3 * deviation
+    assert flagged / asked / fits >= 0.3 * rate  # and nothing is given away for it
+    few = scipy.stats.beta(samples * rate, samples * (1 - rate)).ppf(1 - 1e-3 / fits)
+    assert max(rates) <= few + 4 * math.sqrt(rate / asked)
+
+
+def test_p_values_of_clean_samples_are_uniform_enough() -> None:
+    perturbation = torch.randn(7, 40, generator=torch.Generator().manual_seed(2))
+    scorer = fit_scorer(*drawn(5, 1000), perturbation, 0.05, 0, "test")
+    p_value = scorer(*drawn(6, 8000)).p_value
+    for level in (0.01, 0.05, 0.2, 0.5):
+        share = float((p_value <= level).float().mean())
+        assert share <= level + 3 * math.sqrt(level * (1 - level) * (1 / 1000 + 1 / 8000))
+
+
+@given(
+    st.lists(st.floats(0, 100, width=32), min_size=1, max_size=60),
+    st.integers(2, 12),
+    st.floats(0.01, 0.9),
+    st.floats(0, 120, width=32),
+)
+def test_flagged_means_a_p_value_within_the_rate(
+    scores: list[float], exact: int, rate: float, asked: float
+) -> None:
+    knots, exceeding = calibration_table(torch.tensor(scores, dtype=torch.float64), exact)
+    below = int((knots < asked).sum())
+    p_value = (1 + float(exceeding[below])) / (1 + len(scores))
+    true = (1 + sum(s >= asked for s in scores)) / (1 + len(scores))
+    assert p_value >= true - 1e-6  # never understated
+    if len(scores) <= 2 * exact:
+        assert p_value == pytest.approx(true)
+    try:
+        threshold = threshold_at(knots, exceeding, len(scores), rate, "test")
+    except InputError:
+        assert 1 / (1 + len(scores)) > rate or exceeding.min() > 0
+        return
+    assert (asked > float(threshold)) == (p_value <= rate * (1 + 1e-12))
+
+
+def test_few_samples_are_said_to_be_few() -> None:
+    images, labels = digit_case().data.defender
+    with pytest.raises(InputError, match=r"at least 99 samples .* got 98 samples; .* 0.01"):
+        Guard.fit(digit_case().backdoored, (images[:98], labels[:98]))
+    assert Guard.fit(digit_case().backdoored, (images[:99], labels[:99])).info.samples == 99
+    with pytest.raises(InputError, match="at_rate"):
+        guard().at_rate(0.001)
+
+
+def test_another_rate_needs_no_other_fit() -> None:
+    images = digit_case().data.test[0]
+    fitted = Guard.fit(digit_case().backdoored, digit_case().data.defender, 0.2)
+    moved = guard().at_rate(0.2)
+    assert same(moved(images), fitted(images))
+    assert moved.info == fitted.info
+    assert guard().info.false_positive_rate == 0.05
+
+
+def test_a_class_without_samples_is_told_and_guarded(caplog: pytest.LogCaptureFixture) -> None:
+    images, labels = digit_case().data.defender
+    keep = labels != 3
+    some = Guard.fit(digit_case().backdoored, (images[keep], labels[keep]), 0.05)
+    with torch.no_grad():
+        taken = digit_case().backdoored(images[keep]).argmax(1)
+    expected = tuple(k for k in range(10) if not bool((taken == k).any()))
+    assert some.info.unseen_classes == expected
+    assert ("will mostly be flagged" in caplog.text) == bool(expected)
+    threes = some(images[labels == 3])
+    assert bool(torch.isfinite(threes.score).all())
+    assert float(threes.flagged.float().mean()) > 0.3
+
+
+# ---- around other models -------------------------------------------------------------------------
+
+
+class Pooled(nn.Module):
+    """Ends in a 1x1 convolution whose map is averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.features = nn.Conv2d(1, 12, 3)
+        self.head = nn.Conv2d(12, 10, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).relu()).mean((2, 3))
+
+
+def test_it_stands_beside_every_kind_of_head() -> None:
+    case = digit_case()
+    images = case.data.test[0]
+    for model, ends_in_head in (
+        (nn.Sequential(case.backdoored, nn.Softmax(1)), False),
+        (Pooled(), True),
+    ):
+        beside = Guard.fit(model.eval(), case.data.defender, 0.05)
+        assert beside.model.ends_in_head == ends_in_head
+        with torch.no_grad():
+            assert torch.allclose(beside(images).logits, model(images), atol=1e-5)
+    softmax = Guard.fit(
+        nn.Sequential(case.backdoored, nn.Softmax(1)).eval(), case.data.defender, 0.05
+    )
+    assert torch.allclose(softmax(images).score, guard()(images).score, atol=1e-4)
+
+
+def test_it_stands_beside_a_patched_model() -> None:
+    case = digit_case()
+    patched = tacext.repair(Cropped(case.backdoored), padded(case.data.defender), method="patch")
+    beside = Guard.fit(patched.model, padded(case.data.defender), 0.05)
+    images = padded(case.data.test)[0]
+    with torch.no_grad():
+        assert torch.equal(beside(images).logits, patched.model(images))
+        assert float(beside(images).flagged.float().mean()) < 0.09
+
+
+def test_threads_do_not_mix_their_latents() -> None:
+    """A model that goes on after its head is tapped, and its taps are kept apart."""
+    case = digit_case()
+    shared = Guard.fit(
+        nn.Sequential(case.backdoored, nn.Softmax(1)).eval(), case.data.defender, 0.05
+    )
+    images, found = case.data.test[0], {}
+    with torch.no_grad():
+        expected = [shared(images[i : i + 40]) for i in range(8)]
+
+    def work(i: int) -> None:
+        with torch.no_grad():
+            found[i] = [shared(images[i : i + 40]) for _ in range(30)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(same(each, expected[i]) for i in range(8) for each in found[i])
+
+
+def test_half_precision_keeps_the_guards_own_numbers() -> None:
+    case = digit_case()
+    images = case.data.test[0]
+    halved = Guard.fit(copy.deepcopy(case.backdoored), case.data.defender, 0.05).bfloat16()
+    assert next(halved.model.parameters()).dtype == torch.bfloat16
+    assert {t.dtype for t in halved.scorer.buffers()} == {torch.float32, torch.int64}
+    with torch.no_grad():
+        found, expected = halved(images.bfloat16()), guard()(images)
+    assert found.score.dtype == torch.float32
+    assert float((found.flagged == expected.flagged).float().mean()) > 0.98
+
+
+def test_latents_at_hand_need_no_pass() -> None:
+    images = digit_case().data.test[0]
+    with torch.no_grad():
+        expected = guard()(images)
+        _, latent, logits = guard().model(images)
+        assert same(guard().check(latent, logits), expected)
+        assert same(guard().check(latent), expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its internals
+def test_compiled_exported_and_scripted_it_says_the_same(tmp_path: Path) -> None:
+    images = digit_case().data.test[0]
+    rows = {0: torch.export.Dim("rows")}
+    with torch.no_grad():
+        expected = guard()(images)
+        assert close(torch.compile(guard(), fullgraph=True)(images), expected)
+        exported = torch.export.export(guard(), (images[:8],), dynamic_shapes=(rows,))
+        torch.export.save(exported, tmp_path / "guard.pt2")
+        loaded = torch.export.load(tmp_path / "guard.pt2").module()
+        assert close(GuardOutput(*loaded(images)), expected)
+        scripted = torch.jit.script(guard().scorer)
+        scripted.save(str(tmp_path / "guard.pt"))
+        latent, logits = guard().model(images)[1:]
+        assert close(
+            GuardOutput(*torch.jit.load(str(tmp_path / "guard.pt"))(latent, logits)), expected
+        )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_says_the_same(tmp_path: Path) -> None:
+    images, labels = digit_case().data.test
+    program = torch.onnx.export(
+        guard(), (images[:8],), dynamo=True, dynamic_shapes=({0: torch.export.Dim("rows")},)
+    )
+    program.save(tmp_path / "guard.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "guard.onnx")
+    asked = torch.cat([images, stamped(images, labels)])
+    found = session.run(None, {session.get_inputs()[0].name: asked.numpy()})
+    with torch.no_grad():
+        assert close(GuardOutput(*map(torch.from_numpy, found)), guard()(asked))
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def test_a_file_brings_back_the_same_bits(tmp_path: Path) -> None:
+    images = digit_case().data.test[0]
+    guard().save(tmp_path / "guard.safetensors")
+    loaded = Guard.load(tmp_path / "guard.safetensors", digit_case().backdoored)
+    assert loaded.info == guard().info
+    with torch.no_grad():
+        assert same(loaded(images), guard()(images))
+    halved = Guard.load(
+        tmp_path / "guard.safetensors", copy.deepcopy(digit_case().backdoored).half()
+    )
+    assert halved.info == guard().info
+
+
+def test_a_guard_knows_its_model(tmp_path: Path) -> None:
+    guard().save(tmp_path / "guard.safetensors")
+    nudged = copy.deepcopy(digit_case().backdoored)
+    with torch.no_grad():
+        list(nudged.parameters())[-2].mul_(1.001)
+    for other in (digit_case().clean, nn.Linear(128, 10), Pooled(), nudged):
+        with pytest.raises(InputError, match=r"Guard.load: model: expected the model that"):
+            Guard.load(tmp_path / "guard.safetensors", other)
+
+
+def damaged(content: bytes, how: str) -> bytes:
+    tensors = safetensors.torch.load(content)
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    told = header["__metadata__"]
+    match how:
+        case "truncated":
+            return content[:-10]
+        case "empty":
+            return b""
+        case "text":
+            return b"a guard, honestly"
+        case "foreign":
+            told["format"] = "pt"
+        case "newer":
+            told["version"] = "99"
+        case "rate":
+            told["false_positive_rate"] = "1.5"
+        case "no rate":
+            del told["false_positive_rate"]
+        case "missing":
+            del tensors["basis"]
+        case "more":
+            tensors["more"] = torch.zeros(2)
+        case "width":
+            tensors["direction"] = tensors["direction"][:, :-1].contiguous()
+        case "dtype":
+            tensors["mean"] = tensors["mean"].double()
+        case "nan":
+            tensors["mean"][0, 0] = math.nan
+        case "order":
+            tensors["knots"] = tensors["knots"].flip(0).contiguous()
+        case "counts":
+            tensors["exceeding"] = tensors["exceeding"].flip(0).contiguous()
+    return safetensors.torch.save(tensors, metadata=told)
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["truncated", "empty", "text", "foreign", "newer", "rate", "no rate", "missing", "more", "width",
+     "dtype", "nan", "order", "counts"],
+)  # fmt: skip
+def test_damaged_and_foreign_files_are_refused(tmp_path: Path, how: str) -> None:
+    file = tmp_path / "guard.safetensors"
+    guard().save(file)
+    file.write_bytes(damaged(file.read_bytes(), how))
+    with pytest.raises(FileError, match=r"Guard.load: path: expected a file that Guard.save wrote"):
+        Guard.load(file, digit_case().backdoored)
+
+
+def test_every_byte_cut_off_is_noticed(tmp_path: Path) -> None:
+    file = tmp_path / "guard.safetensors"
+    guard().save(file)
+    content = file.read_bytes()
+    for length in (1, 7, 8, 9, 100, 700, len(content) // 2, len(content) - 1):
+        file.write_bytes(content[:length])
+        with pytest.raises(FileError):
+            Guard.load(file, digit_case().backdoored)
+
+
+def test_files_that_are_not_there_or_cannot_be_written(tmp_path: Path) -> None:
+    for bad in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(FileError, match=r"Guard.load: path"):
+            Guard.load(bad, digit_case().backdoored)
+    with pytest.raises(InputError, match=r"ends in \.safetensors"):
+        guard().save(tmp_path / "guard.bin")
+    with pytest.raises(FileError, match="folder does not exist"):
+        guard().save(tmp_path / "none" / "guard.safetensors")
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+def test_what_is_not_finite_is_flagged_and_stops_nobody() -> None:
+    images = digit_case().data.test[0][:6].clone()
+    images[2] = math.nan
+    with torch.no_grad():
+        found, expected = guard()(images), guard()(digit_case().data.test[0][:6])
+    assert bool(found.flagged[2])
+    assert math.isinf(float(found.score[2]))
+    assert float(found.p_value[2]) == pytest.approx(1 / 401)
+    others = torch.tensor([0, 1, 3, 4, 5])
+    assert torch.equal(found.score[others], expected.score[others])
+
+
+def test_bad_latents_are_named() -> None:
+    latent, logits = torch.zeros(3, 128), torch.zeros(3, 10)
+    check: Any = guard().check
+    broken = latent.clone()
+    broken[1, 5] = math.nan
+    for given_latent, given_logits, message in (
+        (latent[:0], None, r"latent: expected \[N, 128\] with N >= 1, got \[0, 128\]"),
+        (latent[:, :7], None, r"latent: expected \[N, 128\]"),
+        (latent[0], None, r"latent: expected \[N, 128\]"),
+        (latent.long(), None, "latent: expected a floating dtype, got torch.int64"),
+        (latent.numpy(), None, r"latent: expected a torch.Tensor"),
+        (latent.to("meta"), None, "latent: expected cpu"),
+        (broken, None, "latent: expected finite numbers, got NaN or infinity in row 1"),
+        (latent, logits[:, :3], r"logits: expected \[N, 10\]"),
+        (latent, logits[:2], "logits: expected 3 rows"),
+        (latent, logits + math.inf, "logits: expected finite numbers"),
+    ):
+        with pytest.raises(InputError, match=f"Guard.check: {message}"):
+            check(given_latent, given_logits)
+
+
+def test_bad_calls_are_named() -> None:
+    case, fit = digit_case(), Guard.fit
+    call: Any = guard()
+    for inputs in (case.data.test[0][:0], None, torch.tensor(1.0)):
+        with pytest.raises(InputError, match="Guard: inputs: expected a tensor"):
+            call(inputs)
+    wrong: Any
+    for wrong in (0, 1, -0.1, 2, "a", True, math.nan):
+        with pytest.raises(InputError, match="false_positive_rate: expected a number between"):
+            fit(case.backdoored, case.data.defender, wrong)
+    with pytest.raises(InputError, match="seed"):
+        fit(case.backdoored, case.data.defender, seed=-1)
+    with pytest.raises(InputError, match=r"Guard.fit: model: expected an nn.Module"):
+        fit(wrong, case.data.defender)
+    with pytest.raises(InputError, match=r"Guard.fit: data"):
+        fit(case.backdoored, (case.data.defender[0] * math.nan, case.data.defender[1]))
+    with pytest.raises(HeadNotFoundError, match=r"Guard.fit: head"):
+        fit(case.backdoored, case.data.defender, head="0")
+
+
+def test_a_model_in_training_mode_is_refused() -> None:
+    model = copy.deepcopy(digit_case().backdoored)
+    beside = Guard.fit(model, digit_case().data.defender, 0.05)
+    model.train()
+    with pytest.raises(InputError, match=r"in training mode; call guard\.eval"):
+        beside(digit_case().data.test[0])
+    beside.eval()
+    assert beside(digit_case().data.test[0]).flagged.dtype == torch.bool
+
+
+def test_one_class_and_one_latent_are_refused() -> None:
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.ones(len(x), 4))
+
+    with pytest.raises(InputError, match="samples whose latents differ"):
+        Guard.fit(Constant().eval(), (torch.rand(150, 1, 2, 2), torch.zeros(150, dtype=torch.long)))
+
+
+def test_scorers_move_without_losing_digits() -> None:
+    scorer: GuardScorer = copy.deepcopy(guard().scorer)
+    before = {n: t.clone() for n, t in scorer.state_dict().items()}
+    for moved in (scorer.half(), scorer.double(), scorer.to(torch.bfloat16)):
+        for name, tensor in moved.state_dict().items():
+            assert torch.equal(tensor, before[name]), name
