@@ -1,7 +1,7 @@
 # Eigen 3.4 or newer: the system's, one named by Eigen3_DIR or CMAKE_PREFIX_PATH, or the PyPI
 # package cmeel-eigen, whose prefix lies beside the Python packages (also in pip's isolated build).
 find_package(Eigen3 3.4 CONFIG QUIET)
-if(NOT Eigen3_FOUND)
+if(NOT Eigen3_FOUND AND TACEXT_PYTHON)
   execute_process(
     COMMAND "${Python_EXECUTABLE}" -c
       "import os, sys; print(';'.join(p for p in (os.path.join(q, 'cmeel.prefix') for q in sys.path) if os.path.isdir(p)), end='')"

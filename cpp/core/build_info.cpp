@@ -1,9 +1,5 @@
 #include "tacext/build_info.h"
 
-#ifdef TACEXT_WITH_CUDA
-#include "tacext_cuda.h"
-#endif
-
 namespace tacext {
 
 const char* version() { return TACEXT_VERSION; }
@@ -16,13 +12,5 @@ const char* simd_level() {
 #endif
   return "baseline";
 }
-
-#ifdef TACEXT_WITH_CUDA
-bool has_cuda() { return true; }
-int cuda_device_count() { return tacext_cuda_device_count(); }
-#else
-bool has_cuda() { return false; }
-int cuda_device_count() { return 0; }
-#endif
 
 }  // namespace tacext

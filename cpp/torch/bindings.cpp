@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "cuda_info.h"
 #include "tacext/build_info.h"
 #include "tacext/minimal_perturbation.h"
 

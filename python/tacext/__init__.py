@@ -28,6 +28,7 @@ from .scanning import scan
 from .weights import load_model, load_state_dict, save_weights
 
 __version__ = ops.build_info().version
+cmake_prefix_path = ops.cmake_prefix_path
 
 __all__ = [
     "Attempt",
@@ -56,6 +57,7 @@ __all__ = [
     "Status",
     "TacextError",
     "__version__",
+    "cmake_prefix_path",
     "evaluate",
     "load_images",
     "load_model",

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from . import ops
 from .errors import InputError, counted
 
 PARTS = ("near", "far", "aligned", "margin")
@@ -111,6 +112,16 @@ class GuardScorer(nn.Module):
 
     def forward(self, latent: Tensor, logits: Tensor) -> GuardOutput:
         """Scores latents [N, D] and the head's logits [N, C] of any floating dtype."""
+        if (
+            not torch.jit.is_scripting()
+            and not torch.compiler.is_compiling()
+            and self._is_native(latent)
+        ):
+            return GuardOutput(logits, *self._native(latent, logits))
+        return self.plain(latent, logits)
+
+    def plain(self, latent: Tensor, logits: Tensor) -> GuardOutput:
+        """The same in torch's own operators, up to rounding: on a GPU, compiled or exported."""
         parts, predicted = guard_parts(
             latent,
             logits,
@@ -127,6 +138,31 @@ class GuardScorer(nn.Module):
         below = (self.knots < score[:, None]).sum(1)
         p_value = (1 + self.exceeding[below]) / (1 + self.samples)
         return GuardOutput(logits, score, p_value, score > self.threshold)
+
+    @torch.jit.unused
+    def _is_native(self, latent: Tensor) -> bool:
+        # Tensors that only stand for others, as a tracer's, take the plain way.
+        traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        return type(latent) is Tensor and latent.device.type == "cpu" and not traced
+
+    @torch.jit.unused
+    def _native(self, latent: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return ops.guard_score(
+            latent,
+            logits,
+            self.mean,
+            self.inverse_spread,
+            self.basis,
+            self.near_weight,
+            self.far_weight,
+            self.direction,
+            self.location,
+            self.inverse_deviation,
+            self.knots,
+            self.exceeding,
+            self.threshold,
+            int(self.samples),
+        )
 
     @torch.jit.unused
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -7,6 +7,7 @@ device, releases the GIL, and works under torch.compile and from C++ alike.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -25,6 +26,8 @@ __all__ = [
     "SolverSettings",
     "Status",
     "build_info",
+    "cmake_prefix_path",
+    "guard_score",
     "minimal_perturbation",
     "neuron_scores",
     "pairwise_margin_largest",
@@ -33,6 +36,10 @@ __all__ = [
 ]
 
 DEFAULT_SETTINGS = SolverSettings()
+
+
+# Where CMake's find_package(tacext) finds tacext::core; its lib/ and include/ serve others, too.
+cmake_prefix_path = os.path.dirname(os.path.abspath(_core.__file__))
 
 
 @dataclass(frozen=True)
@@ -377,6 +384,74 @@ def neuron_scores(activation: Tensor, gradient: Tensor) -> Tensor:
     return scores
 
 
+def guard_score(
+    latent: Tensor,
+    logits: Tensor,
+    mean: Tensor,
+    inverse_spread: Tensor,
+    basis: Tensor,
+    near_weight: Tensor,
+    far_weight: Tensor,
+    direction: Tensor,
+    location: Tensor,
+    inverse_deviation: Tensor,
+    knots: Tensor,
+    exceeding: Tensor,
+    threshold: Tensor,
+    samples: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Judges latents as a `GuardScorer` with these buffers does, in one pass over them, on the CPU.
+
+    Computed in float32; the bits depend neither on the number of threads nor on what else is in the
+    batch, and are those of the C++ and the C interface.
+
+    Args:
+        latent: [N, D], float64, float32, float16 or bfloat16.
+        logits: [N, C], likewise.
+        mean: float32 [C, D]; this and the rest on the CPU and contiguous, as `GuardScorer` has them.
+        inverse_spread: float32 [D].
+        basis: float32 [R, D].
+        near_weight: float32 [R + 1].
+        far_weight: float32 [R + 1].
+        direction: float32 [C, D].
+        location: float32 [C, 4].
+        inverse_deviation: float32 [C, 4].
+        knots: float32 [K].
+        exceeding: float32 [K + 1].
+        threshold: float32 [].
+        samples: behind the p-values.
+
+    Returns:
+        score and p_value, float32 [N], and flagged, bool [N].
+
+    Raises:
+        InputError: another shape, dtype or device.
+    """
+    check_tensor("guard_score", "latent", latent)
+    check_tensor("guard_score", "logits", logits)
+    for name, value in (("logits", logits), ("mean", mean)):
+        check_same_device("guard_score", name, value, "latent", latent)
+    found: tuple[Tensor, Tensor, Tensor] = _call(
+        "guard_score",
+        torch.ops.tacext.guard_score.default,
+        latent.detach(),
+        logits.detach(),
+        mean,
+        inverse_spread,
+        basis,
+        near_weight,
+        far_weight,
+        direction,
+        location,
+        inverse_deviation,
+        knots,
+        exceeding,
+        threshold,
+        samples,
+    )
+    return found
+
+
 # ---- CUDA, made of torch's own operators ---------------------------------------------------------
 
 
@@ -478,3 +553,12 @@ def _fake_minimal_perturbation(
 def _fake_neuron_scores(activation: Tensor, gradient: Tensor) -> Tensor:
     check_same_device("neuron_scores", "gradient", gradient, "activation", activation)
     return activation.new_empty((activation.shape[1],), dtype=torch.float64)
+
+
+@torch.library.register_fake("tacext::guard_score")
+def _fake_guard_score(
+    latent: Tensor, logits: Tensor, *_table: Tensor | int
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_same_device("guard_score", "logits", logits, "latent", latent)
+    score = latent.new_empty((latent.shape[0],), dtype=torch.float32)
+    return score, torch.empty_like(score), torch.empty_like(score, dtype=torch.bool)

@@ -10,10 +10,4 @@ TACEXT_API const char* version();
 /// "baseline".
 TACEXT_API const char* simd_level();
 
-/// Whether the CUDA kernels were built in.
-TACEXT_API bool has_cuda();
-
-/// CUDA devices at hand; 0 without the kernels, a driver or a device.
-TACEXT_API int cuda_device_count();
-
 }  // namespace tacext

@@ -3,15 +3,17 @@
 #include <cstdint>
 #include <cstring>
 
+#include "tacext/export.h"
+
 namespace tacext {
 
 /// The 16 bits of an IEEE half (torch.float16), for reading only.
-struct Half {
+struct TACEXT_API Half {
   std::uint16_t bits;
 };
 
 /// The 16 bits of a bfloat16 (torch.bfloat16), for reading only.
-struct BFloat16 {
+struct TACEXT_API BFloat16 {
   std::uint16_t bits;
 };
 

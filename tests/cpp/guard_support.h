@@ -1,0 +1,111 @@
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "tacext/guard.h"
+#include "test_support.h"
+
+// A guard of random numbers, as a table and as the file that would hold it.
+namespace tacext::test {
+
+struct RandomGuard {
+  std::int64_t classes, latents, ranks, knot_count;
+  std::vector<float> mean, inverse_spread, basis, near_weight, far_weight, direction, location,
+      inverse_deviation, knots, exceeding, head_norms;
+  float threshold = 1.5f;
+  std::int64_t samples = 400;
+
+  RandomGuard(std::int64_t c, std::int64_t d, std::int64_t r, std::int64_t k, unsigned seed = 1)
+      : classes(c), latents(d), ranks(r), knot_count(k) {
+    const auto floats = [&seed](std::int64_t count) {
+      return as_elements<float>(normal_values(count, seed++));
+    };
+    mean = floats(c * d);
+    inverse_spread = floats(d);
+    for (float& value : inverse_spread) value = std::abs(value) + 0.1f;
+    basis = floats(r * d);
+    near_weight = floats(r + 1);
+    far_weight = floats(r + 1);
+    near_weight[0] = far_weight[0] = 2;
+    direction = floats(c * d);
+    location = floats(c * 4);
+    inverse_deviation = floats(c * 4);
+    for (float& value : inverse_deviation) value = std::abs(value) / std::sqrt(float(d));
+    knots = floats(k);
+    for (float& value : knots) value = std::abs(value);
+    std::sort(knots.begin(), knots.end());
+    for (std::int64_t i = 0; i <= k; ++i) exceeding.push_back(float(samples - i));
+    head_norms = floats(c);
+  }
+
+  GuardTable table() const {
+    return {classes,
+            latents,
+            ranks,
+            knot_count,
+            mean.data(),
+            inverse_spread.data(),
+            basis.data(),
+            near_weight.data(),
+            far_weight.data(),
+            direction.data(),
+            location.data(),
+            inverse_deviation.data(),
+            knots.data(),
+            exceeding.data(),
+            threshold,
+            samples};
+  }
+
+  /// The bytes of its file; `edit` may change header and metadata before they are joined.
+  struct Parts {
+    std::string metadata =
+        R"({"format":"tacext-guard","version":"1","false_positive_rate":"0.01","head":"f\"c",)"
+        R"("ends_in_head":"true","created_with":"0.1.0"})";
+    std::string tensors;  ///< "name":{...},...
+    std::string data;
+  };
+
+  Parts parts() const {
+    Parts p;
+    const auto add = [&p](const char* name, const char* dtype, const std::string& shape,
+                          const void* values, std::size_t bytes) {
+      const std::size_t begin = p.data.size();
+      p.data.append(static_cast<const char*>(values), bytes);
+      p.tensors += (p.tensors.empty() ? "" : ", ") + std::string("\"") + name +
+                   "\": {\"dtype\":\"" + dtype + "\",\"shape\":[" + shape + "],\"data_offsets\":[" +
+                   std::to_string(begin) + "," + std::to_string(p.data.size()) + "]}";
+    };
+    const auto floats = [&](const char* name, const std::string& shape,
+                            const std::vector<float>& values) {
+      add(name, "F32", shape, values.data(), 4 * values.size());
+    };
+    const auto n = [](std::int64_t value) { return std::to_string(value); };
+    const std::vector<std::int64_t> counts(static_cast<std::size_t>(classes), 3);
+    floats("mean", n(classes) + ", " + n(latents), mean);
+    floats("inverse_spread", n(latents), inverse_spread);
+    floats("basis", n(ranks) + "," + n(latents), basis);
+    floats("near_weight", n(ranks + 1), near_weight);
+    floats("far_weight", n(ranks + 1), far_weight);
+    floats("direction", n(classes) + "," + n(latents), direction);
+    floats("location", n(classes) + ",4", location);
+    floats("inverse_deviation", n(classes) + ",4", inverse_deviation);
+    floats("knots", n(knot_count), knots);
+    floats("exceeding", n(knot_count + 1), exceeding);
+    floats("head_norms", n(classes), head_norms);
+    floats("threshold", "", {threshold});
+    add("samples", "I64", "", &samples, 8);
+    add("class_counts", "I64", n(classes), counts.data(), 8 * counts.size());
+    return p;
+  }
+
+  static std::string join(const Parts& p) {
+    const std::string header = "{\"__metadata__\":" + p.metadata + "," + p.tensors + "}  ";
+    std::string bytes;
+    for (int i = 0; i < 8; ++i) bytes += static_cast<char>(header.size() >> 8 * i & 0xff);
+    return bytes + header + p.data;
+  }
+};
+
+}  // namespace tacext::test
