@@ -8,10 +8,11 @@ The paper behind it: Iwahana et al., arXiv 2511.08944.
 
 from . import ops
 from .data import ImageSet
-from .errors import FileError, HeadNotFoundError, InputError, TacextError
+from .errors import DependencyError, FileError, HeadNotFoundError, InputError, TacextError
 from .evaluation import Evaluation, evaluate
 from .finetuning import FinetuneSettings
 from .guard import Guard, GuardInfo, GuardOutput, GuardScorer
+from .guard_monitor import GuardMonitor
 from .images import load_images
 from .latent_patch import LatentPatch, remove_latent_patch
 from .latent_patch_fit import PatchSettings
@@ -32,11 +33,13 @@ cmake_prefix_path = ops.cmake_prefix_path
 
 __all__ = [
     "Attempt",
+    "DependencyError",
     "Evaluation",
     "FileError",
     "FinetuneSettings",
     "Guard",
     "GuardInfo",
+    "GuardMonitor",
     "GuardOutput",
     "GuardScorer",
     "HeadNotFoundError",

@@ -113,7 +113,7 @@ class GuardScorer(nn.Module):
     def forward(self, latent: Tensor, logits: Tensor) -> GuardOutput:
         """Scores latents [N, D] and the head's logits [N, C] of any floating dtype."""
         if (
-            not torch.jit.is_scripting()
+            not torch.jit.is_scripting()  # type: ignore[attr-defined]
             and not torch.compiler.is_compiling()
             and self._is_native(latent)
         ):

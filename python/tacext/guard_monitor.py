@@ -1,0 +1,216 @@
+"""Is a guard still telling the truth? Counts of what it said, for one worker or many."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import scipy.stats
+import torch
+from torch import Tensor
+
+from .errors import DependencyError, InputError
+from .guard_scoring import GuardOutput
+
+BINS = 20
+_FIELDS = ("false_positive_rate", "samples", "inputs", "flagged", "not_finite", "histogram")
+
+
+class GuardMonitor:
+    """Counts inputs, flags and p-values; shares its counts with others, and with Prometheus.
+
+    On inputs like those of the calibration the p-values are even between 0 and 1. Many more small
+    ones than that mean triggers, or inputs that the guard was not calibrated for; its flags then do
+    not keep the promised rate. Methods may be called by several threads.
+
+    Args:
+        false_positive_rate: what the guard promises (`guard.info.false_positive_rate`).
+        samples: behind its p-values (`guard.info.samples`).
+    """
+
+    def __init__(self, false_positive_rate: float, samples: int) -> None:
+        ok = isinstance(false_positive_rate, float) and 0 < false_positive_rate < 1
+        if not ok or not isinstance(samples, int) or samples < 1:
+            raise InputError.of(
+                "GuardMonitor",
+                "false_positive_rate, samples",
+                expected="a rate between 0 and 1 and the number of calibration samples",
+                got=f"{false_positive_rate!r}, {samples!r}",
+                way_out="pass guard.info.false_positive_rate and guard.info.samples",
+            )
+        self.false_positive_rate = false_positive_rate
+        self.samples = samples
+        self.inputs = self.flagged = self.not_finite = 0
+        self.histogram = [0] * BINS
+        self._lock = threading.Lock()
+
+    def update(self, output: GuardOutput) -> None:
+        """Counts a batch."""
+        flagged = int(output.flagged.sum())
+        not_finite = int(torch.isinf(output.score).sum())
+        counts = _binned(output.p_value.detach().cpu())
+        with self._lock:
+            self.inputs += len(output.score)
+            self.flagged += flagged
+            self.not_finite += not_finite
+            self.histogram = [a + b for a, b in zip(self.histogram, counts, strict=True)]
+
+    def merge(self, other: GuardMonitor) -> None:
+        """Adds what another worker counted, of the same guard.
+
+        Raises:
+            InputError: another promise or calibration.
+        """
+        if (other.false_positive_rate, other.samples) != (self.false_positive_rate, self.samples):
+            raise InputError.of(
+                "GuardMonitor.merge",
+                "other",
+                expected=f"counts at rate {self.false_positive_rate} from {self.samples} samples",
+                got=f"{other.false_positive_rate} from {other.samples}",
+                way_out="merge the monitors of one guard only",
+            )
+        told = other.to_dict()
+        with self._lock:
+            self.inputs += told["inputs"]
+            self.flagged += told["flagged"]
+            self.not_finite += told["not_finite"]
+            self.histogram = [a + b for a, b in zip(self.histogram, told["histogram"], strict=True)]
+
+    @property
+    def flagged_share(self) -> float:
+        """Of all inputs; NaN before the first."""
+        return self.flagged / self.inputs if self.inputs else math.nan
+
+    @property
+    def excess_p_value(self) -> float:
+        """How likely clean inputs get so many flags, or more; 1 before the first input.
+
+        Exact: beta-binomial, as the rate of one guard differs from the promise by the chance of its
+        own calibration.
+        """
+        allowed = math.floor(self.false_positive_rate * (self.samples + 1) * (1 + 1e-12))
+        if not self.inputs or not self.flagged:
+            return 1.0
+        null = scipy.stats.betabinom(self.inputs, allowed, self.samples + 1 - allowed)
+        return float(null.sf(self.flagged - 1))
+
+    @property
+    def drift_p_value(self) -> float:
+        """How likely clean inputs have p-values so uneven, or more; 1 before the first input.
+
+        The largest distance of their distribution function from a straight line, at the edges of the
+        histogram, as in the two-sample test of Kolmogorov and Smirnov; only small p-values count, as
+        a guard of few samples is careful.
+        """
+        if not self.inputs:
+            return 1.0
+        below, largest = 0, 0.0
+        for i, count in enumerate(self.histogram):
+            below += count
+            largest = max(largest, below / self.inputs - (i + 1) / BINS)
+        effective = self.inputs * self.samples / (self.inputs + self.samples)
+        return float(min(1.0, math.exp(-2 * effective * largest**2)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The counts as plain numbers, for JSON and for other processes."""
+        with self._lock:
+            told = {name: getattr(self, name) for name in _FIELDS}
+            return told | {"histogram": list(self.histogram)}
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> GuardMonitor:
+        """What `to_dict` gave.
+
+        Raises:
+            InputError: something else.
+        """
+        try:
+            monitor = cls(float(told["false_positive_rate"]), int(told["samples"]))
+            for name in ("inputs", "flagged", "not_finite"):
+                setattr(monitor, name, int(told[name]))
+            monitor.histogram = [int(count) for count in told["histogram"]]
+            counts = [*monitor.histogram, monitor.flagged, monitor.not_finite]
+            good = len(monitor.histogram) == BINS and min(counts) >= 0
+            good = good and sum(monitor.histogram) == monitor.inputs >= max(counts)
+        except (KeyError, TypeError, ValueError):
+            good = False
+        if not good:
+            raise InputError.of(
+                "GuardMonitor.from_dict",
+                "told",
+                expected="what GuardMonitor.to_dict gave",
+                got="something else",
+                way_out="pass it on unchanged",
+            )
+        return monitor
+
+    # ---- Prometheus ------------------------------------------------------------------------------
+
+    def collect(self) -> Iterator[Any]:
+        """The metrics, as a collector of prometheus_client: `REGISTRY.register(monitor)`.
+
+        Raises:
+            DependencyError: prometheus_client is not installed.
+        """
+        try:
+            from prometheus_client.core import (
+                CounterMetricFamily,
+                GaugeMetricFamily,
+                HistogramMetricFamily,
+            )
+        except ImportError as error:
+            raise DependencyError.of(
+                "GuardMonitor.collect",
+                "prometheus_client",
+                expected="the package to be installed",
+                got="none",
+                way_out="pip install 'tacext[prometheus]'",
+            ) from error
+        told = self.to_dict()
+        prefix = "tacext_guard"
+        for name, text in (
+            ("inputs", "Inputs that the guard has judged."),
+            ("flagged", "Inputs that it has flagged."),
+            ("not_finite", "Inputs whose latents or logits were not finite; flagged, too."),
+        ):
+            yield CounterMetricFamily(f"{prefix}_{name}", text, value=told[name])
+        yield GaugeMetricFamily(
+            f"{prefix}_promised_rate",
+            "Share of clean inputs that the guard may flag.",
+            value=told["false_positive_rate"],
+        )
+        buckets, below = [], 0
+        for i, count in enumerate(told["histogram"]):
+            below += count
+            edge = "+Inf" if i + 1 == BINS else f"{(i + 1) / BINS:g}"
+            buckets.append((edge, float(below)))
+        yield HistogramMetricFamily(
+            f"{prefix}_p_value", "p-values of the inputs; even for clean ones.", buckets, None
+        )
+
+    def to_prometheus(self) -> str:
+        """The metrics in the text format of Prometheus.
+
+        Raises:
+            DependencyError: prometheus_client is not installed.
+        """
+        metrics = list(self.collect())  # first, for its error
+        from prometheus_client import CollectorRegistry, generate_latest
+
+        class Collected:
+            def collect(self) -> list[Any]:
+                return metrics
+
+        registry = CollectorRegistry()
+        registry.register(Collected())
+        text: bytes = generate_latest(registry)
+        return text.decode()
+
+
+def _binned(p_value: Tensor) -> list[int]:
+    """Counts in (0, 1/20], (1/20, 2/20], ..."""
+    # A float32 of 0.05 is a little more than that.
+    bins = (p_value.double() * BINS - 1e-5).ceil().long().clamp(1, BINS) - 1
+    return torch.bincount(bins, minlength=BINS).tolist()
