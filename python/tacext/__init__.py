@@ -12,6 +12,7 @@ from .errors import DependencyError, FileError, HeadNotFoundError, InputError, T
 from .evaluation import Evaluation, evaluate
 from .finetuning import FinetuneSettings
 from .guard import Guard, GuardInfo, GuardOutput, GuardScorer
+from .guard_judgement import Judgement, judge
 from .guard_monitor import GuardMonitor
 from .images import load_images
 from .latent_patch import LatentPatch, remove_latent_patch
@@ -45,6 +46,7 @@ __all__ = [
     "HeadNotFoundError",
     "ImageSet",
     "InputError",
+    "Judgement",
     "LatentPatch",
     "MarginMax",
     "MarginQuantile",
@@ -62,6 +64,7 @@ __all__ = [
     "__version__",
     "cmake_prefix_path",
     "evaluate",
+    "judge",
     "load_images",
     "load_model",
     "load_state_dict",

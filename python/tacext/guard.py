@@ -224,7 +224,7 @@ class Guard(nn.Module):
                 "model",
                 expected=f"the model that the guard in {path} was fitted on, with the head {info.head!r}",
                 got=f"a {type(model).__name__} with another head",
-                way_out="load the weights of that model, or fit a guard for this one",
+                way_out="load that model, with the same normalisation around it, or fit a guard for this",
             )
         tapped = TappedModel(model, info.head, info.ends_in_head)
         return cls(tapped, scorer.to(tapped.head.weight.device), info)

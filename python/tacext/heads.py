@@ -111,24 +111,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def run_model(
-    model: nn.Module,
-    inputs: Tensor,
-    operation: str,
-    *,
-    check_finite: bool = True,
-    argument: str = "data",
-) -> Tensor:
-    """The model's logits [N, C] for inputs that may live elsewhere, with errors that help.
+def call_model(
+    model: nn.Module, inputs: Tensor, operation: str, *, argument: str = "data"
+) -> object:
+    """What the model returns for inputs that may live elsewhere.
 
     Raises:
-        InputError: the model rejects the inputs, or returns something other than finite [N, C].
+        InputError: the model rejects the inputs, or memory runs out.
     """
     placed = inputs.to(model_device(model), model_dtype(model))
     # A copy: some models change their inputs in place.
     placed = placed.clone() if placed.data_ptr() == inputs.data_ptr() else placed
     try:
-        output = model(placed)
+        return model(placed)
     except Exception as error:
         if is_out_of_memory(error):
             few = counted(len(inputs), "sample")
@@ -146,6 +141,22 @@ def run_model(
             got=f"shape {list(inputs.shape)}, which it rejects ({explain(error)})",
             way_out="check the architecture, the image size and the number of channels",
         ) from error
+
+
+def run_model(
+    model: nn.Module,
+    inputs: Tensor,
+    operation: str,
+    *,
+    check_finite: bool = True,
+    argument: str = "data",
+) -> Tensor:
+    """The model's logits [N, C] for inputs that may live elsewhere, with errors that help.
+
+    Raises:
+        InputError: as `call_model`, or the model returns something other than finite [N, C].
+    """
+    output = call_model(model, inputs, operation, argument=argument)
     output = getattr(output, "logits", output)
     if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[0] != len(inputs):
         got = f"shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__

@@ -15,17 +15,26 @@ from typing import Any
 from . import ops
 from .evaluation import Evaluation
 from .files import StrPath, write_text_atomically
+from .guard import Guard
+from .guard_judgement import Judgement
 from .ops import Status
 from .repair_result import RepairResult
 from .scan_report import ScanReport
 
-__all__ = ["evaluation_to_dict", "json_schema", "repair_to_dict", "scan_to_dict", "write_json"]
+__all__ = [
+    "evaluation_to_dict",
+    "guard_to_dict",
+    "json_schema",
+    "repair_to_dict",
+    "scan_to_dict",
+    "write_json",
+]
 
 Json = dict[str, Any]
 
 
 def json_schema(name: str) -> Json:
-    """The JSON Schema of "scan-1", "repair-1" or "evaluation-1"; also "tacext.scan/1" and so on."""
+    """The JSON Schema of "scan-1", "repair-1", "evaluation-1" or "guard-1"; also "tacext.scan/1" and so on."""
     name = name.removeprefix("tacext.").replace("/", "-")
     text = resources.files(__package__).joinpath("schemas", f"{name}.json").read_text("utf-8")
     schema: Json = json.loads(text)
@@ -190,6 +199,38 @@ def _pruned(result: RepairResult) -> list[Json] | None:
 def evaluation_to_dict(evaluation: Evaluation, source: Json | None = None) -> Json:
     """An evaluation as `evaluation-1`."""
     return _header("evaluation", source) | asdict(evaluation)
+
+
+def guard_to_dict(
+    guard: Guard, judgement: Judgement | None = None, source: Json | None = None
+) -> Json:
+    """A guard as `guard-1`, with what it says of images where it has judged some."""
+    info = guard.info
+    told = _header("guard", source) | {
+        "false_positive_rate": info.false_positive_rate,
+        "calibration_samples": info.samples,
+        "threshold": float(guard.scorer.threshold),
+        "head": info.head,
+        "num_classes": info.num_classes,
+        "unseen_classes": list(info.unseen_classes),
+        "judged": None,
+    }
+    if judgement is None:
+        return told
+    output, monitor = judgement.output, judgement.monitor
+    told["judged"] = {
+        "images": monitor.inputs,
+        "flagged": monitor.flagged,
+        "not_finite": monitor.not_finite,
+        "suspicious": judgement.suspicious,
+        "excess_p_value": monitor.excess_p_value,
+        "drift_p_value": monitor.drift_p_value,
+        "flagged_images": output.flagged.nonzero().flatten().tolist(),
+        "predicted": output.logits.argmax(1).tolist(),
+        "scores": [_finite(float(score)) for score in output.score],
+        "p_values": [float(f"{float(p):.6g}") for p in output.p_value],
+    }
+    return told
 
 
 def write_json(path: StrPath, content: Json, *, operation: str, argument: str = "json") -> None:

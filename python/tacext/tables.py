@@ -11,6 +11,8 @@ from rich.text import Text
 
 from .errors import counted, printable
 from .evaluation import Evaluation
+from .guard import Guard
+from .guard_judgement import Judgement
 from .ops import Status
 from .patch_reach import PatchReach
 from .repair_result import RepairResult
@@ -156,3 +158,48 @@ def evaluation_table(rows: Sequence[tuple[str, Evaluation]]) -> RenderableType:
         der = "-" if e.der is None else f"{e.der:.3f}"
         table.add_row(name, f"{e.acc:.3f}", f"{e.asr:.3f}", f"{e.ra:.3f}", der)
     return table
+
+
+def guard_table(guard: Guard) -> RenderableType:
+    """What a guard was fitted on, and what it promises."""
+    info = guard.info
+    lines = [
+        f"guard of {info.samples} samples: {info.num_classes} classes, layer {info.head or '(model)'}",
+        f"flags {info.false_positive_rate:.3g} of clean inputs, on average over guards like it",
+    ]
+    warnings = []
+    if unseen := info.unseen_classes:
+        few = ", ".join(map(str, unseen[:8])) + (", ..." if len(unseen) > 8 else "")
+        many = counted(len(unseen), "class", "classes")
+        warnings.append(
+            f"no sample was taken for {many} ({few}); inputs taken for them will mostly be flagged"
+        )
+    return Group(*map(Text, lines), *(Text(f"warning: {w}", "yellow") for w in warnings))
+
+
+def judgement_table(judgement: Judgement) -> RenderableType:
+    """How many images a guard flags, the most suspicious ones, and how unusual that is."""
+    monitor, output = judgement.monitor, judgement.output
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("image", "taken for", "score", "p"):
+        table.add_column(heading, justify="right")
+    order = output.score.sort(descending=True, stable=True).indices.tolist()
+    flagged = [i for i in order if bool(output.flagged[i])]
+    for i in flagged[:_MOST_ROWS]:
+        score, p = float(output.score[i]), float(output.p_value[i])
+        table.add_row(str(i), str(int(output.logits[i].argmax())), f"{score:.3g}", f"{p:.2g}")
+    more = len(flagged) - _MOST_ROWS
+    word = (
+        "more than clean images explain" if judgement.suspicious else "no more than of clean images"
+    )
+    p = monitor.excess_p_value
+    return Group(
+        *([table] if flagged else []),
+        *([Text(f"... and {more} more, in the JSON file of --json")] if more > 0 else []),
+        Text(
+            f"{monitor.flagged} of {counted(monitor.inputs, 'image')} flagged: {monitor.flagged_share:.2%}"
+        ),
+        Text(f"promised of clean images: {monitor.false_positive_rate:.2%}"),
+        Text(f"{word}, p {'< 1e-15' if p < 1e-15 else f'= {p:.2g}'}"),
+        *([Text(f"{monitor.not_finite} of them not finite")] if monitor.not_finite else []),
+    )

@@ -15,6 +15,7 @@ from ..ops import build_info
 from .demo import demo_command
 from .evaluate import evaluate_command
 from .exit_codes import EXIT_CODE_HELP, ExitCode
+from .guard import guard_command
 from .info import info_command
 from .repair import repair_command
 from .scan import scan_command
@@ -33,12 +34,19 @@ def cli(verbose: bool) -> None:
         handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
         force=True,
     )
-    # What a scan and a repair warn of stands in their tables.
-    for name in ("tacext.scanning", "tacext.repairing"):
+    # What a scan, a repair and a guard warn of stands in their tables.
+    for name in ("tacext.scanning", "tacext.repairing", "tacext.guard"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
 
 
-for _command in (scan_command, repair_command, evaluate_command, demo_command, info_command):
+for _command in (
+    scan_command,
+    repair_command,
+    guard_command,
+    evaluate_command,
+    demo_command,
+    info_command,
+):
     cli.add_command(_command)
 
 

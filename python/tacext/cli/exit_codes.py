@@ -16,8 +16,8 @@ class ExitCode(IntEnum):
 
 
 EXIT_CODE_HELP = (
-    "Exit codes: 0 clean (or done), 1 backdoored, 2 error, 3 inconclusive, 4 wrong usage, "
-    "5 repair rolled back, 130 interrupted."
+    "Exit codes: 0 clean (or done), 1 backdoored (or more flagged than promised), 2 error, 3 inconclusive, "
+    "4 wrong usage, 5 repair rolled back, 130 interrupted."
 )
 
 OF_VERDICT = {
