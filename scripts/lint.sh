@@ -2,7 +2,7 @@
 # Checks format, lint and types; with --fix it formats and mends what it can first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-mapfile -t native < <(git ls-files 'cpp/*.cpp' 'cpp/*.h' 'cpp/*.inl' 'cuda/*' 'tests/cpp/*.cpp' 'tests/cpp/*.h' | grep -E '\.(cpp|h|inl|cu|cuh)$')
+mapfile -t native < <(git ls-files 'cpp/*.cpp' 'cpp/*.h' 'cpp/*.inl' 'cuda/*' 'tests/cpp/*.c*' 'tests/cpp/*.h' 'examples/*.c*' | grep -E '\.(c|cpp|h|inl|cu|cuh)$')
 
 if [ "${1:-}" = "--fix" ]; then
   ruff format .

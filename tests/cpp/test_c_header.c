@@ -23,7 +23,8 @@ int main(void) {
     return 1;
   }
   if (!(norm[0] > 0 && norm[1] > 0 && norm[2] > 0)) return 2;
-  if (tacext_guard_load("no such file", &guard, message, sizeof message) != TACEXT_BAD_FILE) return 3;
+  if (tacext_guard_load("no such file", &guard, message, sizeof message) != TACEXT_BAD_FILE)
+    return 3;
   if (guard != NULL || strstr(message, "no such file") == NULL) return 4;
   printf("tacext %s\n", tacext_version());
   return 0;
