@@ -31,6 +31,7 @@ NAMES = (
     "pairwise_margin_quantile",
     "minimal_perturbation",
     "neuron_scores",
+    "guard_score",
     "scan_stages",
 )
 RESULTS = Path(__file__).parent / "results"
