@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -16,9 +17,38 @@ from typing import Any
 import torch  # first: the native library resolves its symbols in torch's
 from torch import Tensor
 
-from . import _core
-from ._core import SolverSettings, Status
-from .errors import InputError
+from .errors import DependencyError, InputError
+from .files import explain
+
+OLDEST_TORCH = (2, 11)  # whose stable interface the native library was built for
+
+
+def _check_torch(version: str) -> None:
+    """Raises DependencyError for a torch that the native library does not load with."""
+    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if found < OLDEST_TORCH:
+        raise DependencyError.of(
+            "tacext",
+            "torch",
+            expected=f"version {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer",
+            got=version,
+            way_out="pip install --upgrade 'torch>=2.11,<2.14'",
+        )
+
+
+_check_torch(str(torch.__version__))
+try:
+    from . import _core
+    from ._core import SolverSettings, Status
+except ImportError as error:
+    raise DependencyError.of(
+        "tacext",
+        "torch",
+        expected="one that tacext's native library loads with",
+        got=f"{torch.__version__} ({explain(error)})",
+        way_out="install torch>=2.11,<2.14, or build tacext against this one: "
+        "pip install --no-binary tacext --force-reinstall tacext",
+    ) from error
 
 __all__ = [
     "BuildInfo",

