@@ -7,13 +7,15 @@ import importlib.metadata
 import inspect
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import tacext
-from tacext import _core, ops
+from tacext import DependencyError, _core, ops
 from tacext.ops import SolverSettings, Status
 
 STUB = Path(tacext.__file__).with_name("_core.pyi")
@@ -122,3 +124,23 @@ def test_solver_settings_compare_hash_and_pickle() -> None:
     assert settings != None
     assert len({settings, SolverSettings(tolerance=1e-7), SolverSettings()}) == 2
     assert pickle.loads(pickle.dumps(settings)) == settings
+
+
+def test_the_import_waits_for_nothing_that_only_some_need() -> None:
+    code = (
+        "import sys, torch, tacext; "
+        "heavy = {'scipy.stats', 'scipy.optimize', 'matplotlib', 'sklearn', 'click', 'onnx'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "1.13.0+cpu", "2.9.0a0+git123"])
+def test_a_torch_that_is_too_old_is_refused_with_a_way_out(version: str) -> None:
+    with pytest.raises(
+        DependencyError, match=r"torch: expected version 2.11 or newer, got .*pip install"
+    ):
+        ops._check_torch(version)
+    for good in ("2.11.0", "2.13.0+cpu", "2.14.1+cu130", "3.0"):
+        ops._check_torch(good)

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+import scipy  # its parts load when they are first used
 
 from .errors import counted
 
@@ -113,7 +113,7 @@ def _low_outlier_p_values(log_norm: _FloatArray) -> _FloatArray:
     deviation = np.maximum(np.sqrt(others_squares / (count - 2)), SMALLEST_DEVIATION)
     below_the_others = -d * count / (count - 1)
     t = below_the_others / (deviation * math.sqrt(1 + 1 / (count - 1)))
-    p_values: _FloatArray = np.minimum(1.0, count * stats.t.sf(t, count - 2))
+    p_values: _FloatArray = np.minimum(1.0, count * scipy.stats.t.sf(t, count - 2))
     return p_values
 
 
@@ -124,7 +124,7 @@ def _law_p_value(log_norm: _FloatArray) -> float:
     # SciPy vouches for 5,000 values at most: an even choice of the sorted ones keeps the shape.
     values = np.sort(log_norm)
     values = values[:: -(-len(values) // 5000)]
-    return float(stats.shapiro(values).pvalue)
+    return float(scipy.stats.shapiro(values).pvalue)
 
 
 def _detectable_ratio(log_norm: _FloatArray, alpha: float) -> float:
@@ -133,7 +133,9 @@ def _detectable_ratio(log_norm: _FloatArray, alpha: float) -> float:
     if count < FEWEST_CLASSES:
         return 0.0
     deviation = max(np.std(np.delete(log_norm, log_norm.argmin()), ddof=1), SMALLEST_DEVIATION)
-    critical = stats.t.isf(alpha / count, count - 2) * deviation * math.sqrt(1 + 1 / (count - 1))
+    critical = (
+        scipy.stats.t.isf(alpha / count, count - 2) * deviation * math.sqrt(1 + 1 / (count - 1))
+    )
     return min(float(np.exp(-critical)), LARGEST_SUSPECT_RATIO)
 
 

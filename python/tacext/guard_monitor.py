@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import scipy.stats
+import scipy  # its parts load when they are first used
 import torch
 from torch import Tensor
 

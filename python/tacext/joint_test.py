@@ -23,7 +23,7 @@ from importlib import resources
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special, stats
+import scipy  # its parts load when they are first used
 
 _FloatArray = npt.NDArray[np.float64]
 
@@ -74,7 +74,7 @@ _SMALLEST_SHARE = 2e-3
 
 def logit_of_share(share: float) -> float:
     """log(share / (1 - share)), of none and all as of the smallest and largest that can be told."""
-    return float(special.logit(min(max(share, _SMALLEST_SHARE), 1 - _SMALLEST_SHARE)))
+    return float(scipy.special.logit(min(max(share, _SMALLEST_SHARE), 1 - _SMALLEST_SHARE)))
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class ShareNull:
     def p_value(self, share: float) -> float:
         """P(a clean model gives such a share or a larger one)."""
         z = (logit_of_share(share) - self.mean) / self.spread
-        return float(stats.t.sf(z / math.sqrt(1 + 1 / self.models), self.models - 1))
+        return float(scipy.stats.t.sf(z / math.sqrt(1 + 1 / self.models), self.models - 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +186,7 @@ def moderated_p_values(values: _FloatArray, null: KindNull) -> _FloatArray:
     squares = np.maximum(0.0, (x**2).sum() - x**2 - left_out**2 - others * mean**2)
     freedom = others - 1 + null.weight
     spread = np.sqrt((squares + null.weight * null.spread**2) / freedom)
-    p_values[known] = stats.t.sf((x - mean) / (spread * math.sqrt(1 + 1 / others)), freedom)
+    p_values[known] = scipy.stats.t.sf((x - mean) / (spread * math.sqrt(1 + 1 / others)), freedom)
     return p_values
 
 
@@ -203,7 +203,7 @@ def joint_p_values(scores: _FloatArray, null: JointNull, classes: int) -> _Float
     An F law, whose heavier tail stands for what n models leave unknown of the gamma law.
     """
     ratio = scores / (null.shape * null.scale)
-    single = stats.f.sf(ratio, 2 * null.shape, 2 * null.models)
+    single = scipy.stats.f.sf(ratio, 2 * null.shape, 2 * null.models)
     p_values: _FloatArray = -np.expm1(classes * np.log1p(-np.minimum(single, 1 - 1e-16)))
     return p_values
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+import scipy  # its parts load when they are first used
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from .differentiable import DifferentiableModel, InputBox
@@ -58,7 +58,7 @@ def _assign(value: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
     """The one-to-one assignment of rows to columns, none to itself, with the largest sum."""
     value = value.copy()
     np.fill_diagonal(value, value.min() - 1e6)
-    columns: npt.NDArray[np.intp] = linear_sum_assignment(value, maximize=True)[1]
+    columns: npt.NDArray[np.intp] = scipy.optimize.linear_sum_assignment(value, maximize=True)[1]
     return columns
 
 
