@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import math
 import threading
 from pathlib import Path
@@ -13,8 +12,6 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-import safetensors
-import safetensors.torch
 import scipy.stats
 import torch
 from hypothesis import given
@@ -23,6 +20,7 @@ from torch import Tensor, nn
 
 import tacext
 from digits import Cropped, digit_case, padded
+from guard_files import DAMAGES, damaged
 from tacext import FileError, Guard, GuardOutput, HeadNotFoundError, InputError, demo
 from tacext.guard_fit import Geometry, fit_scorer
 from tacext.guard_scoring import GuardScorer, calibration_table, threshold_at
@@ -70,7 +68,8 @@ def test_the_models_own_output_is_untouched() -> None:
         assert torch.equal(guard()(images).logits, model(images))
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert next(guard().model.trunk.parameters()) is next(model.parameters())
+    shared = next(guard().model.trunk.parameters())
+    assert shared.data_ptr() == next(model.parameters()).data_ptr()
 
 
 def test_a_fit_gives_the_same_bits_again() -> None:
@@ -187,7 +186,10 @@ def test_flagged_means_a_p_value_within_the_rate(
 
 def test_few_samples_are_said_to_be_few() -> None:
     images, labels = digit_case().data.defender
-    with pytest.raises(InputError, match=r"at least 99 samples .* got 98 samples; .* 0.01"):
+    with pytest.raises(
+        InputError,
+        match=r"expected 0.0101 or more, as there are 98 samples, got 0.01; .* 99 samples",
+    ):
         Guard.fit(digit_case().backdoored, (images[:98], labels[:98]))
     assert Guard.fit(digit_case().backdoored, (images[:99], labels[:99])).info.samples == 99
     with pytest.raises(InputError, match="at_rate"):
@@ -238,12 +240,12 @@ def test_it_stands_beside_every_kind_of_head() -> None:
     images = case.data.test[0]
     for model, ends_in_head in (
         (nn.Sequential(case.backdoored, nn.Softmax(1)), False),
-        (Pooled(), True),
+        (Pooled(), False),
     ):
         beside = Guard.fit(model.eval(), case.data.defender, 0.05)
         assert beside.model.ends_in_head == ends_in_head
         with torch.no_grad():
-            assert torch.allclose(beside(images).logits, model(images), atol=1e-5)
+            assert torch.equal(beside(images).logits, model(images))
     softmax = Guard.fit(
         nn.Sequential(case.backdoored, nn.Softmax(1)).eval(), case.data.defender, 0.05
     )
@@ -294,6 +296,52 @@ def test_half_precision_keeps_the_guards_own_numbers() -> None:
     assert float((found.flagged == expected.flagged).float().mean()) > 0.98
 
 
+def test_autocast_rounds_no_distances() -> None:
+    """Where clean latents hardly spread but along a few directions, |y|^2 and its parts cancel."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(24, 256, generator=generator)
+    latent = torch.randn(900, 24, generator=generator) @ mix
+    latent = latent + 0.3 * torch.randn(900, 256, generator=generator)
+    logits = latent @ torch.randn(256, 5, generator=generator)
+    fitted = fit_scorer(latent[:500], logits[:500], torch.ones(5, 256), 0.02, 0, "test")
+    expected = fitted.plain(latent[500:], logits[500:])
+    assert torch.equal(fitted(latent[500:], logits[500:]).flagged, expected.flagged)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            assert same(fitted.plain(latent[500:], logits[500:]), expected)
+
+
+def test_samples_that_come_again_count_once(caplog: pytest.LogCaptureFixture) -> None:
+    images, labels = digit_case().data.defender
+    again = Guard.fit(digit_case().backdoored, (images.repeat(4, 1, 1, 1), labels.repeat(4)), 0.05)
+    assert again.info.samples == guard().info.samples
+    assert "came more than once" in caplog.text
+
+
+class Overriding(nn.Module):
+    """Goes its own way after the head where a corner is bright."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        bright = x[:, :, -1, -1].mean(1) > 0.95
+        return torch.where(bright[:, None], torch.eye(10)[7] * 9, self.model(x).log_softmax(1))
+
+
+def test_what_overrides_the_head_is_flagged() -> None:
+    case = digit_case()
+    images = case.data.test[0].clone()
+    images[:, :, -1, -1] = 0
+    beside = Guard.fit(Overriding(case.clean).eval(), (images, case.data.test[1]), 0.05)
+    images[:, :, -1, -1] = 1
+    with torch.no_grad():
+        found = beside(images)
+    assert bool((found.logits.argmax(1) == 7).all())
+    assert bool(found.flagged[case.clean(images).argmax(1) != 7].all())
+
+
 def test_latents_at_hand_need_no_pass() -> None:
     images = digit_case().data.test[0]
     with torch.no_grad():
@@ -304,22 +352,32 @@ def test_latents_at_hand_need_no_pass() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, of its internals
-def test_compiled_exported_and_scripted_it_says_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ends_in_head", [True, False])
+def test_compiled_and_exported_it_says_the_same(tmp_path: Path, ends_in_head: bool) -> None:
     images = digit_case().data.test[0]
     rows = {0: torch.export.Dim("rows")}
+    beside = guard()
+    if not ends_in_head:
+        softmax = nn.Sequential(digit_case().backdoored, nn.Softmax(1)).eval()
+        beside = Guard.fit(softmax, digit_case().data.defender, 0.05)
     with torch.no_grad():
-        expected = guard()(images)
-        assert close(torch.compile(guard(), fullgraph=True)(images), expected)
-        exported = torch.export.export(guard(), (images[:8],), dynamic_shapes=(rows,))
+        expected = beside(images)
+        assert close(torch.compile(beside, fullgraph=True)(images), expected)
+        exported = torch.export.export(beside, (images[:8],), dynamic_shapes=(rows,))
         torch.export.save(exported, tmp_path / "guard.pt2")
         loaded = torch.export.load(tmp_path / "guard.pt2").module()
         assert close(GuardOutput(*loaded(images)), expected)
-        scripted = torch.jit.script(guard().scorer)
-        scripted.save(str(tmp_path / "guard.pt"))
+
+
+@pytest.mark.filterwarnings("ignore")  # of TorchScript
+def test_scripted_the_scorer_says_the_same(tmp_path: Path) -> None:
+    images = digit_case().data.test[0]
+    scripted = torch.jit.script(guard().scorer)
+    scripted.save(str(tmp_path / "guard.pt"))
+    with torch.no_grad():
         latent, logits = guard().model(images)[1:]
-        assert close(
-            GuardOutput(*torch.jit.load(str(tmp_path / "guard.pt"))(latent, logits)), expected
-        )
+        found = torch.jit.load(str(tmp_path / "guard.pt"))(latent, logits)
+        assert close(GuardOutput(*found), guard()(images))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -354,55 +412,35 @@ def test_a_file_brings_back_the_same_bits(tmp_path: Path) -> None:
 
 def test_a_guard_knows_its_model(tmp_path: Path) -> None:
     guard().save(tmp_path / "guard.safetensors")
-    nudged = copy.deepcopy(digit_case().backdoored)
-    with torch.no_grad():
-        list(nudged.parameters())[-2].mul_(1.001)
-    for other in (digit_case().clean, nn.Linear(128, 10), Pooled(), nudged):
+    others = [digit_case().clean, nn.Linear(128, 10), Pooled()]
+    for index in (0, -2, -1):
+        nudged = copy.deepcopy(digit_case().backdoored)
+        with torch.no_grad():
+            list(nudged.parameters())[index].mul_(1.001)
+        others.append(nudged)
+    for other in others:
         with pytest.raises(InputError, match=r"Guard.load: model: expected the model that"):
             Guard.load(tmp_path / "guard.safetensors", other)
+    normalised = tacext.Normalized(digit_case().backdoored, [0.4], [0.2])
+    Guard.fit(normalised, digit_case().data.defender, 0.05).save(tmp_path / "guard.safetensors")
+    with pytest.raises(InputError, match="with the same normalisation around it"):
+        Guard.load(
+            tmp_path / "guard.safetensors", tacext.Normalized(digit_case().backdoored, [0.5], [0.2])
+        )
 
 
-def damaged(content: bytes, how: str) -> bytes:
-    tensors = safetensors.torch.load(content)
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    told = header["__metadata__"]
-    match how:
-        case "truncated":
-            return content[:-10]
-        case "empty":
-            return b""
-        case "text":
-            return b"a guard, honestly"
-        case "foreign":
-            told["format"] = "pt"
-        case "newer":
-            told["version"] = "99"
-        case "rate":
-            told["false_positive_rate"] = "1.5"
-        case "no rate":
-            del told["false_positive_rate"]
-        case "missing":
-            del tensors["basis"]
-        case "more":
-            tensors["more"] = torch.zeros(2)
-        case "width":
-            tensors["direction"] = tensors["direction"][:, :-1].contiguous()
-        case "dtype":
-            tensors["mean"] = tensors["mean"].double()
-        case "nan":
-            tensors["mean"][0, 0] = math.nan
-        case "order":
-            tensors["knots"] = tensors["knots"].flip(0).contiguous()
-        case "counts":
-            tensors["exceeding"] = tensors["exceeding"].flip(0).contiguous()
-    return safetensors.torch.save(tensors, metadata=told)
+def test_a_loaded_guard_no_longer_depends_on_its_file(tmp_path: Path) -> None:
+    file, images = tmp_path / "guard.safetensors", digit_case().data.test[0]
+    guard().save(file)
+    loaded = Guard.load(file, digit_case().backdoored)
+    with file.open("r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+        opened.truncate(10)
+    with torch.no_grad():
+        assert same(loaded(images), guard()(images))
 
 
-@pytest.mark.parametrize(
-    "how",
-    ["truncated", "empty", "text", "foreign", "newer", "rate", "no rate", "missing", "more", "width",
-     "dtype", "nan", "order", "counts"],
-)  # fmt: skip
+@pytest.mark.parametrize("how", DAMAGES)
 def test_damaged_and_foreign_files_are_refused(tmp_path: Path, how: str) -> None:
     file = tmp_path / "guard.safetensors"
     guard().save(file)
@@ -487,14 +525,39 @@ def test_bad_calls_are_named() -> None:
         fit(case.backdoored, case.data.defender, head="0")
 
 
-def test_a_model_in_training_mode_is_refused() -> None:
-    model = copy.deepcopy(digit_case().backdoored)
+def test_what_is_done_to_the_guard_is_not_done_to_the_model() -> None:
+    model, images = copy.deepcopy(digit_case().backdoored).train(), digit_case().data.test[0]
     beside = Guard.fit(model, digit_case().data.defender, 0.05)
-    model.train()
-    with pytest.raises(InputError, match=r"in training mode; call guard\.eval"):
-        beside(digit_case().data.test[0])
-    beside.eval()
-    assert beside(digit_case().data.test[0]).flagged.dtype == torch.bool
+    with torch.no_grad():
+        assert same(beside(images), guard()(images))  # in evaluation mode, whatever the model's
+    beside.train()
+    beside.bfloat16()
+    assert not any(module.training for module in beside.modules())
+    assert all(module.training for module in model.modules())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_model_is_guarded_and_left_whole() -> None:
+    model, images = copy.deepcopy(digit_case().backdoored), digit_case().data.test[0]
+    beside = Guard.fit(torch.compile(model), digit_case().data.defender, 0.05)  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert same(beside(images), guard()(images))
+    assert [name for name, _ in model.named_children()] == [str(i) for i in range(20)]
+
+
+def test_a_forward_of_the_instance_is_refused_at_once() -> None:
+    model = copy.deepcopy(digit_case().backdoored)
+    forward = model.forward
+    model.forward = lambda x: forward(x)  # type: ignore[method-assign]
+    with pytest.raises(InputError, match=r"Guard.fit: model: .* wrap it in a plain nn\.Module"):
+        Guard.fit(model, digit_case().data.defender, 0.05)
+
+
+def test_a_fit_within_inference_mode_is_like_any_other() -> None:
+    with torch.inference_mode():
+        beside = Guard.fit(digit_case().backdoored, digit_case().data.defender, 0.05)
+    beside.scorer.load_state_dict(guard().scorer.state_dict())
 
 
 def test_one_class_and_one_latent_are_refused() -> None:

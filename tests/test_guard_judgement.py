@@ -80,7 +80,7 @@ def test_the_command_line_says_what_is_wrong(
     assert run(*fit, "--output", saved / "none" / "guard.safetensors") == ExitCode.ERROR
     assert run(*fit, "--output", saved / "model.safetensors") == ExitCode.ERROR
     assert run(*fit, "--output", saved / "g.safetensors", "--samples", 50) == ExitCode.ERROR
-    assert "at least 99 samples" in capsys.readouterr().err
+    assert "fit a guard on 99 samples or more" in capsys.readouterr().err
     assert (
         run(*fit, "--output", saved / "g.safetensors", "--false-positive-rate", 0) == ExitCode.USAGE
     )

@@ -9,6 +9,7 @@ import threading
 from typing import Any
 
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,6 +74,26 @@ def test_merging_is_counting_together(p_values: list[float], cut: int) -> None:
     assert 0 <= whole.drift_p_value <= 1
 
 
+@given(st.integers(1, 3000), st.floats(0, 1), st.integers(20, 500))
+def test_the_tail_is_that_of_the_beta_binomial(inputs: int, share: float, samples: int) -> None:
+    monitor = GuardMonitor(0.05, samples)
+    monitor.inputs, monitor.flagged = inputs, int(share * inputs)
+    allowed = math.floor(0.05 * (samples + 1))
+    null = scipy.stats.betabinom(inputs, allowed, samples + 1 - allowed)
+    expected = math.fsum(null.pmf(range(monitor.flagged, inputs + 1)))
+    assert monitor.excess_p_value == pytest.approx(expected, rel=1e-6, abs=1e-14)
+
+
+def test_many_inputs_are_judged_in_no_time() -> None:
+    monitor = GuardMonitor(0.01, 2500)
+    last = 1.0
+    for flagged in (9_000_000, 10_500_000, 12_000_000, 15_000_000, 20_000_000):
+        monitor.inputs, monitor.flagged = 1_000_000_000, flagged
+        assert 0 < monitor.excess_p_value < last
+        last = monitor.excess_p_value
+    assert last < 1e-4
+
+
 def test_threads_lose_no_counts() -> None:
     monitor = GuardMonitor(0.05, 99)
 
@@ -131,12 +152,14 @@ def test_bad_input_is_named() -> None:
     for wrong in ((0.0, 9), (1.0, 9), ("a", 9), (0.1, 0), (0.1, 2.5)):
         with pytest.raises(InputError, match="GuardMonitor: false_positive_rate, samples"):
             GuardMonitor(*wrong)
+    with pytest.raises(InputError, match=r"false_positive_rate: expected at least 0\.01, with 99"):
+        GuardMonitor(0.001, 99)
     with pytest.raises(InputError, match=r"GuardMonitor.merge: other"):
         GuardMonitor(0.05, 99).merge(GuardMonitor(0.05, 98))
     good = GuardMonitor(0.05, 99).to_dict()
     for broken in (
         {}, good | {"inputs": 5}, good | {"histogram": [0] * (BINS - 1)}, good | {"histogram": 3},
-        good | {"flagged": -1}, good | {"samples": "x"},
+        good | {"flagged": -1}, good | {"inputs": math.inf}, good | {"samples": "x"},
     ):  # fmt: skip
         with pytest.raises(InputError, match=r"GuardMonitor.from_dict: told"):
             GuardMonitor.from_dict(broken)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import tacext
 from digits import digit_case
+from guard_files import DAMAGES, damaged
 from tacext import Guard, InputError, ops
 from tacext.guard_scoring import GuardScorer
 
@@ -132,9 +133,28 @@ def test_what_does_not_fit_is_named() -> None:
             ops.guard_score(given_latent, given_logits, *table)
     for position in range(len(table) - 1):
         broken = [*table]
-        broken[position] = broken[position].double()
+        broken[position] = table[position].to("meta")
+        with pytest.raises(InputError, match=r"guard_score: .*: expected cpu"):
+            ops.guard_score(latent, logits, *broken)
+        broken[position] = table[position].double()
         with pytest.raises(InputError, match=r"guard_score: .*: expected the guard's own"):
             ops.guard_score(latent, logits, *broken)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
+def test_native_and_plain_agree_on_what_is_not_finite(value: float) -> None:
+    scorer = scorer_of(5, 6, 2, 9)
+    latent, logits = torch.randn(40, 6), torch.randn(40, 5)
+    for i in range(6):
+        latent[i, i] = value
+    if not math.isfinite(value):
+        for i in range(5):
+            logits[10 + i, i] = value
+    native, plain = scorer(latent, logits), scorer.plain(latent, logits)
+    assert torch.equal(torch.isinf(native.score), torch.isinf(plain.score))
+    assert bool(torch.isinf(native.score[:6]).all())
+    assert int(torch.isinf(native.score).sum()) == (6 if math.isfinite(value) else 11)
+    assert bool(native.flagged[:6].all())
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own
@@ -201,24 +221,21 @@ def test_c_reads_the_file_and_gives_the_same_bits(tmp_path: Path) -> None:
     assert torch.equal(flagged.bool(), expected.flagged)
 
 
-def test_c_refuses_what_python_refuses(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", DAMAGES)
+def test_c_refuses_what_python_refuses(tmp_path: Path, how: str) -> None:
     file = tmp_path / "guard.safetensors"
     guard().save(file)
-    content = file.read_bytes()
-    for bad in (
-        content[:-10],
-        b"",
-        b"text that is no guard",
-        content.replace(b"tacext-guard", b"else-a-guard"),
-    ):
-        file.write_bytes(bad)
-        status, handle, message = load(file)
-        assert status == 2
-        assert not handle.value
-        assert "expected what tacext.Guard.save wrote" in message
+    file.write_bytes(damaged(file.read_bytes(), how))
+    status, handle, message = load(file)
+    assert status == 2
+    assert not handle.value
+    assert f"path {file}: expected what tacext.Guard.save wrote, got" in message
+
+
+def test_c_says_that_a_file_is_not_there(tmp_path: Path) -> None:
     status, _, message = load(tmp_path / "none")
     assert status == 2
-    assert "expected a file that can be read" in message
+    assert "got no regular file that can be read" in message
 
 
 def test_the_core_needs_no_torch() -> None:

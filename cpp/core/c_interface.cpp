@@ -87,11 +87,9 @@ void require_finite(const T* values, int64_t rows, int64_t width, int64_t stride
       if (!std::isfinite(values[i * stride + j])) not_finite(operation, argument, i);
 }
 
-tacext_status take(std::unique_ptr<tacext::GuardFile> file, const std::string& error,
-                   tacext_guard** guard) {
+void take(std::unique_ptr<tacext::GuardFile> file, const std::string& error, tacext_guard** guard) {
   if (!file) throw Refused{TACEXT_BAD_FILE, error};
   *guard = new tacext_guard{std::move(file)};
-  return TACEXT_OK;
 }
 
 const tacext::GuardTable& table_of(const tacext_guard* guard) { return guard->file->table(); }
@@ -126,13 +124,25 @@ tacext_status tacext_guard_parse(const void* bytes, size_t size, tacext_guard** 
 
 void tacext_guard_free(tacext_guard* guard) { delete guard; }
 
-int64_t tacext_guard_classes(const tacext_guard* guard) { return table_of(guard).classes; }
-int64_t tacext_guard_latents(const tacext_guard* guard) { return table_of(guard).latents; }
-int64_t tacext_guard_samples(const tacext_guard* guard) { return table_of(guard).samples; }
-double tacext_guard_false_positive_rate(const tacext_guard* guard) {
-  return guard->file->false_positive_rate();
+int64_t tacext_guard_classes(const tacext_guard* guard) {
+  return guard == nullptr ? -1 : table_of(guard).classes;
 }
-float tacext_guard_threshold(const tacext_guard* guard) { return table_of(guard).threshold; }
+int64_t tacext_guard_latents(const tacext_guard* guard) {
+  return guard == nullptr ? -1 : table_of(guard).latents;
+}
+int64_t tacext_guard_samples(const tacext_guard* guard) {
+  return guard == nullptr ? -1 : table_of(guard).samples;
+}
+double tacext_guard_false_positive_rate(const tacext_guard* guard) {
+  return guard == nullptr ? std::numeric_limits<double>::quiet_NaN()
+                          : guard->file->false_positive_rate();
+}
+float tacext_guard_threshold(const tacext_guard* guard) {
+  return guard == nullptr ? std::numeric_limits<float>::quiet_NaN() : table_of(guard).threshold;
+}
+const float* tacext_guard_head_norms(const tacext_guard* guard) {
+  return guard == nullptr ? nullptr : guard->file->head_norms();
+}
 
 tacext_status tacext_guard_score(const tacext_guard* guard, const float* latent,
                                  int64_t latent_stride, const float* logits, int64_t logits_stride,
@@ -209,8 +219,9 @@ tacext_status tacext_minimal_perturbation(const double* weight, const double* ma
       for (int64_t j = 0; j < classes; ++j)
         if (j != k && !std::isfinite(margins[k * classes + j])) not_finite(operation, "margins", k);
     for (int64_t d = 0; scale != nullptr && d < latents; ++d)
-      require(std::isfinite(scale[d]) && scale[d] > 0, operation, "scale", "positive numbers",
-              std::to_string(scale[d]), "pass null for all ones");
+      if (!std::isfinite(scale[d]) || scale[d] <= 0)
+        require(false, operation, "scale", "positive numbers", std::to_string(scale[d]),
+                "pass null for all ones");
     const auto n = static_cast<std::size_t>(classes);
     std::vector<double> norms(n), multipliers(n * n), primal(n), dual(n), gap(n);
     std::vector<int32_t> status(n);

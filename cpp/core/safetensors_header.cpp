@@ -1,12 +1,13 @@
 #include "safetensors_header.h"
 
-#include <cstring>
+#include <algorithm>
+#include <utility>
 
 namespace tacext {
 namespace {
 
-constexpr std::uint64_t kLargestHeader = 100'000'000;     // as the format's own library
-constexpr std::int64_t kLargest = std::int64_t{1} << 40;  // of any size or place: products fit
+constexpr std::size_t kMostNames = 64, kMostDimensions = 8;  // of what is read here
+constexpr std::int64_t kLargest = std::int64_t{1} << 40;     // of any size or place: products fit
 
 struct Malformed {
   const char* why;
@@ -64,6 +65,7 @@ class Json {
       return values;
     }
     for (;;) {
+      if (values.size() == kMostDimensions) throw Malformed{"too many dimensions"};
       values.push_back(number());
       if (next() == ',') {
         ++at_;
@@ -133,27 +135,44 @@ void read_header(Json& json, SafetensorsHeader* header) {
     bool fresh;
     if (name == "__metadata__") {
       fresh = header->metadata.empty();
-      json.object([&](const std::string& key) { header->metadata[key] = json.string(); });
+      json.object([&](const std::string& key) {
+        fresh = header->metadata.emplace(key, json.string()).second && fresh;
+        if (header->metadata.size() > kMostNames) throw Malformed{"too many entries"};
+      });
     } else {
       fresh = header->tensors.emplace(name, read_entry(json)).second;
     }
     if (!fresh) throw Malformed{"one name twice"};
+    if (header->tensors.size() > kMostNames) throw Malformed{"too many tensors"};
   });
   json.finish();
 }
 
+/// Whether the tensors cover `size` bytes, each of them once.
+bool covers(const SafetensorsHeader& header, std::uint64_t size) {
+  std::vector<std::pair<std::uint64_t, std::uint64_t>> places;
+  for (const auto& [name, entry] : header.tensors) places.emplace_back(entry.begin, entry.end);
+  std::sort(places.begin(), places.end());
+  std::uint64_t at = 0;
+  for (const auto& [begin, end] : places) {
+    if (begin != at || end < begin) return false;
+    at = end;
+  }
+  return at == size;
+}
+
 }  // namespace
 
-std::size_t read_safetensors_header(const char* bytes, std::size_t size, SafetensorsHeader* header,
-                                    std::string* why) {
+std::size_t read_safetensors_header(const char* bytes, std::size_t size, std::uint64_t file_size,
+                                    SafetensorsHeader* header, std::string* why) {
   if (size < 8) {
     *why = std::to_string(size) + " bytes";
     return 0;
   }
   std::uint64_t length = 0;
   for (int i = 7; i >= 0; --i) length = length << 8 | static_cast<unsigned char>(bytes[i]);
-  if (length > kLargestHeader || length > size - 8) {
-    *why = "a header that is longer than the file";
+  if (length > kLargestHead - 8 || length > size - 8) {
+    *why = "a header that is longer than the file, or than that of a guard";
     return 0;
   }
   try {
@@ -161,6 +180,10 @@ std::size_t read_safetensors_header(const char* bytes, std::size_t size, Safeten
     read_header(json, header);
   } catch (const Malformed& malformed) {
     *why = malformed.why;
+    return 0;
+  }
+  if (!covers(*header, file_size - 8 - length)) {
+    *why = "tensors that lie elsewhere than one after the other up to the end";
     return 0;
   }
   return 8 + static_cast<std::size_t>(length);

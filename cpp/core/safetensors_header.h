@@ -19,9 +19,13 @@ struct SafetensorsHeader {
   std::map<std::string, Entry> tensors;
 };
 
-/// Where the tensors begin, in bytes; 0 where these bytes are no safetensors file, and *why says
-/// what is wrong. That entries lie within the file is for the caller to check.
-std::size_t read_safetensors_header(const char* bytes, std::size_t size, SafetensorsHeader* header,
-                                    std::string* why);
+/// So many bytes of a file hold its header, or it is refused.
+constexpr std::uint64_t kLargestHead = std::uint64_t{1} << 20;
+
+/// Where the tensors begin, in bytes; 0 where these are not the first `size` bytes of a safetensors
+/// file of `file_size` bytes, and *why says what is wrong. The tensors cover the rest of the file,
+/// each byte once.
+std::size_t read_safetensors_header(const char* bytes, std::size_t size, std::uint64_t file_size,
+                                    SafetensorsHeader* header, std::string* why);
 
 }  // namespace tacext

@@ -47,6 +47,8 @@ std::tuple<Tensor, Tensor, Tensor> guard_score_cpu(
   check_table("knots", knots, {knots.size(0)});
   check_table("exceeding", exceeding, {knots.size(0) + 1});
   check_table("threshold", threshold, {});
+  STD_TORCH_CHECK(samples >= 1, kOperation, ": samples: expected 1 or more, got ", samples,
+                  "; pass those behind the p-values");
   check_rows("latent", latent, latents);
   check_rows("logits", logits, classes);
   STD_TORCH_CHECK(classes >= 2 && latent.size(0) == logits.size(0), kOperation,

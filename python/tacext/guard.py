@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,11 +15,11 @@ from . import ops
 from .data import DataLike, check_seed
 from .errors import InputError, counted
 from .files import StrPath
-from .guard_file import GuardInfo, read_guard, same_head, write_guard
+from .guard_file import GuardInfo, read_guard, write_guard
 from .guard_fit import fit_scorer
 from .guard_scoring import GuardOutput, GuardScorer, threshold_at
-from .heads import check_model
-from .latent_tap import TappedModel
+from .heads import check_model, model_dtype
+from .latent_tap import TappedModel, unwrapped
 from .observation import observe, solve
 from .second_look import SampleKeeper
 
@@ -26,8 +28,7 @@ __all__ = ["Guard", "GuardInfo", "GuardOutput", "GuardScorer"]
 logger = logging.getLogger(__name__)
 
 # Of more clean samples so many are chosen; ranks beyond say nothing more.
-MOST_SAMPLES, MOST_BYTES = 20_000, 1 << 30
-_HALF = (torch.float16, torch.bfloat16)
+MOST_SAMPLES, MOST_BYTES = 10_000, 128 << 20
 
 
 class Guard(nn.Module):
@@ -35,8 +36,9 @@ class Guard(nn.Module):
 
     It knows neither trigger nor target. `guard(inputs)` costs one pass of the model and some 40
     products of the length of a latent; the model's own output is untouched. It is an nn.Module: move
-    it, compile it, export it. The model's parameters are shared with the model given, and the guard's
-    own numbers stay float32 where the model is converted to half precision.
+    it, compile it, export it; what can be scripted is `scorer`. It is always in evaluation mode. Its
+    copy of the model has modules of its own and shares the memory of the parameters; moving or
+    converting the guard leaves the model given where it is. The guard's own numbers stay float32.
 
     Attributes:
         model: the model, with its latents handed out.
@@ -49,9 +51,15 @@ class Guard(nn.Module):
         self.model = model
         self.scorer = scorer
         self.info = info
-        self.training = False
+        self.eval()
+
+    def train(self, mode: bool = True) -> Guard:
+        """Stays in evaluation mode: batch norm would mix the samples."""
+        del mode
+        return super().train(False)
 
     @classmethod
+    @torch.inference_mode(False)
     def fit(
         cls,
         model: nn.Module,
@@ -67,12 +75,12 @@ class Guard(nn.Module):
 
         Args:
             model: the classifier, as for `scan`; left as it is.
-            data: clean samples with labels, as for `scan`, like those that production will see. They
-                may have been trained on only if the model is as sure of new ones. Labels are read,
-                not used.
-            false_positive_rate: the share of clean inputs that may be flagged, 0 < rate < 1. It holds
-                on average over guards fitted on samples like these; of one guard the share differs
-                from it by chance, less with more samples.
+            data: clean samples with labels, as for `scan`, like those that production will see, and
+                new to the model. Of equal latents one is used. Labels are read, not used.
+            false_positive_rate: the share of clean inputs that may be flagged, 0 < rate < 1, on
+                average over all of them and over guards fitted on samples like these. Of one guard
+                the share differs from it by chance, less with more samples; inputs of rare classes
+                are flagged more often than others.
             head: the name of the last linear layer, where the model is too unusual to tell.
             batch_size: of the passes.
             seed: which samples judge which.
@@ -86,6 +94,7 @@ class Guard(nn.Module):
         check_model(model, operation)
         rate = _check_rate(false_positive_rate, operation)
         check_seed(operation, seed)
+        model = unwrapped(model)
         latents = SampleKeeper(seed, MOST_SAMPLES, MOST_BYTES)
         examples = SampleKeeper(seed, 4)
         observation = observe(
@@ -100,7 +109,12 @@ class Guard(nn.Module):
         )
         perturbations, _ = solve(observation, "standardized", operation=operation)
         dim, classes = observation.head.latent_dim, observation.head.num_classes
-        latent, logits = latents.samples()[0].split([dim, classes], 1)
+        rows = latents.samples()[0]
+        different = _different(rows)
+        if len(different) < len(rows):
+            again = counted(len(rows) - len(different), "sample")
+            logger.warning("Guard.fit: %s came more than once and count only once", again)
+        latent, logits = rows[different].split([dim, classes], 1)
         scorer = fit_scorer(
             latent, logits, perturbations.perturbation.cpu(), rate, seed, operation
         ).to(observation.head.weight.device)
@@ -113,6 +127,7 @@ class Guard(nn.Module):
             ends_in_head=tapped.ends_in_head,
             class_counts=tuple(counts.tolist()),
             head_norms=tuple(observation.head.weight.detach().float().norm(dim=1).tolist()),
+            model_norms=_norms(model),
             created_with=ops.build_info().version,
         )
         if unseen := info.unseen_classes:
@@ -128,19 +143,23 @@ class Guard(nn.Module):
     def forward(self, inputs: Tensor) -> GuardOutput:
         """Runs the model on inputs as it takes them, and judges them.
 
-        Inputs whose latents are not finite are flagged: one of them must not stop the batch.
+        Inputs whose latents are not finite are flagged: one of them must not stop the batch. So are
+        inputs for which the model's output names another class than its head does.
 
         Args:
             inputs: [N, ...], N >= 1.
 
         Raises:
-            InputError: an empty batch, or a model in training mode, whose batch norm would mix the
-                samples; neither is asked in a compiled or exported pass.
+            InputError: no tensor or an empty batch; not asked in a compiled or exported pass.
         """
         if not torch.compiler.is_compiling():
-            self._check_ready(inputs)
+            _check_batch(inputs)
         output, latent, logits = self.model(inputs)
-        judged = self.scorer(latent.detach(), logits.detach())
+        if not self.model.ends_in_head:
+            # What overrides the head is nothing that clean samples did.
+            agrees = _same_class(output, logits)
+            logits = torch.where(agrees[:, None], logits, torch.nan)
+        judged = self.scorer(latent, logits)
         return GuardOutput(output, judged.score, judged.p_value, judged.flagged)
 
     def check(self, latent: Tensor, logits: Tensor | None = None) -> GuardOutput:
@@ -168,7 +187,7 @@ class Guard(nn.Module):
                 got=f"{len(logits)}",
                 way_out="pass the logits of the same batch",
             )
-        judged: GuardOutput = self.scorer(latent, logits)
+        judged: GuardOutput = self.scorer(latent, logits.detach())
         return judged
 
     def at_rate(self, false_positive_rate: float) -> Guard:
@@ -211,46 +230,63 @@ class Guard(nn.Module):
         operation = "Guard.load"
         check_model(model, operation)
         scorer, info = read_guard(path, operation)
-        modules = dict(model.named_modules(remove_duplicate=False))
-        module, known = modules.get(info.head), False
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            weight = module.weight.detach().flatten(1)
-            norms = weight.float().norm(dim=1)
-            known = weight.shape == scorer.mean.shape
-            known = known and same_head(norms, info.head_norms, weight.dtype in _HALF)
-        if not known:
+        model = unwrapped(model)
+        module = dict(model.named_modules(remove_duplicate=False)).get(info.head)
+        known = isinstance(module, nn.Linear | nn.Conv2d) and (
+            module.weight.flatten(1).shape == scorer.mean.shape
+        )
+        if not known or not _same_model(_norms(model), info.model_norms, model_dtype(model)):
             raise InputError.of(
                 operation,
                 "model",
                 expected=f"the model that the guard in {path} was fitted on, with the head {info.head!r}",
-                got=f"a {type(model).__name__} with another head",
+                got=f"a {type(model).__name__} with other weights",
                 way_out="load that model, with the same normalisation around it, or fit a guard for this",
             )
         tapped = TappedModel(model, info.head, info.ends_in_head)
         return cls(tapped, scorer.to(tapped.head.weight.device), info)
 
-    def _check_ready(self, inputs: object) -> None:
-        if not isinstance(inputs, Tensor) or not inputs.dim() or not len(inputs):
-            got = (
-                f"shape {list(inputs.shape)}"
-                if isinstance(inputs, Tensor)
-                else type(inputs).__name__
-            )
-            raise InputError.of(
-                "Guard",
-                "inputs",
-                expected="a tensor [N, ...] with at least one sample",
-                got=got,
-                way_out="skip empty batches",
-            )
-        if any(module.training for module in self.model.trunk.modules()):
-            raise InputError.of(
-                "Guard",
-                "model",
-                expected="a model in evaluation mode",
-                got="one in training mode",
-                way_out="call guard.eval() first",
-            )
+
+def _check_batch(inputs: object) -> None:
+    if isinstance(inputs, Tensor) and inputs.dim() and len(inputs):
+        return
+    raise InputError.of(
+        "Guard",
+        "inputs",
+        expected="a tensor [N, ...] with at least one sample",
+        got=f"shape {list(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__,
+        way_out="skip empty batches",
+    )
+
+
+def _same_class(output: Tensor, logits: Tensor) -> Tensor:
+    """Whether the output is highest, ties and rounding aside, where the logits are: bool [N]."""
+    output = output.detach().float()
+    best, worst = output.amax(1), output.amin(1)
+    behind = best - output.gather(1, logits.detach().argmax(1)[:, None])[:, 0]
+    return behind <= 1e-2 * (best - worst)
+
+
+def _different(rows: Tensor) -> Tensor:
+    """Indices of the first of all equal rows [N, D], in order."""
+    content = rows.contiguous().numpy()
+    whole = content.view(np.dtype((np.void, content.shape[1] * content.itemsize)))[:, 0]
+    return torch.from_numpy(np.sort(np.unique(whole, return_index=True)[1]))
+
+
+def _norms(model: nn.Module) -> tuple[float, ...]:
+    """The length of every parameter and buffer, by name: what a guard knows its model by."""
+    state = sorted(model.state_dict().items())
+    kept = (t for _, t in state if isinstance(t, Tensor) and t.is_floating_point())
+    return tuple(float(t.detach().double().norm()) for t in kept)
+
+
+def _same_model(norms: tuple[float, ...], known: tuple[float, ...], dtype: torch.dtype) -> bool:
+    tolerance = 1e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-6
+    return len(norms) == len(known) and all(
+        math.isclose(a, b, rel_tol=tolerance, abs_tol=1e-6)
+        for a, b in zip(norms, known, strict=True)
+    )
 
 
 def _check_rate(rate: object, operation: str) -> float:

@@ -1,38 +1,30 @@
-"""The file of a guard: one safetensors file, read without running anything, by any language."""
+"""The file of a guard: one safetensors file, read without running anything, by any language.
+
+`cpp/core/guard_file.cpp` reads the same file by the same rules.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from .errors import FileError, InputError, TacextError
 from .files import StrPath, atomic_write, explain
-from .guard_scoring import PARTS, GuardScorer
+from .guard_scoring import PARTS, GuardScorer, threshold_at
 
 FORMAT, VERSION = "tacext-guard", "1"
-BUFFERS = (
-    "mean",
-    "inverse_spread",
-    "basis",
-    "near_weight",
-    "far_weight",
-    "direction",
-    "location",
-    "inverse_deviation",
-    "knots",
-    "exceeding",
-    "threshold",
-    "samples",
-)
+LARGEST = 4 << 30  # bytes
+MOST_CALIBRATION = 1 << 24  # samples, which float32 still counts
+METADATA = {
+    "format", "version", "crc32", "false_positive_rate", "head", "ends_in_head", "created_with",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,7 +37,8 @@ class GuardInfo:
         head: name of the model's last linear layer.
         ends_in_head: whether the model's output is that of the head itself.
         class_counts: of these samples, how many were taken for each class.
-        head_norms: the length of each row of the head, by which the guard knows its model.
+        head_norms: the length of each row of the head, by which a C program may know the model.
+        model_norms: the length of each parameter and buffer, by which the guard knows its model.
         created_with: the version of tacext.
     """
 
@@ -55,6 +48,7 @@ class GuardInfo:
     ends_in_head: bool
     class_counts: tuple[int, ...]
     head_norms: tuple[float, ...]
+    model_norms: tuple[float, ...]
     created_with: str
 
     @property
@@ -87,6 +81,7 @@ def write_guard(scorer: GuardScorer, info: GuardInfo, path: StrPath) -> None:
     tensors = {n: t.detach().cpu().clone().contiguous() for n, t in scorer.state_dict().items()}
     tensors["class_counts"] = torch.tensor(info.class_counts, dtype=torch.int64)
     tensors["head_norms"] = torch.tensor(info.head_norms, dtype=torch.float32)
+    tensors["model_norms"] = torch.tensor(info.model_norms, dtype=torch.float64)
     told = {
         "format": FORMAT,
         "version": VERSION,
@@ -95,12 +90,14 @@ def write_guard(scorer: GuardScorer, info: GuardInfo, path: StrPath) -> None:
         "ends_in_head": json.dumps(info.ends_in_head),
         "created_with": info.created_with,
     }
+    # The tensors lie in the same order whatever the header says.
+    told["crc32"] = str(zlib.crc32(_data(safetensors.torch.save(tensors))))
     content = safetensors.torch.save(tensors, metadata=told)
     atomic_write(path, lambda file: file.write(content), operation=operation)
 
 
 def read_guard(path: StrPath, operation: str) -> tuple[GuardScorer, GuardInfo]:
-    """Reads and checks the file.
+    """Reads and checks the file; what is returned no longer depends on it.
 
     Raises:
         FileError: missing, unreadable, truncated, damaged, of something else, or of a version that
@@ -115,34 +112,41 @@ def read_guard(path: StrPath, operation: str) -> tuple[GuardScorer, GuardInfo]:
     try:
         if source.exists() and not source.is_file():
             raise refuse(f"{source}, which is not a regular file", "name the file itself")
-        with source.open("rb"):  # for an error that says why it cannot be
-            pass
-        with safetensors.safe_open(source, "pt") as file:
-            told = file.metadata() or {}
-            if told.get("format") != FORMAT:
-                raise refuse(f"other tensors in {source}", "fit a guard and save it")
-            if told.get("version") != VERSION:
-                raise refuse(
-                    f"version {told.get('version', '')[:20]!r} of the format in {source}",
-                    "use the tacext that wrote it, or fit the guard again",
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if source.stat().st_size > LARGEST:
+            raise refuse(f"{source}, which is far too large for one", "name another file")
+        content = source.read_bytes()
+        tensors = safetensors.torch.load(content)
+        told = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        if told.get("format") != FORMAT:
+            raise refuse(f"other tensors in {source}", "fit a guard and save it")
+        if told.get("version") != VERSION:
+            raise refuse(
+                f"version {told.get('version', '')[:20]!r} of the format in {source}",
+                "use the tacext that wrote it, or fit the guard again",
+            )
+        if set(told) != METADATA or int(told["crc32"]) != zlib.crc32(_data(content)):
+            raise ValueError("the checksum does not fit")
         return _checked(tensors, told)
-    except TacextError:
+    except FileError:
         raise
     except OSError as error:
         raise refuse(
             f"{source} ({explain(error)})", "check the path and its permissions"
         ) from error
-    except Exception as error:
+    except (TacextError, Exception) as error:
         raise refuse(
             f"a truncated, damaged or foreign file {source} ({explain(error)})",
             "copy it again, or fit the guard again; nothing in it was run",
         ) from error
 
 
-def _checked(tensors: dict[str, Tensor], told: dict[str, Any]) -> tuple[GuardScorer, GuardInfo]:
-    """Scorer and info of a file's content; a ValueError or KeyError says what is wrong with it."""
+def _data(content: bytes) -> bytes:
+    """What follows the header of a safetensors file."""
+    return content[8 + int.from_bytes(content[:8], "little") :]
+
+
+def _checked(tensors: dict[str, Tensor], told: dict[str, str]) -> tuple[GuardScorer, GuardInfo]:
+    """Scorer and info of a file's content; any exception says what is wrong with it."""
     classes, dim = tensors["mean"].shape
     ranks, knots = len(tensors["basis"]), len(tensors["knots"])
     shapes = {
@@ -158,41 +162,54 @@ def _checked(tensors: dict[str, Tensor], told: dict[str, Any]) -> tuple[GuardSco
         "exceeding": (knots + 1,),
         "threshold": (),
         "samples": (),
+    }
+    others = {
         "class_counts": (classes,),
         "head_norms": (classes,),
+        "model_norms": (len(tensors["model_norms"]),),
     }
-    if set(tensors) != set(shapes):
-        raise ValueError(f"expected the tensors {', '.join(shapes)}")
-    for name, shape in shapes.items():
-        kind = torch.int64 if name in ("samples", "class_counts") else torch.float32
+    kinds = {"samples": torch.int64, "class_counts": torch.int64, "model_norms": torch.float64}
+    if set(tensors) != {*shapes, *others}:
+        raise ValueError("other tensors than a guard has")
+    for name, shape in {**shapes, **others}.items():
         tensor = tensors[name]
-        if tensor.shape != shape or tensor.dtype != kind:
+        if tensor.shape != shape or tensor.dtype != kinds.get(name, torch.float32):
             raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)}")
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name}: not finite")
-    samples, rate = int(tensors["samples"]), float(told["false_positive_rate"])
-    if classes < 2 or dim < 1 or knots < 1 or samples < 1 or not 0 < rate < 1:
-        raise ValueError("sizes or rate out of range")
-    falling = tensors["exceeding"].diff() <= 0
-    if not bool((tensors["knots"].diff() >= 0).all()) or not bool(falling.all()):
+    samples, rate = int(tensors["samples"]), _rate(told["false_positive_rate"])
+    if classes < 2 or dim < 1 or knots < 1 or not 1 <= samples <= MOST_CALIBRATION:
+        raise ValueError("sizes out of range")
+    exceeding, counts = tensors["exceeding"], tensors["class_counts"]
+    in_order = bool((tensors["knots"].diff() >= 0).all()) and bool((exceeding.diff() <= 0).all())
+    if not in_order or float(exceeding[0]) != samples or float(exceeding[-1]) < 0:
         raise ValueError("the calibration is not in order")
+    if bool((counts < 0).any()) or int(counts.sum()) != samples:
+        raise ValueError("the classes have another number of samples")
+    if not bool((tensors["inverse_spread"] > 0).all() & (tensors["inverse_deviation"] > 0).all()):
+        raise ValueError("a spread that is not positive")
+    if threshold_at(tensors["knots"], exceeding, samples, rate, "Guard") != tensors["threshold"]:
+        raise ValueError("the threshold is not that of the rate")
+    if told["ends_in_head"] not in ("true", "false"):
+        raise ValueError("ends_in_head is neither true nor false")
     info = GuardInfo(
         samples=samples,
         false_positive_rate=rate,
-        head=str(told["head"]),
-        ends_in_head=bool(json.loads(told["ends_in_head"])),
-        class_counts=tuple(tensors["class_counts"].tolist()),
+        head=told["head"],
+        ends_in_head=told["ends_in_head"] == "true",
+        class_counts=tuple(counts.tolist()),
         head_norms=tuple(tensors["head_norms"].tolist()),
-        created_with=str(told["created_with"]),
+        model_norms=tuple(tensors["model_norms"].tolist()),
+        created_with=told["created_with"],
     )
-    return GuardScorer(**{name: tensors[name] for name in BUFFERS}), info
+    return GuardScorer(**{name: tensors[name].clone() for name in shapes}), info
 
 
-def same_head(norms: Tensor, known: tuple[float, ...], half: bool) -> bool:
-    """Whether rows of these lengths are those of the head that a guard was fitted on."""
-    tolerance = 1e-2 if half else 1e-5
-    expected = torch.tensor(known, dtype=torch.float64)
-    if norms.shape != expected.shape:
-        return False
-    apart = (norms.double().cpu() - expected).abs()
-    return float(apart.max()) <= tolerance * max(float(expected.max()), math.ulp(0.0))
+def _rate(text: str) -> float:
+    # As repr writes floats; float() itself would take blanks and underscores.
+    if not text or set(text) - set("0123456789.e-"):
+        raise ValueError("false_positive_rate is no number")
+    rate = float(text)
+    if not 0 < rate < 1:
+        raise ValueError("false_positive_rate is not between 0 and 1")
+    return rate

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import scipy  # its parts load when they are first used
 import torch
 from torch import Tensor
@@ -39,6 +40,14 @@ class GuardMonitor:
                 expected="a rate between 0 and 1 and the number of calibration samples",
                 got=f"{false_positive_rate!r}, {samples!r}",
                 way_out="pass guard.info.false_positive_rate and guard.info.samples",
+            )
+        if _allowed(false_positive_rate, samples) < 1:
+            raise InputError.of(
+                "GuardMonitor",
+                "false_positive_rate",
+                expected=f"at least {1 / (samples + 1):.4g}, with {samples} calibration samples",
+                got=f"{false_positive_rate:g}",
+                way_out="pass those of one guard",
             )
         self.false_positive_rate = false_positive_rate
         self.samples = samples
@@ -87,14 +96,14 @@ class GuardMonitor:
     def excess_p_value(self) -> float:
         """How likely clean inputs get so many flags, or more; 1 before the first input.
 
-        Exact: beta-binomial, as the rate of one guard differs from the promise by the chance of its
-        own calibration.
+        Beta-binomial: the rate of one guard differs from the promise by the chance of its own
+        calibration. It holds for one look at the counts; who looks again and again will see more
+        alarms.
         """
-        allowed = math.floor(self.false_positive_rate * (self.samples + 1) * (1 + 1e-12))
-        if not self.inputs or not self.flagged:
-            return 1.0
-        null = scipy.stats.betabinom(self.inputs, allowed, self.samples + 1 - allowed)
-        return float(null.sf(self.flagged - 1))
+        told = self.to_dict()
+        allowed = _allowed(self.false_positive_rate, self.samples)
+        null = allowed, self.samples + 1 - allowed
+        return _upper_tail(told["flagged"], told["inputs"], *null)
 
     @property
     def drift_p_value(self) -> float:
@@ -104,13 +113,15 @@ class GuardMonitor:
         histogram, as in the two-sample test of Kolmogorov and Smirnov; only small p-values count, as
         a guard of few samples is careful.
         """
-        if not self.inputs:
+        told = self.to_dict()
+        inputs = told["inputs"]
+        if not inputs:
             return 1.0
         below, largest = 0, 0.0
-        for i, count in enumerate(self.histogram):
+        for i, count in enumerate(told["histogram"]):
             below += count
-            largest = max(largest, below / self.inputs - (i + 1) / BINS)
-        effective = self.inputs * self.samples / (self.inputs + self.samples)
+            largest = max(largest, below / inputs - (i + 1) / BINS)
+        effective = inputs * self.samples / (inputs + self.samples)
         return float(min(1.0, math.exp(-2 * effective * largest**2)))
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,7 +145,7 @@ class GuardMonitor:
             counts = [*monitor.histogram, monitor.flagged, monitor.not_finite]
             good = len(monitor.histogram) == BINS and min(counts) >= 0
             good = good and sum(monitor.histogram) == monitor.inputs >= max(counts)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             good = False
         if not good:
             raise InputError.of(
@@ -207,6 +218,29 @@ class GuardMonitor:
         registry.register(Collected())
         text: bytes = generate_latest(registry)
         return text.decode()
+
+
+def _allowed(rate: float, samples: int) -> int:
+    """How many of the calibration samples and a new one may be flagged together."""
+    return math.floor(rate * (samples + 1) * (1 + 1e-12))
+
+
+def _upper_tail(flagged: int, inputs: int, a: int, b: int) -> float:
+    """P(X >= flagged) for X beta-binomial of so many inputs: accurate far out, and fast for many."""
+    if not flagged:
+        return 1.0
+    if inputs > 1_000_000 and inputs > 1000 * (a + b):  # the binomial part no longer matters
+        return float(scipy.stats.beta(a, b).sf(flagged / inputs))
+    # Terms fall from the mean outwards: the shorter side, until they no longer count.
+    up = flagged > inputs * a / (a + b)
+    at, step, total = (flagged, 1, 0.0) if up else (flagged - 1, -1, 0.0)
+    while 0 <= at <= inputs:
+        terms = np.arange(at, max(-1, min(inputs + 1, at + step * 4096)), step)
+        added = float(np.exp(scipy.stats.betabinom(inputs, a, b).logpmf(terms)).sum())
+        total, at = total + added, at + step * 4096
+        if added <= 1e-17 * total:
+            break
+    return min(1.0, total if up else 1 - total)
 
 
 def _binned(p_value: Tensor) -> list[int]:

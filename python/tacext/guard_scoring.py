@@ -122,6 +122,8 @@ class GuardScorer(nn.Module):
 
     def plain(self, latent: Tensor, logits: Tensor) -> GuardOutput:
         """The same in torch's own operators, up to rounding: on a GPU, compiled or exported."""
+        latent, logits_in = latent.detach(), logits
+        logits = logits.detach()
         parts, predicted = guard_parts(
             latent,
             logits,
@@ -134,10 +136,11 @@ class GuardScorer(nn.Module):
         )
         score = join_parts(parts, self.location[predicted], self.inverse_deviation[predicted])
         # What is not a number is no clean input.
-        score = torch.where(torch.isfinite(score), score, torch.inf)
+        finite = torch.isfinite(score) & torch.isfinite(logits).all(1)
+        score = torch.where(finite, score, torch.inf)
         below = (self.knots < score[:, None]).sum(1)
         p_value = (1 + self.exceeding[below]) / (1 + self.samples)
-        return GuardOutput(logits, score, p_value, score > self.threshold)
+        return GuardOutput(logits_in, score, p_value, score > self.threshold)
 
     @torch.jit.unused
     def _is_native(self, latent: Tensor) -> bool:
@@ -191,7 +194,8 @@ def guard_parts(
     others = z.scatter(1, predicted[:, None], -math.inf)
     margin = z.gather(1, predicted[:, None])[:, 0] - others.amax(1)
     y = (latent.to(torch.float32) - mean[predicted]) * inverse_spread
-    along = torch.matmul(y, basis.t())
+    # In double: |y|^2 less these squares nearly cancels, and autocast and TF32 would round them.
+    along = torch.matmul(y.double(), basis.t().double()).float()
     squares = torch.cat([(y * y).sum(1, keepdim=True), along * along], 1)
     # Rounding may leave a little less than nothing of |y|^2 beside the basis.
     near = (squares * near_weight).sum(1).clamp(min=0).sqrt()
@@ -237,9 +241,9 @@ def threshold_at(
     if not len(enough) or int(enough[0]) == 0:
         raise InputError.of(
             operation,
-            "data",
-            expected=f"at least {math.ceil(1 / rate) - 1} samples for this false_positive_rate",
-            got=counted(samples, "sample"),
-            way_out=f"pass more, or a false_positive_rate of {1 / (samples + 1):.2g} or more",
+            "false_positive_rate",
+            expected=f"{1 / (samples + 1):.4g} or more, as there are {counted(samples, 'sample')}",
+            got=f"{rate:g}",
+            way_out=f"fit a guard on {math.ceil(1 / rate) - 1} samples or more, or ask for less",
         )
     return knots[int(enough[0]) - 1].clone()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .errors import HeadNotFoundError, InputError, NotFiniteError, counted
+from .errors import HeadNotFoundError, InputError, NotFiniteError, TacextError, counted
 from .files import explain
 
 HeadModule = nn.Linear | nn.Conv2d
@@ -124,6 +124,8 @@ def call_model(
     placed = placed.clone() if placed.data_ptr() == inputs.data_ptr() else placed
     try:
         return model(placed)
+    except TacextError:
+        raise
     except Exception as error:
         if is_out_of_memory(error):
             few = counted(len(inputs), "sample")

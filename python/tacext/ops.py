@@ -457,26 +457,29 @@ def guard_score(
     Raises:
         InputError: another shape, dtype or device.
     """
+    table = {
+        "mean": mean,
+        "inverse_spread": inverse_spread,
+        "basis": basis,
+        "near_weight": near_weight,
+        "far_weight": far_weight,
+        "direction": direction,
+        "location": location,
+        "inverse_deviation": inverse_deviation,
+        "knots": knots,
+        "exceeding": exceeding,
+        "threshold": threshold,
+    }
     check_tensor("guard_score", "latent", latent)
-    check_tensor("guard_score", "logits", logits)
-    for name, value in (("logits", logits), ("mean", mean)):
+    for name, value in {"logits": logits, **table}.items():
+        check_tensor("guard_score", name, value)
         check_same_device("guard_score", name, value, "latent", latent)
     found: tuple[Tensor, Tensor, Tensor] = _call(
         "guard_score",
         torch.ops.tacext.guard_score.default,
         latent.detach(),
         logits.detach(),
-        mean,
-        inverse_spread,
-        basis,
-        near_weight,
-        far_weight,
-        direction,
-        location,
-        inverse_deviation,
-        knots,
-        exceeding,
-        threshold,
+        *table.values(),
         samples,
     )
     return found

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstdio>
 #include <string>
 #include <vector>
 
@@ -13,8 +14,8 @@ struct RandomGuard {
   std::int64_t classes, latents, ranks, knot_count;
   std::vector<float> mean, inverse_spread, basis, near_weight, far_weight, direction, location,
       inverse_deviation, knots, exceeding, head_norms;
-  float threshold = 1.5f;
-  std::int64_t samples = 400;
+  float threshold = 0;
+  std::int64_t samples = 0;
 
   RandomGuard(std::int64_t c, std::int64_t d, std::int64_t r, std::int64_t k, unsigned seed = 1)
       : classes(c), latents(d), ranks(r), knot_count(k) {
@@ -35,9 +36,16 @@ struct RandomGuard {
     knots = floats(k);
     for (float& value : knots) value = std::abs(value);
     std::sort(knots.begin(), knots.end());
-    for (std::int64_t i = 0; i <= k; ++i) exceeding.push_back(float(samples - i));
+    // Eight scores at every knot; the rate is that of the second knot from the top, or the only
+    // one.
+    samples = 8 * k;
+    for (std::int64_t i = 0; i <= k; ++i) exceeding.push_back(float(8 * (k - i)));
+    threshold = knots[std::max<std::int64_t>(0, k - 2)];
+    rate = (1 + exceeding[std::max<std::int64_t>(1, k - 1)]) / (1.0 + double(samples));
     head_norms = floats(c);
   }
+
+  double rate = 0;
 
   GuardTable table() const {
     return {classes,
@@ -58,14 +66,25 @@ struct RandomGuard {
             samples};
   }
 
-  /// The bytes of its file; `edit` may change header and metadata before they are joined.
+  /// What its file is made of, for a test to change before it is joined. RATE and CRC stand for
+  /// what fits the rest.
   struct Parts {
     std::string metadata =
-        R"({"format":"tacext-guard","version":"1","false_positive_rate":"0.01","head":"f\"c",)"
-        R"("ends_in_head":"true","created_with":"0.1.0"})";
+        R"({"format":"tacext-guard","version":"1","false_positive_rate":"RATE","head":"f\"c",)"
+        R"("ends_in_head":"true","created_with":"0.1.0","crc32":"CRC"})";
     std::string tensors;  ///< "name":{...},...
     std::string data;
   };
+
+  /// CRC-32, bit by bit.
+  static std::uint32_t checksum(const std::string& data) {
+    std::uint32_t crc = ~0u;
+    for (const char byte : data) {
+      crc ^= static_cast<unsigned char>(byte);
+      for (int bit = 0; bit < 8; ++bit) crc = crc >> 1 ^ (crc & 1 ? 0xedb88320u : 0u);
+    }
+    return ~crc;
+  }
 
   Parts parts() const {
     Parts p;
@@ -82,7 +101,9 @@ struct RandomGuard {
       add(name, "F32", shape, values.data(), 4 * values.size());
     };
     const auto n = [](std::int64_t value) { return std::to_string(value); };
-    const std::vector<std::int64_t> counts(static_cast<std::size_t>(classes), 3);
+    std::vector<std::int64_t> counts(static_cast<std::size_t>(classes), 0);
+    counts[0] = samples;
+    const double norms[3] = {1, 2, 3};
     floats("mean", n(classes) + ", " + n(latents), mean);
     floats("inverse_spread", n(latents), inverse_spread);
     floats("basis", n(ranks) + "," + n(latents), basis);
@@ -97,10 +118,16 @@ struct RandomGuard {
     floats("threshold", "", {threshold});
     add("samples", "I64", "", &samples, 8);
     add("class_counts", "I64", n(classes), counts.data(), 8 * counts.size());
+    add("model_norms", "F64", "3", norms, sizeof norms);
+    char text[40];
+    std::snprintf(text, sizeof text, "%.17g", rate);
+    p.metadata.replace(p.metadata.find("RATE"), 4, text);
     return p;
   }
 
-  static std::string join(const Parts& p) {
+  static std::string join(Parts p) {
+    const std::size_t at = p.metadata.find("CRC");
+    if (at != std::string::npos) p.metadata.replace(at, 3, std::to_string(checksum(p.data)));
     const std::string header = "{\"__metadata__\":" + p.metadata + "," + p.tensors + "}  ";
     std::string bytes;
     for (int i = 0; i < 8; ++i) bytes += static_cast<char>(header.size() >> 8 * i & 0xff);

@@ -1,5 +1,7 @@
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
+#include <clocale>
 #include <cstdio>
 #include <fstream>
 #include <random>
@@ -28,8 +30,8 @@ TEST(GuardFiles, HoldTheGuard) {
   std::string error = "none";
   const auto file = parse(RandomGuard::join(g.parts()), &error);
   ASSERT_NE(file, nullptr) << error;
-  EXPECT_EQ(file->false_positive_rate(), 0.01);
-  EXPECT_EQ(file->table().samples, 400);
+  EXPECT_EQ(file->false_positive_rate(), g.rate);
+  EXPECT_EQ(file->table().samples, 96);
   EXPECT_EQ(file->table().threshold, g.threshold);
   EXPECT_EQ(std::vector<float>(file->head_norms(), file->head_norms() + 5), g.head_norms);
   const auto x = test::as_elements<float>(test::normal_values(4 * 21, 5));
@@ -63,8 +65,17 @@ TEST(GuardFiles, ThatAreWrongSayWhy) {
   };
   expect_refused(metadata("tacext-guard", "pt"), "not a guard");
   expect_refused(metadata("\"version\":\"1\"", "\"version\":\"2\""), "a version of the format");
-  for (const char* rate : {"1.5", "0", "nan", "", "0.01x"})
-    expect_refused(metadata("0.01", rate), "false_positive_rate");
+  char rate[40];
+  std::snprintf(rate, sizeof rate, "%.17g", g.rate);
+  for (const char* wrong : {"1.5", "0", "nan", "", "0.01x", " 0.01", "0x1p-5", "0,01"})
+    expect_refused(metadata(rate, wrong), "false_positive_rate");
+  expect_refused(metadata(rate, "0.5"), "a threshold that is not that of the rate");
+  expect_refused(metadata("CRC", "1234567"), "the checksum does not fit");
+  expect_refused(metadata("CRC", "x"), "the checksum does not fit");
+  expect_refused(metadata("\"true\"", "\"yes\""), "neither true nor false");
+  expect_refused(metadata("\"head\"", "\"body\""), "no 'head'");
+  expect_refused(metadata("{", R"({"more":"",)"), "other metadata");
+  expect_refused(metadata("{", R"({"format":"",)"), "one name twice");
   expect_refused(metadata("\"format\"", "5"), "not that of safetensors");
   expect_refused(tensors("\"basis\"", "\"bases\""), "no tensor 'basis'");
   expect_refused(tensors("\"knots\"", "\"mean\""), "one name twice");
@@ -76,13 +87,23 @@ TEST(GuardFiles, ThatAreWrongSayWhy) {
   expect_refused(tensors("[5, 21]", "[99999999999999999999, 21]"), "out of range");
   expect_refused(tensors("[5, 21]", "[[5], 21]"), "no whole number");
   expect_refused(tensors("[5, 21]", "[5]"), "other shapes");
-  expect_refused(tensors("\"data_offsets\":[0,", "\"data_offsets\":[4,"), "shape or place");
+  expect_refused(tensors("[5, 21]", "[1,1,1,1,1,1,1,1,105]"), "too many dimensions");
+  expect_refused(tensors("\"data_offsets\":[0,", "\"data_offsets\":[4,"), "one after the other");
   expect_refused(tensors("\"data_offsets\":[0,", "\"data_offsets\":["), "without a place");
   expect_refused(tensors("\"shape\"", "\"form\""), "unknown properties");
   expect_refused(tensors("\"dtype\":\"F32\",", ""), "without a type");
   RandomGuard::Parts more = good;
   more.tensors += R"(,"more":{"dtype":"F32","shape":[0],"data_offsets":[0,0]})";
   expect_refused(more, "tensors that no guard has");
+
+  RandomGuard::Parts longer = good;
+  longer.data += "junk";
+  expect_refused(longer, "one after the other");
+  RandomGuard::Parts many = good;
+  for (int i = 0; i < 60; ++i)
+    many.tensors +=
+        ",\"m" + std::to_string(i) + R"(":{"dtype":"F32","shape":[0],"data_offsets":[0,0]})";
+  expect_refused(many, "too many tensors");
 
   RandomGuard bad = g;
   bad.mean[3] = std::nanf("");
@@ -96,6 +117,21 @@ TEST(GuardFiles, ThatAreWrongSayWhy) {
   bad = g;
   bad.samples = 0;
   expect_refused(bad.parts(), "no calibration samples");
+  bad = g;
+  bad.samples = std::numeric_limits<std::int64_t>::max();
+  expect_refused(bad.parts(), "no calibration samples");
+  bad = g;
+  bad.samples += 1;
+  expect_refused(bad.parts(), "out of order");
+  bad = g;
+  bad.exceeding.back() = -1;
+  expect_refused(bad.parts(), "out of order");
+  bad = g;
+  bad.threshold = 1e9f;
+  expect_refused(bad.parts(), "a threshold that is not that of the rate");
+  bad = g;
+  bad.inverse_spread[2] = 0;
+  expect_refused(bad.parts(), "not positive");
 }
 
 TEST(GuardFiles, CutAtAnyByteAreRefused) {
@@ -107,22 +143,38 @@ TEST(GuardFiles, CutAtAnyByteAreRefused) {
   }
 }
 
-// Whatever the bytes, the reader ends, reads nothing beyond them, and what it accepts can be used.
-TEST(GuardFiles, WithAnyBytesChangedAreReadOrRefused) {
+TEST(GuardFiles, WithAnyByteChangedAreRefused) {
   const std::string bytes = RandomGuard::join(RandomGuard(3, 4, 2, 3).parts());
-  const std::size_t header =
-      8 + static_cast<unsigned char>(bytes[0]) + 256 * static_cast<unsigned char>(bytes[1]);
+  const std::string head = "\"head\":\"f\\\"c\"", version = "\"created_with\":\"0.1.0\"";
+  std::mt19937 engine(7);
+  int accepted = 0;
+  for (std::size_t at = 0; at < bytes.size(); ++at)
+    for (const int flip : {1, 32, 128}) {
+      std::string changed = bytes, error;
+      changed[at] = static_cast<char>(changed[at] ^ flip);
+      // Only texts that nothing here reads may differ, and blanks.
+      accepted += parse(changed, &error) != nullptr;
+    }
+  EXPECT_LE(accepted, static_cast<int>(3 * (head.size() + version.size() + 12)));
+}
+
+// Whatever the header and the numbers, with a checksum that fits: the reader ends, reads nothing
+// beyond the bytes, and what it accepts can be used.
+TEST(GuardFiles, MadeToDeceiveAreReadOrRefused) {
+  const RandomGuard::Parts good = RandomGuard(3, 4, 2, 3).parts();
   std::mt19937 engine(7);
   const std::vector<float> x(4, 0.5f), z(3, 0.25f);
   int accepted = 0;
   for (int trial = 0; trial < 20000; ++trial) {
-    std::string changed = bytes;
-    for (int edits = 1 + trial % 3; edits > 0; --edits) {
-      const std::size_t at = engine() % (trial % 2 ? header : changed.size());
-      changed[at] = trial % 5 ? static_cast<char>(engine()) : "{}[]\",:0189"[engine() % 11];
-    }
+    RandomGuard::Parts parts = good;
+    std::string* const part = trial % 3 == 0   ? &parts.metadata
+                              : trial % 3 == 1 ? &parts.tensors
+                                               : &parts.data;
+    for (int edits = 1 + trial % 2; edits > 0; --edits)
+      (*part)[engine() % part->size()] =
+          trial % 5 ? static_cast<char>(engine()) : "{}[]\",:0189"[engine() % 11];
     std::string error;
-    const auto file = parse(changed, &error);
+    const auto file = parse(RandomGuard::join(parts), &error);
     ASSERT_EQ(file == nullptr, !error.empty());
     if (!file || file->table().latents != 4 || file->table().classes != 3) continue;
     ++accepted;
@@ -131,8 +183,9 @@ TEST(GuardFiles, WithAnyBytesChangedAreReadOrRefused) {
     guard_score<float>(file->table(), {x.data(), 4, z.data(), 3, 1}, {&score, &p_value, &flagged},
                        serial_for);
     ASSERT_FALSE(std::isnan(score));
+    ASSERT_TRUE(p_value > 0 && p_value <= 1);
   }
-  EXPECT_GT(accepted, 100);
+  EXPECT_GT(accepted, 100);  // other means and directions are as good as any
 }
 
 // ---- the C interface
@@ -156,8 +209,16 @@ class CInterface : public testing::Test {
 TEST_F(CInterface, TellsOfTheGuard) {
   EXPECT_EQ(tacext_guard_classes(guard), 5);
   EXPECT_EQ(tacext_guard_latents(guard), 21);
-  EXPECT_EQ(tacext_guard_samples(guard), 400);
-  EXPECT_EQ(tacext_guard_false_positive_rate(guard), 0.01);
+  EXPECT_EQ(tacext_guard_samples(guard), 96);
+  EXPECT_EQ(tacext_guard_false_positive_rate(guard), random.rate);
+  const float* const norms = tacext_guard_head_norms(guard);
+  EXPECT_EQ(std::vector<float>(norms, norms + 5), random.head_norms);
+  EXPECT_EQ(tacext_guard_classes(nullptr), -1);
+  EXPECT_EQ(tacext_guard_latents(nullptr), -1);
+  EXPECT_EQ(tacext_guard_samples(nullptr), -1);
+  EXPECT_TRUE(std::isnan(tacext_guard_threshold(nullptr)));
+  EXPECT_TRUE(std::isnan(tacext_guard_false_positive_rate(nullptr)));
+  EXPECT_EQ(tacext_guard_head_norms(nullptr), nullptr);
   EXPECT_EQ(tacext_guard_threshold(guard), random.threshold);
 }
 
@@ -219,18 +280,27 @@ TEST_F(CInterface, RefusesWhatIsWrong) {
   EXPECT_EQ(none, nullptr);
   EXPECT_NE(std::string(message).find("/no/such/file"), std::string::npos);
   EXPECT_EQ(tacext_guard_load("/", &none, message, sizeof message), TACEXT_BAD_FILE);
+  const std::string pipe = testing::TempDir() + "tacext_guard_pipe";
+  ASSERT_EQ(mkfifo(pipe.c_str(), 0600), 0);  // whose reader would wait for ever
+  EXPECT_EQ(tacext_guard_load(pipe.c_str(), &none, message, sizeof message), TACEXT_BAD_FILE);
+  EXPECT_NE(std::string(message).find("no regular file"), std::string::npos);
+  std::remove(pipe.c_str());
   EXPECT_EQ(tacext_guard_load(nullptr, &none, message, 10), TACEXT_INVALID_ARGUMENT);
   EXPECT_EQ(std::string(message).size(), 9u);  // cut, and ended
   EXPECT_EQ(tacext_guard_parse("{}", 2, &none, nullptr, 0), TACEXT_BAD_FILE);
   tacext_guard_free(nullptr);
 }
 
-TEST_F(CInterface, ReadsAFile) {
+TEST_F(CInterface, ReadsAFileInAnyLocale) {
   const std::string path = testing::TempDir() + "tacext_guard_test.safetensors";
   std::ofstream(path, std::ios::binary) << RandomGuard::join(random.parts());
   tacext_guard* loaded = nullptr;
+  const std::string before = std::setlocale(LC_ALL, nullptr);
+  for (const char* locale : {"de_DE.UTF-8", "fr_FR.UTF-8"})  // where there are any
+    if (std::setlocale(LC_ALL, locale) != nullptr) break;
   EXPECT_EQ(tacext_guard_load(path.c_str(), &loaded, message, sizeof message), TACEXT_OK)
       << message;
+  std::setlocale(LC_ALL, before.c_str());
   EXPECT_EQ(tacext_guard_latents(loaded), 21);
   tacext_guard_free(loaded);
   std::remove(path.c_str());

@@ -54,8 +54,10 @@ struct GuardAnswer {
 };
 
 /// Judges every row, in float32: the same bits for any number of threads, rows or SIMD level.
-/// Everything is shared read-only: any number of callers may use one table at a time.
-/// T: float, double, Half or BFloat16.
+/// Sizes, strides and pointers are for the caller to check, as C++ allows; tacext.h checks them. No
+/// row is no error. A row that is not finite gets an infinite score, and the others are judged as
+/// ever. Everything is shared read-only: any number of callers may use one table at a time. T:
+/// float, double, Half or BFloat16.
 template <class T>
 TACEXT_API void guard_score(const GuardTable& table, const GuardInput<T>& input,
                             const GuardAnswer& answer, const ParallelFor& parallel_for);
@@ -79,6 +81,8 @@ class TACEXT_API GuardFile {
 
  private:
   struct Content;
+  static std::unique_ptr<GuardFile> parse_as(const char* argument, const void* bytes,
+                                             std::size_t size, std::string* error);
   explicit GuardFile(std::unique_ptr<Content> content);
   std::unique_ptr<Content> content_;
 };

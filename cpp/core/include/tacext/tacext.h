@@ -47,6 +47,7 @@ TACEXT_C_API tacext_status tacext_guard_parse(const void* bytes, size_t size, ta
                                               char* message, size_t message_size);
 TACEXT_C_API void tacext_guard_free(tacext_guard* guard);
 
+/* Of a null guard -1, NaN or null. */
 TACEXT_C_API int64_t tacext_guard_classes(const tacext_guard* guard);
 TACEXT_C_API int64_t tacext_guard_latents(const tacext_guard* guard);
 /* Clean samples behind its p-values. */
@@ -54,6 +55,9 @@ TACEXT_C_API int64_t tacext_guard_samples(const tacext_guard* guard);
 TACEXT_C_API double tacext_guard_false_positive_rate(const tacext_guard* guard);
 /* The score above which an input is flagged. */
 TACEXT_C_API float tacext_guard_threshold(const tacext_guard* guard);
+/* [classes], the lengths of the rows of the last layer that the guard was fitted on: compare them
+ * with those of your model. They live as long as the guard. */
+TACEXT_C_API const float* tacext_guard_head_norms(const tacext_guard* guard);
 
 /* Judges `count` >= 1 rows of latents (what flows into the model's last layer) and of its logits.
  *
