@@ -22,6 +22,7 @@ from .heads import check_model, model_dtype
 from .latent_tap import TappedModel, unwrapped
 from .observation import observe, solve
 from .second_look import SampleKeeper
+from .tensor_checks import check_same_device, check_tensor
 
 __all__ = ["Guard", "GuardInfo", "GuardOutput", "GuardScorer"]
 
@@ -302,7 +303,7 @@ def _check_rate(rate: object, operation: str) -> float:
 
 
 def _check_rows(operation: str, argument: str, value: object, width: int, like: Tensor) -> None:
-    ops.check_tensor(operation, argument, value)
+    check_tensor(operation, argument, value)
     assert isinstance(value, Tensor)
     if value.dim() != 2 or value.shape[1] != width or not len(value):
         raise InputError.of(
@@ -320,7 +321,7 @@ def _check_rows(operation: str, argument: str, value: object, width: int, like: 
             got=str(value.dtype),
             way_out="pass it as the model computes it",
         )
-    ops.check_same_device(operation, argument, value, "the guard", like)
+    check_same_device(operation, argument, value, "the guard", like)
     bad = (~torch.isfinite(value)).any(1).nonzero()
     if len(bad):
         raise InputError.of(

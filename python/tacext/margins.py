@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import ops
 from .errors import InputError
+from .tensor_checks import check_tensor
 
 # Logits gathered before they are folded into M: large batches are what the operator is fast at.
 _BUFFERED_VALUES = 4 * 2**20
@@ -35,7 +36,7 @@ class _Accumulator:
         self._batches = 0
 
     def _checked(self, logits: Tensor, operation: str) -> Tensor:
-        ops.check_tensor(operation, "logits", logits)
+        check_tensor(operation, "logits", logits)
         if logits.dim() != 2 or logits.dtype not in _DTYPES:
             raise InputError.of(
                 operation,

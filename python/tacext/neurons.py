@@ -13,6 +13,7 @@ from .data import DataLike, as_batches, sample_count
 from .errors import InputError
 from .heads import Head, check_model, evaluating, find_head, recording_latents, run_model
 from .progress import progress_bar
+from .tensor_checks import check_tensor
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -73,7 +74,7 @@ def score_neurons(
         InputError: a perturbation of the wrong length or not finite, and what `scan` raises.
     """
     check_model(model, "score_neurons")
-    ops.check_tensor("score_neurons", "perturbation", perturbation)
+    check_tensor("score_neurons", "perturbation", perturbation)
     totals: dict[str, Tensor] = {}
     samples = 0
     found: Head | None = None

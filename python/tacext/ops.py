@@ -17,8 +17,8 @@ from typing import Any
 import torch  # first: the native library resolves its symbols in torch's
 from torch import Tensor
 
-from .errors import DependencyError, InputError
-from .files import explain
+from .errors import DependencyError, InputError, printable
+from .tensor_checks import check_same_device, check_tensor
 
 OLDEST_TORCH = (2, 11)  # whose stable interface the native library was built for
 
@@ -45,7 +45,7 @@ except ImportError as error:
         "tacext",
         "torch",
         expected="one that tacext's native library loads with",
-        got=f"{torch.__version__} ({explain(error)})",
+        got=f"{torch.__version__} ({printable(str(error))})",
         way_out="install torch>=2.11,<2.14, or build tacext against this one: "
         "pip install --no-binary tacext --force-reinstall tacext",
     ) from error
@@ -153,43 +153,6 @@ def _call(operation: str, operator: Callable[..., Any], *arguments: Any) -> Any:
         if not found:
             raise
         raise InputError(found + message.split("\n")[0]) from None
-
-
-def check_tensor(operation: str, argument: str, value: object) -> None:
-    """Raises InputError unless the value is a dense tensor."""
-    if not isinstance(value, Tensor):
-        raise InputError.of(
-            operation,
-            argument,
-            expected="a torch.Tensor",
-            got=type(value).__name__,
-            way_out="convert it with torch.as_tensor",
-        )
-    if value.layout != torch.strided:
-        raise InputError.of(
-            operation,
-            argument,
-            expected="a dense tensor",
-            got=str(value.layout),
-            way_out="convert it with .to_dense()",
-        )
-
-
-def check_same_device(
-    operation: str, argument: str, value: Tensor, other_name: str, other: Tensor
-) -> None:
-    """Raises InputError unless both lie on one device: torch would dispatch by either.
-
-    A tensor of the meta device beside a real one would even get a result of the fake kernel.
-    """
-    if value.device != other.device:
-        raise InputError.of(
-            operation,
-            argument,
-            expected=f"{other.device}, the device of {other_name}",
-            got=str(value.device),
-            way_out="move one with .to()",
-        )
 
 
 def check_settings(settings: object, operation: str) -> None:
@@ -523,75 +486,4 @@ def _check_composite(operation: str, logits: Tensor) -> None:
         )
 
 
-# ---- fake kernels: shapes, dtypes and devices for torch.compile and torch.export -----------------
-
-
-def _empty_margins(logits: Tensor) -> Tensor:
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return logits.new_empty((logits.shape[1], logits.shape[1]), dtype=dtype)
-
-
-@torch.library.register_fake("tacext::pairwise_margin_max")
-def _fake_pairwise_margin_max(logits: Tensor) -> Tensor:
-    return _empty_margins(logits)
-
-
-@torch.library.register_fake("tacext::pairwise_margin_max_")
-def _fake_pairwise_margin_max_(out: Tensor, logits: Tensor) -> None:
-    check_same_device("pairwise_margin_max", "out", out, "logits", logits)
-
-
-@torch.library.register_fake("tacext::pairwise_margin_quantile")
-def _fake_pairwise_margin_quantile(logits: Tensor, keep: int) -> Tensor:
-    return _empty_margins(logits)
-
-
-@torch.library.register_fake("tacext::pairwise_margin_largest_")
-def _fake_pairwise_margin_largest_(largest: Tensor, logits: Tensor) -> None:
-    check_same_device("pairwise_margin_largest", "out", largest, "logits", logits)
-
-
-@torch.library.register_fake("tacext::minimal_perturbation")
-def _fake_minimal_perturbation(
-    weight: Tensor,
-    margins: Tensor,
-    scale: Tensor | None = None,
-    classes: Tensor | None = None,
-    tolerance: float = 1e-9,
-    max_iterations: int = 0,
-    closed_form: bool = True,
-) -> tuple[Tensor, ...]:
-    for name, value in (("margins", margins), ("scale", scale), ("classes", classes)):
-        if value is not None:
-            check_same_device("minimal_perturbation", name, value, "weight", weight)
-    rows = weight.shape[0] if classes is None else classes.shape[0]
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        return weight.new_empty(shape, dtype=dtype)
-
-    return (
-        empty(rows, weight.shape[1]),
-        empty(rows),
-        empty(rows, weight.shape[0]),
-        empty(rows, dtype=torch.int32),
-        empty(rows, dtype=torch.int64),
-        empty(rows, dtype=torch.int64),
-        empty(rows),
-        empty(rows),
-        empty(rows),
-    )
-
-
-@torch.library.register_fake("tacext::neuron_scores")
-def _fake_neuron_scores(activation: Tensor, gradient: Tensor) -> Tensor:
-    check_same_device("neuron_scores", "gradient", gradient, "activation", activation)
-    return activation.new_empty((activation.shape[1],), dtype=torch.float64)
-
-
-@torch.library.register_fake("tacext::guard_score")
-def _fake_guard_score(
-    latent: Tensor, logits: Tensor, *_table: Tensor | int
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_same_device("guard_score", "logits", logits, "latent", latent)
-    score = latent.new_empty((latent.shape[0],), dtype=torch.float32)
-    return score, torch.empty_like(score), torch.empty_like(score, dtype=torch.bool)
+from . import fake_kernels  # noqa: F401 - which need the operators
