@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import math
 import threading
 from pathlib import Path
@@ -207,7 +208,8 @@ def test_another_rate_needs_no_other_fit() -> None:
 def test_a_class_without_samples_is_told_and_guarded(caplog: pytest.LogCaptureFixture) -> None:
     images, labels = digit_case().data.defender
     keep = labels != 3
-    some = Guard.fit(digit_case().backdoored, (images[keep], labels[keep]), 0.05)
+    with caplog.at_level(logging.WARNING, "tacext.guard"):
+        some = Guard.fit(digit_case().backdoored, (images[keep], labels[keep]), 0.05)
     with torch.no_grad():
         taken = digit_case().backdoored(images[keep]).argmax(1)
     expected = tuple(k for k in range(10) if not bool((taken == k).any()))
@@ -312,7 +314,9 @@ def test_autocast_rounds_no_distances() -> None:
 
 def test_samples_that_come_again_count_once(caplog: pytest.LogCaptureFixture) -> None:
     images, labels = digit_case().data.defender
-    again = Guard.fit(digit_case().backdoored, (images.repeat(4, 1, 1, 1), labels.repeat(4)), 0.05)
+    repeated = images.repeat(4, 1, 1, 1), labels.repeat(4)
+    with caplog.at_level(logging.WARNING, "tacext.guard"):
+        again = Guard.fit(digit_case().backdoored, repeated, 0.05)
     assert again.info.samples == guard().info.samples
     assert "came more than once" in caplog.text
 

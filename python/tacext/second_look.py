@@ -54,10 +54,11 @@ class SampleKeeper:
     """
 
     def __init__(
-        self, seed: int = 0, most: int = MOST_SAMPLES, most_bytes: int = MOST_BYTES
+        self, seed: int = 0, most: int | None = None, most_bytes: int | None = None
     ) -> None:
         self._generator = torch.Generator().manual_seed(seed)
-        self._most, self._most_bytes = most, most_bytes
+        self._most = MOST_SAMPLES if most is None else most
+        self._most_bytes = MOST_BYTES if most_bytes is None else most_bytes
         self._keys = torch.zeros(0, dtype=torch.float64)
         self._inputs: Tensor | None = None
         self._labels = torch.zeros(0, dtype=torch.int64)
