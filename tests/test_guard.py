@@ -312,6 +312,13 @@ def test_autocast_rounds_no_distances() -> None:
             assert same(fitted.plain(latent[500:], logits[500:]), expected)
 
 
+def test_a_model_that_is_wrong_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    images, labels = digit_case().data.defender
+    with caplog.at_level(logging.WARNING, "tacext.guard"):
+        Guard.fit(digit_case().backdoored, (images, (labels + 1) % 10), 0.05)
+    assert "the model is right on 0 % of the samples alone" in caplog.text
+
+
 def test_samples_that_come_again_count_once(caplog: pytest.LogCaptureFixture) -> None:
     images, labels = digit_case().data.defender
     repeated = images.repeat(4, 1, 1, 1), labels.repeat(4)

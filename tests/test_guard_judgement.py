@@ -27,6 +27,9 @@ def test_a_set_is_judged_as_its_images_are() -> None:
     assert not clean.suspicious
     mixed = torch.cat([images, demo.white_corner(images[:60].clone())])
     assert judge(guard, (mixed, torch.cat([labels, labels[:60]]))).suspicious
+    assert torch.equal(judge(guard, images).output.score, clean.output.score)  # without labels
+    alone = Guard.fit(case.backdoored, case.data.defender[0], 0.05)
+    assert torch.equal(alone.scorer.mean, guard.scorer.mean)
     with pytest.raises(InputError, match=r"judge: data: expected inputs that the model takes"):
         judge(guard, (torch.rand(4, 3, 8, 8), labels[:4]))
 

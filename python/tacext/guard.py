@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -54,6 +55,10 @@ class Guard(nn.Module):
         self.info = info
         self.eval()
 
+    def extra_repr(self) -> str:
+        """What it was fitted on, for print."""
+        return f"{self.info.samples} samples, false_positive_rate={self.info.false_positive_rate:g}"
+
     def train(self, mode: bool = True) -> Guard:
         """Stays in evaluation mode: batch norm would mix the samples."""
         del mode
@@ -64,7 +69,7 @@ class Guard(nn.Module):
     def fit(
         cls,
         model: nn.Module,
-        data: DataLike,
+        data: DataLike | Tensor,
         false_positive_rate: float = 0.01,
         *,
         head: str | None = None,
@@ -77,7 +82,8 @@ class Guard(nn.Module):
         Args:
             model: the classifier, as for `scan`; left as it is.
             data: clean samples with labels, as for `scan`, like those that production will see, and
-                new to the model. Of equal latents one is used. Labels are read, not used.
+                new to the model; or the inputs alone, as one tensor. Of equal latents one is used.
+                Labels only serve to warn where the model is wrong on most of the samples.
             false_positive_rate: the share of clean inputs that may be flagged, 0 < rate < 1, on
                 average over all of them and over guards fitted on samples like these. Of one guard
                 the share differs from it by chance, less with more samples; inputs of rare classes
@@ -100,7 +106,7 @@ class Guard(nn.Module):
         examples = SampleKeeper(seed, 4)
         observation = observe(
             model,
-            data,
+            labelled(data),
             head=head,
             batch_size=batch_size,
             progress=progress,
@@ -131,6 +137,13 @@ class Guard(nn.Module):
             model_norms=_norms(model),
             created_with=ops.build_info().version,
         )
+        accuracy = observation.correct / observation.samples
+        if not isinstance(data, Tensor) and accuracy < 0.5:
+            logger.warning(
+                "Guard.fit: the model is right on %.0f %% of the samples alone; check their "
+                "normalisation and labels",
+                100 * accuracy,
+            )
         if unseen := info.unseen_classes:
             few = ", ".join(map(str, unseen[:8])) + (", ..." if len(unseen) > 8 else "")
             logger.warning(
@@ -241,11 +254,18 @@ class Guard(nn.Module):
                 operation,
                 "model",
                 expected=f"the model that the guard in {path} was fitted on, with the head {info.head!r}",
-                got=f"a {type(model).__name__} with other weights",
+                got=f"a {type(model).__name__} with other weights or another normalisation",
                 way_out="load that model, with the same normalisation around it, or fit a guard for this",
             )
         tapped = TappedModel(model, info.head, info.ends_in_head)
         return cls(tapped, scorer.to(tapped.head.weight.device), info)
+
+
+def labelled(data: DataLike | Tensor) -> DataLike:
+    """The data, inputs alone with a label that nobody reads."""
+    if isinstance(data, Tensor) and data.dim():
+        return data, torch.zeros(len(data), dtype=torch.int64)
+    return cast(DataLike, data)
 
 
 def _check_batch(inputs: object) -> None:

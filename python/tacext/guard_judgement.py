@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from .data import DataLike, as_batches, sample_count
-from .guard import Guard
+from .guard import Guard, labelled
 from .guard_monitor import GuardMonitor
 from .guard_scoring import GuardOutput
 from .heads import call_model, evaluating
@@ -37,13 +38,13 @@ class Judgement:
 
 
 def judge(
-    guard: Guard, data: DataLike, *, batch_size: int = 256, progress: bool | None = None
+    guard: Guard, data: DataLike | Tensor, *, batch_size: int = 256, progress: bool | None = None
 ) -> Judgement:
     """Runs a guarded model on images, and counts what looks like a trigger.
 
     Args:
         guard: fitted or loaded.
-        data: as for `scan`; labels are not used.
+        data: as for `scan`, of which labels are not used; or the inputs alone, as one tensor.
         batch_size: of the passes.
         progress: whether to show a progress bar; None shows it on a terminal.
 
@@ -51,6 +52,7 @@ def judge(
         InputError: images that the model does not take, and what `as_batches` raises of data.
     """
     operation = "judge"
+    data = labelled(data)
     monitor = GuardMonitor(guard.info.false_positive_rate, guard.info.samples)
     found: list[GuardOutput] = []
     bar = progress_bar("images", sample_count(data), progress)

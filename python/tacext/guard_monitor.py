@@ -55,6 +55,12 @@ class GuardMonitor:
         self.histogram = [0] * BINS
         self._lock = threading.Lock()
 
+    def __repr__(self) -> str:
+        return (
+            f"GuardMonitor({self.flagged} of {self.inputs} inputs flagged, promised "
+            f"{self.false_positive_rate:g} from {self.samples} samples)"
+        )
+
     def update(self, output: GuardOutput) -> None:
         """Counts a batch."""
         flagged = int(output.flagged.sum())

@@ -244,6 +244,6 @@ def threshold_at(
             "false_positive_rate",
             expected=f"{1 / (samples + 1):.4g} or more, as there are {counted(samples, 'sample')}",
             got=f"{rate:g}",
-            way_out=f"fit a guard on {math.ceil(1 / rate) - 1} samples or more, or ask for less",
+            way_out=f"fit a guard on {math.ceil(1 / rate) - 1} samples or more, or allow more false alarms",
         )
     return knots[int(enough[0]) - 1].clone()

@@ -167,14 +167,7 @@ def guard_table(guard: Guard) -> RenderableType:
         f"guard of {info.samples} samples: {info.num_classes} classes, layer {info.head or '(model)'}",
         f"flags {info.false_positive_rate:.3g} of clean inputs, on average over guards like it",
     ]
-    warnings = []
-    if unseen := info.unseen_classes:
-        few = ", ".join(map(str, unseen[:8])) + (", ..." if len(unseen) > 8 else "")
-        many = counted(len(unseen), "class", "classes")
-        warnings.append(
-            f"no sample was taken for {many} ({few}); inputs taken for them will mostly be flagged"
-        )
-    return Group(*map(Text, lines), *(Text(f"warning: {w}", "yellow") for w in warnings))
+    return Group(*map(Text, lines))
 
 
 def judgement_table(judgement: Judgement) -> RenderableType:
@@ -195,11 +188,12 @@ def judgement_table(judgement: Judgement) -> RenderableType:
     p = monitor.excess_p_value
     return Group(
         *([table] if flagged else []),
-        *([Text(f"... and {more} more, in the JSON file of --json")] if more > 0 else []),
+        *([Text(f"... and {more} more; --json lists them all")] if more > 0 else []),
         Text(
             f"{monitor.flagged} of {counted(monitor.inputs, 'image')} flagged: {monitor.flagged_share:.2%}"
         ),
         Text(f"promised of clean images: {monitor.false_positive_rate:.2%}"),
         Text(f"{word}, p {'< 1e-15' if p < 1e-15 else f'= {p:.2g}'}"),
+        Text(f"unevenness of all p-values (drift): p = {monitor.drift_p_value:.2g}"),
         *([Text(f"{monitor.not_finite} of them not finite")] if monitor.not_finite else []),
     )

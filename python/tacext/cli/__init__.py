@@ -34,8 +34,8 @@ def cli(verbose: bool) -> None:
         handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
         force=True,
     )
-    # What a scan, a repair and a guard warn of stands in their tables.
-    for name in ("tacext.scanning", "tacext.repairing", "tacext.guard"):
+    # What a scan and a repair warn of stands in their tables.
+    for name in ("tacext.scanning", "tacext.repairing"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
 
 

@@ -16,7 +16,7 @@ class ExitCode(IntEnum):
 
 
 EXIT_CODE_HELP = (
-    "Exit codes: 0 clean (or done), 1 backdoored (or more flagged than promised), 2 error, 3 inconclusive, "
+    "Exit codes: 0 clean (or done), 1 backdoored (or more flagged than clean images explain), 2 error, 3 inconclusive, "
     "4 wrong usage, 5 repair rolled back, 130 interrupted."
 )
 
