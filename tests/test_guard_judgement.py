@@ -64,6 +64,11 @@ def test_the_command_line_fits_and_judges(saved: Path, capsys: pytest.CaptureFix
     judging = ("guard", "judge", *model, "--guard", guard, "--json", result, "--data")
     assert run(*judging, saved / "clean.npz") == ExitCode.CLEAN
     assert "no more than of clean images" in capsys.readouterr().out
+    with np.load(saved / "clean.npz") as clean:
+        np.savez(saved / "unlabelled.npz", x=clean["x"])
+    assert run(*judging, saved / "unlabelled.npz") == ExitCode.CLEAN
+    assert run("scan", *model, "--data", saved / "unlabelled.npz") == ExitCode.ERROR
+    assert "expected arrays x and y" in capsys.readouterr().err
     assert run(*judging, saved / "triggered.npz") == ExitCode.BACKDOORED
     assert "more than clean images explain, p < 1e-15" in capsys.readouterr().out
     told = json.loads(result.read_text())

@@ -40,6 +40,7 @@ def load_images(
     *,
     split: str | None = None,
     size: tuple[int, int] | None = None,
+    need_labels: bool = True,
 ) -> ImageSet:
     """Loads labelled images into memory; what the path is decides how.
 
@@ -54,6 +55,7 @@ def load_images(
         path: the file or folder.
         split: which part to load, where there are several.
         size: (H, W) to resize to (antialiased bilinear); for folders of images only.
+        need_labels: without, an .npz may hold x alone; all its labels are then 0.
 
     Returns:
         An ImageSet: uint8 images, or float32 where an .npz holds floats, which stay as they are.
@@ -67,7 +69,7 @@ def load_images(
     if size is not None:
         _check_size(size)
     try:
-        return _load(source, split, size)
+        return _load(source, split, size, need_labels)
     except TacextError:
         raise
     except OSError as error:
@@ -79,7 +81,9 @@ def load_images(
         ) from error
 
 
-def _load(source: Path, split: str | None, size: tuple[int, int] | None) -> ImageSet:
+def _load(
+    source: Path, split: str | None, size: tuple[int, int] | None, need_labels: bool
+) -> ImageSet:
     if source.is_dir():
         layout = next((known for known in (CIFAR10, CIFAR100) if known.is_in(source)), None)
         if layout is not None:
@@ -90,7 +94,7 @@ def _load(source: Path, split: str | None, size: tuple[int, int] | None) -> Imag
     elif source.is_file():
         suffix = source.suffix.lower()
         if suffix == ".npz":
-            result = _load_npz(source, split)
+            result = _load_npz(source, split, need_labels)
         elif suffix == ".bin":
             if split is not None:
                 _check_split(split, [], source)
@@ -149,14 +153,18 @@ def _check_split(split: str | None, found: list[str], source: Path) -> str:
 # ---- .npz ----------------------------------------------------------------------------------------
 
 
-def _load_npz(source: Path, split: str | None) -> ImageSet:
+def _load_npz(source: Path, split: str | None, need_labels: bool) -> ImageSet:
     with source.open("rb") as file:
         _refuse_bomb(source, file)
         try:
             with np.load(file, allow_pickle=False) as archive:
-                x_key, y_key = _npz_keys(archive.files, split, source)
+                names = archive.files
+                if not need_labels:  # those that are not there are not asked for
+                    names = names + [f"y{n[1:]}" for n in names if n == "x" or n[:2] == "x_"]
+                x_key, y_key = _npz_keys(names, split, source)
                 x: Array = archive[x_key]
-                y: Array = archive[y_key]
+                known = y_key in archive.files
+                y: Array = archive[y_key] if known else np.zeros(len(np.atleast_1d(x)), np.int64)
         except TacextError:
             raise
         except Exception as error:  # zip, zlib and numpy raise many kinds on damaged bytes

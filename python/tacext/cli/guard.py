@@ -72,12 +72,14 @@ def fit_command(
 def judge_command(given: ModelAndData, guard_path: str) -> ExitCode:
     """Run the model in WEIGHTS on images, and say which look like ones with a trigger.
 
+    They need no labels: an .npz may hold x alone, a folder of images may have one folder inside.
+
     Exits with 1 where more are flagged than clean images explain (p below 0.01), else with 0.
     """
     given.check_outputs("guard judge", {"json": given.json_path}, {"--guard": guard_path})
     model = given.load_model()
     guard = Guard.load(guard_path, model)
-    images = given.load_images()
+    images = given.load_images(need_labels=False)
     judgement = judge(guard, images, batch_size=given.batch_size or BATCH_SIZE)
     if given.json_path is not None:
         content = guard_to_dict(guard, judgement, given.source | {"guard": guard_path})

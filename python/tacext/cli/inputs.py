@@ -197,10 +197,12 @@ class ModelAndData:
             return model
         return Normalized(model, self.mean, self.std).eval()
 
-    def load_images(self) -> ImageSet:
+    def load_images(self, need_labels: bool = True) -> ImageSet:
         """The images, or a random choice of them."""
         assert self.data_path is not None  # only a scan can do without
-        images = load_images(self.data_path, split=self.split, size=self.size)
+        images = load_images(
+            self.data_path, split=self.split, size=self.size, need_labels=need_labels
+        )
         if self.samples is None:
             return images
         if self.samples > len(images):
