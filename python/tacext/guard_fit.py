@@ -73,16 +73,7 @@ class Geometry:
 
     def parts(self, latent: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The four numbers of each latent, and the predicted classes."""
-        return guard_parts(
-            latent,
-            logits,
-            self.mean,
-            self.inverse_spread,
-            self.basis,
-            self.near_weight,
-            self.far_weight,
-            self.direction,
-        )
+        return guard_parts(latent, logits, **vars(self))
 
 
 def _principal(y: Tensor, rank: int, free: int) -> tuple[Tensor, Tensor]:
@@ -176,18 +167,13 @@ def fit_scorer(
     threshold = threshold_at(knots, exceeding, samples, false_positive_rate, operation)
     geometry = Geometry.of(latent, predicted, perturbation)
     return GuardScorer(
-        geometry.mean,
-        geometry.inverse_spread,
-        geometry.basis,
-        geometry.near_weight,
-        geometry.far_weight,
-        geometry.direction,
-        location.float(),
-        inverse.float(),
-        knots,
-        exceeding,
-        threshold,
-        torch.tensor(samples),
+        **vars(geometry),
+        location=location.float(),
+        inverse_deviation=inverse.float(),
+        knots=knots,
+        exceeding=exceeding,
+        threshold=threshold,
+        samples=torch.tensor(samples),
     )
 
 

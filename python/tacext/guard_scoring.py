@@ -15,7 +15,7 @@ elsewhere in the first two. A p-value is the rank of the score among those of cl
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -150,22 +150,9 @@ class GuardScorer(nn.Module):
 
     @torch.jit.unused
     def _native(self, latent: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.guard_score(
-            latent,
-            logits,
-            self.mean,
-            self.inverse_spread,
-            self.basis,
-            self.near_weight,
-            self.far_weight,
-            self.direction,
-            self.location,
-            self.inverse_deviation,
-            self.knots,
-            self.exceeding,
-            self.threshold,
-            int(self.samples),
-        )
+        table = cast(dict[str, Tensor], dict(self._buffers))
+        samples = int(table.pop("samples"))
+        return ops.guard_score(latent, logits, **table, samples=samples)
 
     @torch.jit.unused
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
