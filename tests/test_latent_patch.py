@@ -26,8 +26,9 @@ from tacext import (
     remove_latent_patch,
     save_weights,
 )
+from tacext.guard_fit import cross_scores, perturbations_of
 from tacext.heads import Head, find_head
-from tacext.latent_patch import PatchedHead, with_latent_patch
+from tacext.latent_patch import LatentLimit, PatchedHead, with_latent_patch
 from tacext.latent_patch_fit import LedLatents, fit_latent_patch
 
 
@@ -66,6 +67,14 @@ def random_patch(
     )
 
 
+def random_limit(generator: torch.Generator, head: nn.Linear) -> LatentLimit:
+    latent = torch.randn(300, 6, generator=generator)
+    logits = functional.linear(latent, head.weight.float(), head.bias.float())
+    perturbation = perturbations_of(latent, logits, head.weight.detach().float(), "test")
+    found = cross_scores(latent, logits, perturbation, 0)
+    return LatentLimit(torch.tensor([0.4, 0.8, 1e30]), **found.scorer)
+
+
 def reference(patch: LatentPatch, head: nn.Linear, phi: Tensor) -> Tensor:
     """One latent [D] after the other, as the class says it."""
     target = int(head(phi).argmax())
@@ -73,6 +82,12 @@ def reference(patch: LatentPatch, head: nn.Linear, phi: Tensor) -> Tensor:
         max(0.0, float(v @ phi - c)) if k == target else 0.0
         for v, c, k in zip(patch.direction, patch.threshold, patch.targets.tolist(), strict=True)
     ]
+    if patch.limit is not None:
+        score = patch.limit.score(phi[None], head(phi)[None])[0]
+        if float(score) > float(patch.limit.limit[target]):
+            for way, k in enumerate(patch.targets.tolist()):
+                if k == target and not bool((patch.change[way] != 0).any()):
+                    excess[way] = max(1.0, excess[way])
     beyond = [way for way, e in enumerate(excess) if e > 0]
     if not beyond:
         return phi
@@ -101,6 +116,7 @@ def test_it_computes_what_it_says(seed: int) -> None:
     patch, head = random_patch(generator), random_head(generator)
     patch.change[seed % 4 : 3] = 0  # of none, or of some, or of all ways the change is not known
     patch.left[seed % 4 : 3] = 0
+    patch.limit = random_limit(generator, head) if seed % 3 else None
     latent = torch.randn(20, 6, generator=generator, dtype=torch.float64)
     expected = torch.stack([reference(patch, head, phi) for phi in latent])
     limited = patch(latent, head)
@@ -189,12 +205,17 @@ def test_a_patched_model_is_saved_and_loaded(tmp_path: Path) -> None:
         assert torch.equal(loaded(images), model(images))
     state = {name: value.clone() for name, value in model.state_dict().items()}
     name = next(n for n in state if n.endswith("patch.centre"))
+    basis = next(n for n in state if n.endswith("patch.limit.basis"))
     for damaged in (
         {n: v for n, v in state.items() if n != name},
         state | {name: state[name][:, :5].clone()},
         state | {name: state[name][0].clone()},
         state | {name: state[name].to(torch.int64)},
         state | {"patch.direction": state[name]},
+        {n: v for n, v in state.items() if n != basis},
+        state | {basis: state[basis][:5].clone()},
+        state | {basis: state[basis][0].clone()},
+        state | {basis: state[basis].to(torch.int64)},
     ):
         save_weights(damaged, file)
         with pytest.raises(InputError, match="load_model: arch: expected"):
@@ -239,6 +260,35 @@ def test_fitted_on_the_trigger_itself_it_restores_the_answers() -> None:
     patched, patched_head = with_latent_patch(model, head, patch)
     assert patched.get_submodule(patched_head.name) is patched_head.module
     assert torch.equal(patched_head.weight, head.weight)
+
+
+def test_what_no_way_shows_is_told_by_where_clean_latents_lie() -> None:
+    """The trigger of the digits, of which nothing was found but s_t: a shift of every latent."""
+    _, head, latent, led = head_and_latents()
+    s_t = perturbations_of(latent, head.logits(latent), head.weight.detach(), "test")[demo.TARGET]
+    way = LedLatents(demo.TARGET, latent + s_t.float(), None)
+    patch = fit_latent_patch(head, latent, [way], PatchSettings())
+    assert patch.limit is not None
+    others = head.logits(latent).argmax(1) != demo.TARGET
+    left = []
+    for limit in (None, patch.limit):
+        patch.limit = limit
+        answers = head.logits(patch(led, head.module)).argmax(1)[others]
+        left.append(float((answers == demo.TARGET).double().mean()))
+    assert left[1] < left[0] - 0.2
+    named = {name for name, value in enumerate(patch.limit.limit.tolist()) if value < 1e30}
+    assert named == {demo.TARGET}
+    clean = latent[head.logits(latent).argmax(1) == demo.TARGET]
+    passed = float((patch(clean, head.module) == clean).all(1).double().mean())
+    assert passed >= 0.98 - 1.5 / len(clean)
+
+
+def test_the_limit_stays_in_single_precision() -> None:
+    patch = next(m for m in repaired().model.modules() if isinstance(m, LatentPatch))
+    half = copy.deepcopy(patch).to(torch.float16)
+    assert half.direction.dtype == torch.float16
+    assert half.limit is not None
+    assert {buffer.dtype for buffer in half.limit.buffers()} == {torch.float32}
 
 
 def test_lowering_moves_the_targets_logit_alone() -> None:

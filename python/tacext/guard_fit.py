@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import ops
 from .guard_scoring import (
     PARTS,
     GuardScorer,
@@ -21,6 +22,7 @@ from .guard_scoring import (
     join_parts,
     threshold_at,
 )
+from .latents import LatentMoments
 
 # Chosen on the detection bench together with the parts of the score (docs/guard.md).
 NEAR_RANK, FAR_RANK, ALIGNED_RANK = 8, 32, 16
@@ -134,20 +136,41 @@ def _limit(parts: Tensor) -> Tensor:
     return parts.sort(0).values[rank].clamp(min=1e-3)
 
 
-def fit_scorer(
-    latent: Tensor,
-    logits: Tensor,
-    perturbation: Tensor,
-    false_positive_rate: float,
-    seed: int,
-    operation: str,
-) -> GuardScorer:
-    """A scorer for clean latents [N, D] with logits [N, C] and the perturbations s_k, [C, D].
+def perturbations_of(latent: Tensor, logits: Tensor, weight: Tensor, operation: str) -> Tensor:
+    """s_k of every class [C, D] in the standardized metric, from clean latents and logits alone."""
+    moments = LatentMoments.empty(latent.shape[1])
+    moments.update(latent)
+    solved = ops.minimal_perturbation(
+        weight,
+        ops.pairwise_margin_max(logits),
+        scale=moments.standardized_scale(operation).to(weight.device),
+    )
+    return solved.perturbation
 
-    Raises:
-        InputError: too few samples for the rate.
+
+@dataclass(frozen=True, eq=False)
+class CrossScores:
+    """What clean samples score when others say what is usual.
+
+    Attributes:
+        score: float64 [N].
+        scorer: what says so of any other latent, from all samples: the tensors of a `LatentScorer`.
     """
-    logits, classes, samples = logits.float(), logits.shape[1], len(latent)
+
+    score: Tensor
+    scorer: dict[str, Tensor]
+
+
+def cross_scores(latent: Tensor, logits: Tensor, perturbation: Tensor, seed: int) -> CrossScores:
+    """Scores of clean latents [N, D] with logits [N, C], each fold scored by what the others say.
+
+    Args:
+        latent: float32, on the CPU.
+        logits: likewise.
+        perturbation: s_k, [C, D].
+        seed: which deals the samples into folds.
+    """
+    samples, classes = logits.shape
     predicted = logits.argmax(1)
     generator = torch.Generator().manual_seed(seed)
     folds = FOLDS_OF_FEW if samples < _FEW else FOLDS
@@ -163,13 +186,30 @@ def fit_scorer(
         own, rest = fold == f, fold != f
         scores[own] = join_parts(parts[own].double(), *_units(parts, predicted, rest, own, classes))
     location, inverse = _units_of(parts, predicted, classes)
-    knots, exceeding = calibration_table(scores, EXACT_KNOTS)
-    threshold = threshold_at(knots, exceeding, samples, false_positive_rate, operation)
     geometry = Geometry.of(latent, predicted, perturbation)
+    units = {"location": location.float(), "inverse_deviation": inverse.float()}
+    return CrossScores(scores, {**vars(geometry), **units})
+
+
+def fit_scorer(
+    latent: Tensor,
+    logits: Tensor,
+    perturbation: Tensor,
+    false_positive_rate: float,
+    seed: int,
+    operation: str,
+) -> GuardScorer:
+    """A scorer for clean latents [N, D] with logits [N, C] and the perturbations s_k, [C, D].
+
+    Raises:
+        InputError: too few samples for the rate.
+    """
+    logits, samples = logits.float(), len(latent)
+    found = cross_scores(latent, logits, perturbation, seed)
+    knots, exceeding = calibration_table(found.score, EXACT_KNOTS)
+    threshold = threshold_at(knots, exceeding, samples, false_positive_rate, operation)
     return GuardScorer(
-        **vars(geometry),
-        location=location.float(),
-        inverse_deviation=inverse.float(),
+        **found.scorer,
         knots=knots,
         exceeding=exceeding,
         threshold=threshold,

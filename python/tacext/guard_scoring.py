@@ -49,8 +49,8 @@ class GuardOutput(NamedTuple):
 pytree._register_namedtuple(GuardOutput, serialized_type_name="tacext.GuardOutput")
 
 
-class GuardScorer(nn.Module):
-    """Scores latents and logits against what was seen of clean ones; knows no model.
+class LatentScorer(nn.Module):
+    """Scores latents against clean ones of the class that they are taken for; knows no model.
 
     The buffers stay float32 whatever the module is converted to, and all is computed in float32.
 
@@ -62,10 +62,6 @@ class GuardScorer(nn.Module):
             the two squared distances; y = (phi - mu_k) / spread.
         direction: [C, D], the filter along s_k, applied to y.
         location, inverse_deviation: [C, 4], which make the four numbers comparable.
-        knots: [K], rising scores of clean samples.
-        exceeding: [K + 1], how many of n clean samples score more than each knot, n first.
-        threshold: [], the score above which inputs are flagged.
-        samples: int64 [], n.
     """
 
     mean: Tensor
@@ -76,6 +72,69 @@ class GuardScorer(nn.Module):
     direction: Tensor
     location: Tensor
     inverse_deviation: Tensor
+
+    def __init__(
+        self,
+        mean: Tensor,
+        inverse_spread: Tensor,
+        basis: Tensor,
+        near_weight: Tensor,
+        far_weight: Tensor,
+        direction: Tensor,
+        location: Tensor,
+        inverse_deviation: Tensor,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("inverse_spread", inverse_spread)
+        self.register_buffer("basis", basis)
+        self.register_buffer("near_weight", near_weight)
+        self.register_buffer("far_weight", far_weight)
+        self.register_buffer("direction", direction)
+        self.register_buffer("location", location)
+        self.register_buffer("inverse_deviation", inverse_deviation)
+
+    def score(self, latent: Tensor, logits: Tensor) -> Tensor:
+        """The score [N] of latents [N, D] with logits [N, C], in torch's own operators.
+
+        Infinite where the latent or its logits are not finite.
+        """
+        parts, predicted = guard_parts(
+            latent,
+            logits,
+            self.mean,
+            self.inverse_spread,
+            self.basis,
+            self.near_weight,
+            self.far_weight,
+            self.direction,
+        )
+        score = join_parts(parts, self.location[predicted], self.inverse_deviation[predicted])
+        # What is not a number is no clean input.
+        finite = torch.isfinite(score) & torch.isfinite(logits).all(1)
+        return torch.where(finite, score, torch.inf)
+
+    @torch.jit.unused
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in self._buffers.items():
+            before = kept[name]
+            if buffer is not None and before is not None and buffer.dtype != before.dtype:
+                self._buffers[name] = before.to(buffer.device)
+        return self
+
+
+class GuardScorer(LatentScorer):
+    """Scores, their ranks among those of clean samples, and what is flagged.
+
+    Attributes:
+        knots: [K], rising scores of clean samples.
+        exceeding: [K + 1], how many of n clean samples score more than each knot, n first.
+        threshold: [], the score above which inputs are flagged.
+        samples: int64 [], n.
+    """
+
     knots: Tensor
     exceeding: Tensor
     threshold: Tensor
@@ -96,15 +155,16 @@ class GuardScorer(nn.Module):
         threshold: Tensor,
         samples: Tensor,
     ) -> None:
-        super().__init__()
-        self.register_buffer("mean", mean)
-        self.register_buffer("inverse_spread", inverse_spread)
-        self.register_buffer("basis", basis)
-        self.register_buffer("near_weight", near_weight)
-        self.register_buffer("far_weight", far_weight)
-        self.register_buffer("direction", direction)
-        self.register_buffer("location", location)
-        self.register_buffer("inverse_deviation", inverse_deviation)
+        super().__init__(
+            mean,
+            inverse_spread,
+            basis,
+            near_weight,
+            far_weight,
+            direction,
+            location,
+            inverse_deviation,
+        )
         self.register_buffer("knots", knots)
         self.register_buffer("exceeding", exceeding)
         self.register_buffer("threshold", threshold)
@@ -124,20 +184,7 @@ class GuardScorer(nn.Module):
         """The same in torch's own operators, up to rounding: on a GPU, compiled or exported."""
         latent, logits_in = latent.detach(), logits
         logits = logits.detach()
-        parts, predicted = guard_parts(
-            latent,
-            logits,
-            self.mean,
-            self.inverse_spread,
-            self.basis,
-            self.near_weight,
-            self.far_weight,
-            self.direction,
-        )
-        score = join_parts(parts, self.location[predicted], self.inverse_deviation[predicted])
-        # What is not a number is no clean input.
-        finite = torch.isfinite(score) & torch.isfinite(logits).all(1)
-        score = torch.where(finite, score, torch.inf)
+        score = self.score(latent, logits)
         below = (self.knots < score[:, None]).sum(1)
         p_value = (1 + self.exceeding[below]) / (1 + self.samples)
         return GuardOutput(logits_in, score, p_value, score > self.threshold)
@@ -153,16 +200,6 @@ class GuardScorer(nn.Module):
         table = cast(dict[str, Tensor], dict(self._buffers))
         samples = int(table.pop("samples"))
         return ops.guard_score(latent, logits, **table, samples=samples)
-
-    @torch.jit.unused
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in self._buffers.items():
-            before = kept[name]
-            if buffer is not None and before is not None and buffer.dtype != before.dtype:
-                self._buffers[name] = before.to(buffer.device)
-        return self
 
 
 def guard_parts(

@@ -4,8 +4,9 @@ Nothing is trained. What leads inputs into a target (`input_adversary`) moves th
 trigger does, and so three things are known of each such way: along which direction these latents
 differ from the clean ones of the target, which change they carry, and what they were without. A
 latent that the head takes for the target, and that lies further along than clean ones do, has the
-change taken off; where the target is still ahead, its logit is lowered. All others pass as they are,
-bit by bit.
+change taken off; where the target is still ahead, its logit is lowered. Of a way that nobody found
+only this is known, that latents which take it lie where clean ones of the target do not: they are
+told as a guard tells them, and the logit is lowered. All others pass as they are, bit by bit.
 """
 
 from __future__ import annotations
@@ -13,18 +14,42 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .errors import InputError
+from .guard_scoring import PARTS, LatentScorer
 from .heads import Head, HeadModule
 
 logger = logging.getLogger(__name__)
 
-_BUFFERS = ("direction", "threshold", "centre", "change", "left", "right", "lowering", "targets")
+BUFFERS = ("direction", "threshold", "centre", "change", "left", "right", "lowering", "targets")
+_LIMIT_BUFFERS = (
+    *("mean", "inverse_spread", "basis", "near_weight", "far_weight", "direction"),
+    *("location", "inverse_deviation", "limit"),
+)
+
+
+class LatentLimit(LatentScorer):
+    """Tells latents that lie where clean ones of the class they are taken for do not.
+
+    Attributes:
+        limit: float32 [C], the highest score that passes; the largest number for classes without a limit.
+    """
+
+    limit: Tensor
+
+    def __init__(self, limit: Tensor, **scorer: Tensor) -> None:
+        super().__init__(**scorer)
+        self.register_buffer("limit", limit)
+
+    def forward(self, latent: Tensor, logits: Tensor) -> Tensor:
+        """Whether each latent [N, D] with logits [N, C] is beyond it, bool [N]."""
+        latent, logits = latent.detach(), logits.detach()
+        return self.score(latent, logits) > self.limit[logits.argmax(1)]
 
 
 class LatentPatch(nn.Module):
@@ -38,7 +63,8 @@ class LatentPatch(nn.Module):
     what the way does. e is the largest of t's ways, and k is the way whose mean a_k is nearest among
     those with e_k > 0, one whose change is known if there is any. d_k is the mean change of that way,
     B_k says how the change depends on the latent, and m_k lowers t against every other class, by 1 at
-    least: t falls as far behind as it was ahead, or further.
+    least: t falls as far behind as it was ahead, or further. Of a latent that is beyond its class's
+    `LatentLimit`, too, e_k is 1 at least for the ways whose change is not known.
 
     Args:
         direction: v, [K, D].
@@ -48,6 +74,8 @@ class LatentPatch(nn.Module):
         left, right: B of rank R, [K, D, R] and [K, R, D].
         lowering: m, [K, D].
         targets: the class that each way leads to, int64 [K].
+        limit: what tells latents that lie where clean ones of a target do not; None for nothing. For
+            every target that it limits there must be a way of which the change is not known.
     """
 
     direction: Tensor
@@ -69,11 +97,13 @@ class LatentPatch(nn.Module):
         right: Tensor,
         lowering: Tensor,
         targets: Tensor,
+        limit: LatentLimit | None = None,
     ) -> None:
         super().__init__()
         given = (direction, threshold, centre, change, left, right, lowering, targets)
-        for name, value in zip(_BUFFERS, given, strict=True):
+        for name, value in zip(BUFFERS, given, strict=True):
             self.register_buffer(name, value)
+        self.limit = limit
 
     def forward(self, latent: Tensor, head: HeadModule) -> Tensor:
         """The latents [N, D], or [N, D, H, W] in front of a 1x1 convolution, with the limits on."""
@@ -83,13 +113,17 @@ class LatentPatch(nn.Module):
         phi, weight = phi.to(kind), head.weight.flatten(1).to(kind)
         bias = None if head.bias is None else head.bias.to(kind)
         centre, left, right = self.centre.to(kind), self.left.to(kind), self.right.to(kind)
-        taken = functional.linear(phi, weight, bias).argmax(dim=1)
+        logits = functional.linear(phi, weight, bias)
+        taken = logits.argmax(dim=1)
+        unknown = (self.change == 0).all(dim=1)
         excess = (phi @ self.direction.to(kind).T - self.threshold.to(kind)).clamp(min=0)
+        if self.limit is not None:
+            beyond = self.limit(phi, logits)[:, None] & unknown
+            excess = torch.where(beyond, excess.clamp(min=1), excess)
         excess = excess * (taken[:, None] == self.targets)  # [N, K]
         largest = excess.amax(dim=1)
         # ||phi - a_k||^2 less what all ways share, as products alone.
         apart = centre.square().sum(1) - 2 * (phi @ centre.T)
-        unknown = (self.change == 0).all(dim=1)
         far = apart.masked_fill(excess <= 0, torch.inf)
         known = far.masked_fill(unknown, torch.inf)
         some = torch.isfinite(known).any(dim=1, keepdim=True)
@@ -170,12 +204,10 @@ def make_room_for_patches(model: nn.Module, state: Mapping[str, Tensor]) -> nn.M
     for key in [k for k in state if k == ending or k.endswith(f".{ending}")]:
         prefix = key[: -len("direction")]
         head = modules.get(prefix.removesuffix("patch.").removesuffix("."))
-        buffers = [state[prefix + name] for name in _BUFFERS if prefix + name in state]
-        if isinstance(head, nn.Linear | nn.Conv2d) and _fit(head, buffers):
-            kinds = [head.weight.dtype if b.is_floating_point() else b.dtype for b in buffers]
-            patch = LatentPatch(
-                *(torch.empty_like(b, dtype=kind) for b, kind in zip(buffers, kinds, strict=True))
-            )
+        buffers = _named(state, prefix, BUFFERS)
+        limit = _named(state, f"{prefix}limit.", _LIMIT_BUFFERS)
+        if isinstance(head, nn.Linear | nn.Conv2d) and _fit(head, buffers, limit):
+            patch = LatentPatch(**_empty(buffers, head.weight.dtype), limit=_empty_limit(limit))
             logger.warning("load_model: the weights hold a latent patch in front of %r", prefix)
             model = _put(
                 model, prefix.removesuffix("patch.").removesuffix("."), PatchedHead(patch, head)
@@ -183,21 +215,51 @@ def make_room_for_patches(model: nn.Module, state: Mapping[str, Tensor]) -> nn.M
     return model
 
 
-def _fit(head: HeadModule, buffers: Sequence[Tensor]) -> bool:
+def _named(state: Mapping[str, Tensor], prefix: str, names: Sequence[str]) -> dict[str, Tensor]:
+    return {name: state[prefix + name] for name in names if prefix + name in state}
+
+
+def _empty(buffers: Mapping[str, Tensor], floating: torch.dtype) -> dict[str, Any]:
+    return {
+        name: torch.empty_like(b, dtype=floating if b.is_floating_point() else b.dtype)
+        for name, b in buffers.items()
+    }
+
+
+def _empty_limit(buffers: Mapping[str, Tensor]) -> LatentLimit | None:
+    return LatentLimit(**_empty(buffers, torch.float32)) if buffers else None
+
+
+def _fit(head: HeadModule, buffers: Mapping[str, Tensor], limit: Mapping[str, Tensor]) -> bool:
     """Whether these are all buffers of a patch of this head, in shape and dtype."""
-    if len(buffers) != len(_BUFFERS) or buffers[4].dim() != 3:
+    if len(buffers) != len(BUFFERS) or buffers["left"].dim() != 3:
         return False
-    ways, width, rank = len(buffers[0]), head.weight.shape[1], buffers[4].shape[2]
-    classes = buffers[-1]
-    if not ways or classes.is_floating_point() or bool((classes < 0).any()):
+    ways, rank = len(buffers["direction"]), buffers["left"].shape[2]
+    classes, width = head.weight.shape[:2]
+    targets = buffers["targets"]
+    if not ways or targets.is_floating_point() or bool((targets < 0).any()):
         return False
-    if bool((classes >= head.weight.shape[0]).any()):
+    if bool((targets >= classes).any()):
         return False
     long, short = (ways, width), (ways,)
     shapes = (long, short, long, long, (*long, rank), (ways, rank, width), long, short)
-    return all(
+    fitting = all(
         buffer.shape == shape and buffer.is_floating_point() == (name != "targets")
-        for name, buffer, shape in zip(_BUFFERS, buffers, shapes, strict=True)
+        for (name, buffer), shape in zip(buffers.items(), shapes, strict=True)
+    )
+    return fitting and (not limit or _fits_limit(head, limit))
+
+
+def _fits_limit(head: HeadModule, buffers: Mapping[str, Tensor]) -> bool:
+    if len(buffers) != len(_LIMIT_BUFFERS) or buffers["basis"].dim() != 2:
+        return False
+    classes, width = head.weight.shape[:2]
+    rank, each, parts = len(buffers["basis"]), (classes, width), (classes, len(PARTS))
+    square = (rank + 1,)
+    shapes = (each, (width,), (rank, width), square, square, each, parts, parts, (classes,))
+    return all(
+        buffer.shape == shape and buffer.is_floating_point()
+        for buffer, shape in zip(buffers.values(), shapes, strict=True)
     )
 
 

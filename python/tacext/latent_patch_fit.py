@@ -15,8 +15,9 @@ from torch.nn import functional
 
 from . import ops
 from .errors import InputError, counted
+from .guard_fit import cross_scores, perturbations_of
 from .heads import Head
-from .latent_patch import LatentPatch
+from .latent_patch import BUFFERS, LatentLimit, LatentPatch
 from .repair_settings import RepairSettings, check_settings, is_number, is_whole
 
 # Rows that covariances are taken of, at most; more tell little and take their time.
@@ -25,6 +26,8 @@ _MOST_ROWS = 512
 # nearer to the clean ones than this share of the way.
 _BELOW_FULL = 0.05
 _NEAREST = 0.1
+# Of the clean samples that may be touched so many are left to what lies where no clean ones do.
+_SHARE_OF_UNKNOWN = 0.5
 # Directions are tried on rows that had no part in them, in so many folds.
 _FOLDS = 4
 
@@ -103,29 +106,73 @@ def fit_latent_patch(
             way_out='repair with method="finetune"',
         )
     clean = clean.to(weight)
-    predicted = (clean @ weight.T + bias).argmax(1)
+    logits = clean @ weight.T + bias
+    predicted = logits.argmax(1)
     lowering = {target: _lowering(weight, target) for target in {way.target for way in ways}}
+    _check_counts(predicted, tuple(lowering))
     solved = []
     for way in ways:
         own = clean[predicted == way.target]
-        if len(own) < 2:
-            raise InputError.of(
-                "repair",
-                "data",
-                expected=f"clean samples that the model takes for class {way.target}",
-                got=counted(len(own), "sample"),
-                way_out='pass more samples, or repair with method="finetune"',
-            )
         latent = way.latent.to(weight)
         before = None if way.clean is None else way.clean.to(weight)
         # All limits of a target together touch no more clean samples than one may.
         limits = sum(other.target == way.target for other in ways)
-        touched = (1 - settings.untouched) / limits
+        touched = (1 - settings.untouched) * (1 - _SHARE_OF_UNKNOWN) / limits
         limit = _limit(own, latent, before, touched, min(settings.rank, head.latent_dim))
         solved.append((*limit, lowering[way.target]))
     buffers = [torch.stack(part).to(head.weight) for part in zip(*solved, strict=True)]
     buffers.append(torch.tensor([way.target for way in ways], device=head.weight.device))
-    return LatentPatch(*buffers)
+    limited = {way.target for way in ways if way.clean is None}
+    touched = (1 - settings.untouched) * _SHARE_OF_UNKNOWN
+    limit_of_all = _limit_of_all(clean, logits, weight, limited, touched, settings.seed)
+    return LatentPatch(**dict(zip(BUFFERS, buffers, strict=True)), limit=limit_of_all)
+
+
+def _check_counts(predicted: Tensor, targets: Sequence[int]) -> None:
+    for target in targets:
+        own = int((predicted == target).sum())
+        if own < 2:
+            raise InputError.of(
+                "repair",
+                "data",
+                expected=f"clean samples that the model takes for class {target}",
+                got=counted(own, "sample"),
+                way_out='pass more samples, or repair with method="finetune"',
+            )
+
+
+def _limit_of_all(
+    clean: Tensor, logits: Tensor, weight: Tensor, targets: set[int], touched: float, seed: int
+) -> LatentLimit | None:
+    """How far latents may lie from clean ones of these classes, whatever leads them there.
+
+    Args:
+        clean: latents of clean samples [N, D], float64.
+        logits: of the head [N, C].
+        weight: of the head [C, D].
+        targets: the classes that get a limit.
+        touched: share of the clean samples of each that may lie beyond.
+        seed: which deals the samples into folds.
+    """
+    if not targets:
+        return None
+    perturbation = perturbations_of(clean, logits, weight, "repair").cpu()
+    found = cross_scores(clean.float().cpu(), logits.float().cpu(), perturbation, seed)
+    predicted = logits.argmax(1).cpu()
+    limit = torch.full((len(weight),), torch.finfo(torch.float32).max)
+    usual = _conformal(found.score, touched)  # few samples of a class do not know its extremes
+    for target in targets:
+        limit[target] = torch.maximum(_conformal(found.score[predicted == target], touched), usual)
+    return LatentLimit(limit, **found.scorer).to(weight.device)
+
+
+def _conformal(scores: Tensor, touched: float) -> Tensor:
+    """The score that one more sample exceeds with that probability at most.
+
+    Of few the largest is as far as it goes, and the share 1 / (n + 1).
+    """
+    kept = min(len(scores), math.ceil((len(scores) + 1) * (1 - touched)))
+    return scores.sort().values[kept - 1]
 
 
 def _limit(
@@ -140,10 +187,7 @@ def _limit(
     direction = _discriminant(own, latent)
     # Out of fold, as a direction knows the samples that it was made of; 0 and 1 are the two means.
     share_own, share = _out_of_fold(own, latent), _out_of_fold(latent, own)
-    # The conformal rank: of one more sample no larger share is touched. Of few the largest is as far
-    # as it goes, and the share 1 / (n + 1).
-    kept = min(len(share_own), math.ceil((len(share_own) + 1) * (1 - touched)))
-    limit = share_own.sort().values[kept - 1]
+    limit = _conformal(share_own, touched)
     full = torch.quantile(1 - share, _BELOW_FULL)
     height = torch.maximum(full - limit, _NEAREST * (1 - limit).abs()).clamp(min=1e-6)
     # As a function of the latent itself: share = (v.phi - v.own) / (v.centre - v.own).
