@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import rich.console
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ from tacext.guard_fit import cross_scores, perturbations_of
 from tacext.heads import Head, find_head
 from tacext.latent_patch import LatentLimit, PatchedHead, with_latent_patch
 from tacext.latent_patch_fit import LedLatents, fit_latent_patch
+from tacext.report import scan_to_dict
+from tacext.tables import scan_table
 
 
 def white_corner(images: Tensor) -> Tensor:
@@ -387,6 +390,20 @@ def test_a_head_of_two_names_is_patched_under_both() -> None:
     with torch.no_grad():
         assert float((patched(images).argmax(1) == demo.TARGET).double().mean()) < 0.2
         assert torch.equal(remove_latent_patch(patched)(images), model(images))
+
+
+def test_a_scan_tells_of_the_patch_in_front_of_the_head() -> None:
+    data = padded(digit_case().data.defender)
+    report = tacext.scan(repaired().model, data, depth="fast")
+    assert report.limited == (demo.TARGET,)
+    assert scan_to_dict(report)["limited"] == [demo.TARGET]
+    told = rich.console.Console(width=300)
+    with told.capture() as captured:
+        told.print(scan_table(report))
+    assert f"a latent patch stands in front of class {demo.TARGET}:" in captured.get()
+    assert tacext.scan(backdoored(), data, depth="fast").limited == ()
+    alone = tacext.scan(repaired().model, None, input_shape=(1, 16, 16))
+    assert alone.limited == (demo.TARGET,)
 
 
 def test_a_patched_model_is_not_repaired_again() -> None:

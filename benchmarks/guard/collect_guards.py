@@ -22,10 +22,8 @@ from latents import Latents, latents_of
 from repair_cases import names
 from torch import Tensor
 
-from tacext import ops
-from tacext.guard_fit import fit_scorer
+from tacext.guard_fit import fit_scorer, perturbations_of
 from tacext.guard_scoring import GuardScorer
-from tacext.latents import LatentMoments
 
 RESULTS = Path(__file__).resolve().parent / "results.json"
 RATE = 0.01
@@ -38,14 +36,8 @@ def fit(latents: Latents, samples: int, seed: int) -> GuardScorer:
     chosen = torch.randperm(len(latents.clean), generator=torch.Generator().manual_seed(seed))
     clean = latents.clean[chosen[:samples]]
     logits = logits_of(latents, clean)
-    moments = LatentMoments.empty(clean.shape[1])
-    moments.update(clean)
-    solved = ops.minimal_perturbation(
-        latents.weight,
-        ops.pairwise_margin_max(logits),
-        scale=moments.standardized_scale("collect_guards"),
-    )
-    return fit_scorer(clean, logits, solved.perturbation, RATE, seed, "collect_guards")
+    perturbation = perturbations_of(clean, logits, latents.weight, "collect_guards")
+    return fit_scorer(clean, logits, perturbation, RATE, seed, "collect_guards")
 
 
 def logits_of(latents: Latents, phi: Tensor) -> Tensor:

@@ -90,6 +90,7 @@ def scan_to_dict(
         "p_value": report.p_value,
         "reason": report.reason,
         "warnings": list(report.warnings),
+        "limited": list(report.limited),
         "alpha": report.alpha,
         "depth": report.depth,
         "patch": _patch(report),

@@ -58,6 +58,8 @@ class ScanReport:
         alpha: the false-alarm rate asked for.
         depth: "fast" or "thorough", as asked for.
         timings: seconds in each stage.
+        limited: the classes in front of which a latent patch stands: the model was repaired by one.
+            Their norms speak of the latents behind it; () where there is none.
     """
 
     verdict: Verdict
@@ -82,6 +84,7 @@ class ScanReport:
     alpha: float
     depth: Depth
     timings: ScanTimings = field(repr=False)
+    limited: tuple[int, ...] = ()
 
     @property
     def norm(self) -> Tensor:

@@ -21,6 +21,7 @@ from .doubts import doubted, doubts_of, samples_advised
 from .errors import InputError, check_choice, counted
 from .heads import check_model
 from .joint_test import shipped_calibration
+from .latent_patch import limited_classes
 from .observation import Metric, Observation, observe, solve
 from .ops import MinimalPerturbation, SolverSettings, Status
 from .reach import ENOUGH_GAIN
@@ -117,7 +118,7 @@ def scan(
         )
     if input_shape is not None:
         _refuse_what_needs_data(depth, quantile)
-        return scan_without_data(
+        report = scan_without_data(
             model,
             input_shape,
             head=head,
@@ -128,6 +129,7 @@ def scan(
             seed=seed,
             progress=progress,
         )
+        return replace(report, limited=limited_classes(model))
     assert data is not None
     keeper = SampleKeeper(seed) if depth == "thorough" else None
     observation = observe(
@@ -166,7 +168,7 @@ def scan(
         looked = time.perf_counter()
         if look is not None:
             finding, evidence = weigh(test, look, alpha, shipped_calibration())
-    return _report(
+    report = _report(
         observation,
         perturbations,
         scale,
@@ -186,6 +188,7 @@ def scan(
             tested - solved + time.perf_counter() - looked,
         ),
     )
+    return replace(report, limited=limited_classes(model))
 
 
 def _refuse_what_needs_data(depth: Depth, quantile: float) -> None:

@@ -87,6 +87,15 @@ def scan_table(report: ScanReport, class_names: Sequence[str] | None = None) -> 
         parts.append(Text(f"... and {len(order) - _MOST_ROWS} less suspicious classes", "dim"))
     parts += [Text(""), verdict, Text(report.reason), Text(facts, "dim"), Text(cost, "dim")]
     parts += [Text(f"warning: {warning}", "yellow") for warning in report.warnings]
+    if report.limited:
+        classes = f"class {report.limited[0]}"
+        if len(report.limited) > 1:
+            classes = f"classes {', '.join(map(str, report.limited))}"
+        note = (
+            f"a latent patch stands in front of {classes}: the verdict is of the model with it, the "
+            "norms are of the latents behind it"
+        )
+        parts.append(Text(note, "yellow"))
     if report.samples_advised is not None:
         parts.append(Text(f"{report.samples_advised} clean samples may tell more", "yellow"))
     return Group(*parts)
