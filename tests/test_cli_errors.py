@@ -23,7 +23,8 @@ import torch
 from command_line import ARCH, run
 from digits import digit_case
 from tacext import load_state_dict
-from tacext.cli import ExitCode
+from tacext.cli import ExitCode, cli
+from tacext.cli.wording import in_options, options_of
 from tacext.report import json_schema
 
 
@@ -168,6 +169,22 @@ def test_a_pickle_with_code_is_refused_and_nothing_runs(
 def test_wrong_usage_exits_with_4(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*arguments) == ExitCode.USAGE == 4
     assert "Usage" in capsys.readouterr().err
+
+
+def test_errors_speak_of_options() -> None:
+    options = options_of(cli)
+    for text, expected in (
+        ("name the last linear layer with head=", "name the last linear layer with --head"),
+        ("with head= (candidates: a)", "with --head (candidates: a)"),
+        (
+            "or repair with method=\"finetune\"; or metric='l2'",
+            "or repair with --method finetune; or --metric l2",
+        ),
+        ("name the class with targets=[...] where", "name the class with --target where"),
+        ("give size=(H, W), or x=images", "give size=(H, W), or x=images"),
+        ("max_samples= is none", "max_samples= is none"),
+    ):
+        assert in_options(text, options) == expected
 
 
 def test_a_bug_is_no_verdict(
@@ -321,7 +338,7 @@ def test_a_repair_shows_what_it_rests_on(
     assert run("repair", folder / "clean.safetensors", *common) == ExitCode.ERROR
     captured = capsys.readouterr()
     assert "verdict: clean" in captured.out
-    assert "name the class with targets=[...] (--target)" in captured.err
+    assert "name the class with --target where you know better" in captured.err
     arguments = (
         "--target", 0, "--method", "finetune", "--learning-rate", 0.5, "--epochs", 1,
         "--json", tmp_path / "r.json",

@@ -26,8 +26,10 @@ _MOST_ROWS = 512
 # nearer to the clean ones than this share of the way.
 _BELOW_FULL = 0.05
 _NEAREST = 0.1
+# All targets together touch no larger share of all clean samples.
+_MOST_TOUCHED = 0.015
 # Of the clean samples that may be touched so many are left to what lies where no clean ones do.
-_SHARE_OF_UNKNOWN = 0.5
+_SHARE_OF_UNKNOWN = 1 / 3
 # Directions are tried on rows that had no part in them, in so many folds.
 _FOLDS = 4
 
@@ -38,13 +40,13 @@ class PatchSettings(RepairSettings):
 
     Attributes:
         untouched: share of the clean samples that the model takes for a target that must pass as
-            they are.
+            they are. Of many targets more must, so that of all samples 98.5 % do.
         rank: in how many directions the change may differ from input to input.
         rounds: how often ways into the targets are looked for, each time in spite of the limits that
             are there, at most.
     """
 
-    untouched: float = 0.98
+    untouched: float = 0.97
     rank: int = 32
     rounds: int = 3
 
@@ -110,21 +112,23 @@ def fit_latent_patch(
     predicted = logits.argmax(1)
     lowering = {target: _lowering(weight, target) for target in {way.target for way in ways}}
     _check_counts(predicted, tuple(lowering))
+    theirs = sum(float((predicted == target).double().mean()) for target in lowering)
+    touched = min(1 - settings.untouched, _MOST_TOUCHED / theirs)
     solved = []
     for way in ways:
         own = clean[predicted == way.target]
         latent = way.latent.to(weight)
         before = None if way.clean is None else way.clean.to(weight)
-        # All limits of a target together touch no more clean samples than one may.
+        # All ways into a target together touch no more clean samples than one may.
         limits = sum(other.target == way.target for other in ways)
-        touched = (1 - settings.untouched) * (1 - _SHARE_OF_UNKNOWN) / limits
-        limit = _limit(own, latent, before, touched, min(settings.rank, head.latent_dim))
+        each = touched * (1 - _SHARE_OF_UNKNOWN) / limits
+        limit = _limit(own, latent, before, each, min(settings.rank, head.latent_dim))
         solved.append((*limit, lowering[way.target]))
     buffers = [torch.stack(part).to(head.weight) for part in zip(*solved, strict=True)]
     buffers.append(torch.tensor([way.target for way in ways], device=head.weight.device))
     limited = {way.target for way in ways if way.clean is None}
-    touched = (1 - settings.untouched) * _SHARE_OF_UNKNOWN
-    limit_of_all = _limit_of_all(clean, logits, weight, limited, touched, settings.seed)
+    unknown = touched * _SHARE_OF_UNKNOWN
+    limit_of_all = _limit_of_all(clean, logits, weight, limited, unknown, settings.seed)
     return LatentPatch(**dict(zip(BUFFERS, buffers, strict=True)), limit=limit_of_all)
 
 

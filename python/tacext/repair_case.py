@@ -105,7 +105,7 @@ def choose_targets(
             "targets",
             expected="at least one class to repair",
             got=f"none (the scan's verdict: {report.verdict})",
-            way_out="name the class with targets=[...] (--target) where you know better than the scan",
+            way_out="name the class with targets=[...] where you know better than the scan",
         )
     chosen: list[int] = []
     for target in wanted:

@@ -1,0 +1,39 @@
+"""What the library says of its arguments, in the words of the command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import click
+
+# head= and method='finetune' and targets=[...], but not size=(H, W) or what is no keyword.
+_KEYWORD = re.compile(r"\b([a-z_]+)=(?:'([\w.-]+)'|\"([\w.-]+)\"|(\[\.\.\.\])|(?=[\s;,.)]|$))")
+
+
+def options_of(group: click.Group) -> dict[str, str]:
+    """The option of every name that a command of this group, or of one below it, takes."""
+    found: dict[str, str] = {}
+    for command in group.commands.values():
+        if isinstance(command, click.Group):
+            found |= options_of(command)
+        for parameter in command.params:
+            if isinstance(parameter, click.Option) and parameter.name is not None:
+                found[parameter.name] = max(parameter.opts, key=len)
+    return found
+
+
+def in_options(text: str, options: Mapping[str, str]) -> str:
+    """The text with every keyword of a known option as that option.
+
+    "repair with method='finetune'" becomes "repair with --method finetune".
+    """
+
+    def option(found: re.Match[str]) -> str:
+        name, *values = found.groups()
+        if name not in options:
+            return found[0]
+        value = values[0] or values[1]
+        return f"{options[name]} {value}" if value else options[name]
+
+    return _KEYWORD.sub(option, text)
