@@ -1,6 +1,8 @@
 """The C and C++ examples, built against what is installed, give what Python gives.
 
-The one with LibTorch takes a minute to build: TACEXT_TEST_LIBTORCH=1 includes it, as CI does.
+The one with LibTorch takes a minute to build: TACEXT_TEST_LIBTORCH=1 includes it, as CI does. The
+one with ONNX Runtime needs its headers and library, which no Python package has:
+TACEXT_TEST_ONNXRUNTIME=FOLDER names where they are, as include/ and lib/.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from tacext import Guard, GuardOutput
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "cpp"
 WITH_TORCH = os.environ.get("TACEXT_TEST_LIBTORCH") == "1"
+ONNXRUNTIME = os.environ.get("TACEXT_TEST_ONNXRUNTIME", "")
 
 pytestmark = pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
 
@@ -29,10 +32,11 @@ pytestmark = pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cma
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the built examples."""
     build = tmp_path_factory.mktemp("examples")
-    prefixes = [tacext.cmake_prefix_path, torch.utils.cmake_prefix_path]
+    prefixes = [tacext.cmake_prefix_path, torch.utils.cmake_prefix_path, ONNXRUNTIME]
     options = [
         f"-DCMAKE_PREFIX_PATH={';'.join(prefixes)}",
         f"-DTACEXT_EXAMPLE_TORCH={int(WITH_TORCH)}",
+        f"-DTACEXT_EXAMPLE_ONNXRUNTIME={int(bool(ONNXRUNTIME))}",
     ]
     for command in (
         ["cmake", "-S", EXAMPLES, "-B", build, "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror", *options],
@@ -71,6 +75,17 @@ def same(rows: list[list[str]], expected: GuardOutput) -> bool:
         flags == expected.flagged.tolist()
         and torch.equal(scores, expected.score)
         and torch.equal(p_values, expected.p_value)
+    )
+
+
+def nearly_same(rows: list[list[str]], atol: float = 1e-8) -> bool:
+    """Whether these say the same of each image, with latents that another library computed."""
+    _, logits, expected = judged()
+    scores = torch.tensor([float(row[1]) for row in rows])
+    return (
+        [int(row[0]) for row in rows] == logits.argmax(1).tolist()
+        and torch.allclose(scores, expected.score, rtol=1e-5, atol=atol)
+        and ["FLAGGED" in row for row in rows] == expected.flagged.tolist()
     )
 
 
@@ -125,8 +140,32 @@ def test_libtorch_guards_a_model(programs: Path, tmp_path: Path) -> None:
     rows = run(
         programs / "guard_model", tmp_path / "model.pt", tmp_path / "guard.safetensors", tmp_path / "inputs.pt"
     )  # fmt: skip
-    _, logits, expected = judged()
-    assert [int(row[0]) for row in rows] == logits.argmax(1).tolist()
-    scores = torch.tensor([float(row[1]) for row in rows])
-    assert torch.allclose(scores, expected.score, rtol=1e-5)
-    assert ["FLAGGED" in row for row in rows] == expected.flagged.tolist()
+    assert nearly_same(rows)
+
+
+@pytest.mark.skipif(not ONNXRUNTIME, reason="set TACEXT_TEST_ONNXRUNTIME to its include/ and lib/")
+@pytest.mark.filterwarnings("ignore")  # the exporter's
+def test_onnx_runtime_guards_a_model(programs: Path, tmp_path: Path) -> None:
+    images = digit_case().data.test[0]
+    torch.onnx.export(
+        guard().model,
+        (images[:8],),
+        output_names=["output", "latent", "logits"],
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim("rows")},),
+    ).save(tmp_path / "model.onnx")
+    images.numpy().tofile(tmp_path / "inputs")
+    guard().save(tmp_path / "guard.safetensors")
+    command = (programs / "guard_onnx", tmp_path / "model.onnx", tmp_path / "guard.safetensors")
+    assert nearly_same(run(*command, tmp_path / "inputs"), atol=1e-5)
+    (tmp_path / "short").write_bytes(b"1234")
+    for wrong in (
+        command,
+        (*command, tmp_path / "none"),
+        (*command, tmp_path / "short"),
+        (command[0], tmp_path / "guard.safetensors", command[2], tmp_path / "inputs"),
+        (command[0], command[1], tmp_path / "model.onnx", tmp_path / "inputs"),
+    ):
+        done = subprocess.run([str(w) for w in wrong], capture_output=True, text=True, check=False)
+        assert done.returncode in (2, 4)
+        assert done.stderr
