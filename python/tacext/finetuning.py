@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from typing import Literal
 
 import torch
@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import ops
 from .errors import InputError
+from .finetune_checkpoint import FinetuneCheckpoint, FinetuneState
 from .heads import Head, evaluating, model_device, recording_latents
 from .heads import run_model as run
 from .input_adversary import InputAdversary, divergence
@@ -164,6 +165,23 @@ def _optimizer(model: nn.Module, settings: FinetuneSettings) -> torch.optim.Opti
     return torch.optim.AdamW(model.parameters(), rate, weight_decay=decay)
 
 
+def _memory(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
+    """What the optimiser remembers of every parameter, in order."""
+    return [
+        {k: torch.as_tensor(v) for k, v in optimizer.state[p].items() if v is not None}
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
+
+
+def _remember(optimizer: torch.optim.Optimizer, memory: Sequence[Mapping[str, Tensor]]) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter, values in zip(parameters, memory, strict=True):
+        optimizer.state[parameter] = {
+            k: v if k == "step" else v.to(parameter) for k, v in values.items()
+        }
+
+
 def train_mode(model: nn.Module, frozen_statistics: bool) -> None:
     """Training mode, in which batch norm may keep the statistics that it has."""
     model.train()
@@ -215,6 +233,15 @@ class _Shifts:
         losses = [functional.cross_entropy(self._head.logits(latent + s), labels) for s in shifts]
         return torch.stack(losses).mean()
 
+    @property
+    def now(self) -> Tensor:
+        """s_t as they are, float64 [T, D]."""
+        return self._shifts
+
+    @now.setter
+    def now(self, shifts: Tensor) -> None:
+        self._shifts = shifts.to(self._shifts)
+
     def see(self, logits: Tensor) -> None:
         """Clean logits of this epoch, from which the next perturbations are solved."""
         self._margins.update(logits.detach())
@@ -246,6 +273,7 @@ def finetune(
     *,
     quantile: float = 1.0,
     progress: bool | None = None,
+    checkpoint: FinetuneCheckpoint | None = None,
 ) -> tuple[EpochLosses, ...]:
     """Trains the model in place and leaves it in training mode.
 
@@ -260,9 +288,12 @@ def finetune(
         settings: see `FinetuneSettings`.
         quantile: of the margins that the shifts were solved from.
         progress: whether to show a progress bar; None shows it on a terminal.
+        checkpoint: where the state is kept after every epoch, and gone on from. The outcome is the
+            same to the bit as that of a training that was never interrupted.
 
     Raises:
-        InputError: a loss or a weight that is not finite any more.
+        InputError: a loss or a weight that is not finite any more; a checkpoint of something else.
+        FileError: a checkpoint that cannot be read or written.
     """
     device = model_device(model)
     attacks = adversary if settings.gamma else None
@@ -277,6 +308,16 @@ def finetune(
     epochs = epochs_of(len(labels), settings)
     steps, step = epochs * steps_per_epoch, 0
     history: list[EpochLosses] = []
+    begin, state = 0, None if checkpoint is None else checkpoint.load()
+    if state is not None:
+        model.load_state_dict(state.model)
+        _remember(optimizer, state.optimizer)
+        following.now = state.shifts
+        if attacks is not None:
+            attacks.load_state(state.adversary)
+        history += [EpochLosses(*row) for row in state.history.tolist()]
+        begin, step = state.epoch, state.epoch * steps_per_epoch
+        logger.info("repair: going on after epoch %d", begin)
     devices = range(torch.cuda.device_count())  # manual_seed below seeds them all
     with (
         torch.random.fork_rng(devices=devices),  # dropout: seeded here, unnoticed outside
@@ -284,9 +325,10 @@ def finetune(
         recording_latents(head) as recorder,
         progress_bar("fine-tuning", steps, progress) as advance,
     ):
-        torch.manual_seed(settings.seed)
         train_mode(model, settings.frozen_statistics)
-        for epoch in range(epochs):
+        advance(step)
+        for epoch in range(begin, epochs):
+            torch.manual_seed(settings.seed * 1_000_003 + epoch)
             sums = torch.zeros(4, dtype=torch.float64)
             for index in batches(len(labels), settings, epoch):
                 for group in optimizer.param_groups:
@@ -323,6 +365,17 @@ def finetune(
                 following.follow()
             history.append(EpochLosses(*(sums / steps_per_epoch).tolist()))
             logger.info("repair: epoch %d of %d: %s", epoch + 1, epochs, history[-1])
+            if checkpoint is not None:
+                checkpoint.save(
+                    FinetuneState(
+                        epoch + 1,
+                        model.state_dict(),
+                        _memory(optimizer),
+                        {} if attacks is None else attacks.state(),
+                        following.now,
+                        torch.tensor([astuple(e) for e in history], dtype=torch.float64),
+                    )
+                )
     for parameter in frozen:
         parameter.requires_grad_(False)
     optimizer.zero_grad(set_to_none=True)

@@ -8,6 +8,7 @@ for every step of its descent, so that it cannot just learn a few by heart.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -167,6 +168,25 @@ class InputAdversary:
             self._changes[self._turn].ascend(change)
         if pattern and pattern[0] is not None and self._patterns is not None:
             self._patterns.ascend(slice(self._turn, self._turn + 1), pattern[0][None])
+
+    def state(self) -> dict[str, Tensor]:
+        """Where the changes and patches have moved to, and how fast they move."""
+        found = {}
+        for j, changes in enumerate(self._changes):
+            found[f"change.{j}"], found[f"velocity.{j}"] = changes.change, changes.velocity
+        if self._patterns is not None:
+            found["pattern"] = self._patterns.pattern
+            found["pattern_velocity"] = self._patterns.velocity
+        return found
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Puts them where they were."""
+        for j, changes in enumerate(self._changes):
+            changes.change = state[f"change.{j}"].to(changes.change)
+            changes.velocity = state[f"velocity.{j}"].to(changes.velocity)
+        if self._patterns is not None:
+            self._patterns.pattern = state["pattern"].to(self._patterns.pattern)
+            self._patterns.velocity = state["pattern_velocity"].to(self._patterns.velocity)
 
     def first_attacks(self, turn: int, inputs: Tensor) -> list[Tensor]:
         """The inputs [N, ...] with the change, and with the patch, that was found at first for a target."""

@@ -26,7 +26,7 @@ from .heads import Head, HeadModule
 
 logger = logging.getLogger(__name__)
 
-BUFFERS = ("direction", "threshold", "centre", "change", "left", "right", "lowering", "targets")
+_BUFFERS = ("direction", "threshold", "centre", "change", "left", "right", "lowering", "targets")
 _LIMIT_BUFFERS = (
     *("mean", "inverse_spread", "basis", "near_weight", "far_weight", "direction"),
     *("location", "inverse_deviation", "limit"),
@@ -97,11 +97,12 @@ class LatentPatch(nn.Module):
         right: Tensor,
         lowering: Tensor,
         targets: Tensor,
+        *,
         limit: LatentLimit | None = None,
     ) -> None:
         super().__init__()
         given = (direction, threshold, centre, change, left, right, lowering, targets)
-        for name, value in zip(BUFFERS, given, strict=True):
+        for name, value in zip(_BUFFERS, given, strict=True):
             self.register_buffer(name, value)
         self.limit = limit
 
@@ -210,7 +211,7 @@ def make_room_for_patches(model: nn.Module, state: Mapping[str, Tensor]) -> nn.M
     for key in [k for k in state if k == ending or k.endswith(f".{ending}")]:
         prefix = key[: -len("direction")]
         head = modules.get(prefix.removesuffix("patch.").removesuffix("."))
-        buffers = _named(state, prefix, BUFFERS)
+        buffers = _named(state, prefix, _BUFFERS)
         limit = _named(state, f"{prefix}limit.", _LIMIT_BUFFERS)
         if isinstance(head, nn.Linear | nn.Conv2d) and _fit(head, buffers, limit):
             patch = LatentPatch(**_empty(buffers, head.weight.dtype), limit=_empty_limit(limit))
@@ -238,7 +239,7 @@ def _empty_limit(buffers: Mapping[str, Tensor]) -> LatentLimit | None:
 
 def _fit(head: HeadModule, buffers: Mapping[str, Tensor], limit: Mapping[str, Tensor]) -> bool:
     """Whether these are all buffers of a patch of this head, in shape and dtype."""
-    if len(buffers) != len(BUFFERS) or buffers["left"].dim() != 3:
+    if len(buffers) != len(_BUFFERS) or buffers["left"].dim() != 3:
         return False
     ways, rank = len(buffers["direction"]), buffers["left"].shape[2]
     classes, width = head.weight.shape[:2]

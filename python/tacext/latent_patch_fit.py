@@ -6,7 +6,7 @@ No training and no gradients: a discriminant, a threshold, a ridge regression an
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from . import ops
 from .errors import InputError, counted
 from .guard_fit import cross_scores, perturbations_of
 from .heads import Head
-from .latent_patch import BUFFERS, LatentLimit, LatentPatch
+from .latent_patch import LatentLimit, LatentPatch
 from .repair_settings import RepairSettings, check_settings, is_number, is_whole
 
 # Rows that covariances are taken of, at most; more tell little and take their time.
@@ -29,7 +29,7 @@ _NEAREST = 0.1
 # All targets together touch no larger share of all clean samples.
 _MOST_TOUCHED = 0.015
 # Of the clean samples that may be touched so many are left to what lies where no clean ones do.
-_SHARE_OF_UNKNOWN = 1 / 3
+_SHARE_OF_UNKNOWN = 0.5
 # Directions are tried on rows that had no part in them, in so many folds.
 _FOLDS = 4
 
@@ -46,7 +46,7 @@ class PatchSettings(RepairSettings):
             are there, at most.
     """
 
-    untouched: float = 0.97
+    untouched: float = 0.96
     rank: int = 32
     rounds: int = 3
 
@@ -90,15 +90,11 @@ def fit_latent_patch(
         settings: see `PatchSettings`.
 
     Returns:
-        LatentPatch in the head's dtype, on its device.
+        LatentPatch in the head's dtype, on its device; `fit_latent_limit` solves for its limit.
 
     Raises:
         InputError: no clean sample that the model takes for a target.
     """
-    weight = head.weight.detach().double()
-    bias = torch.zeros(len(weight)).to(weight)
-    if head.module.bias is not None:
-        bias = head.module.bias.detach().double()
     if not ways:
         raise InputError.of(
             "repair",
@@ -107,34 +103,69 @@ def fit_latent_patch(
             got="nothing that was found",
             way_out='repair with method="finetune"',
         )
-    clean = clean.to(weight)
-    logits = clean @ weight.T + bias
-    predicted = logits.argmax(1)
-    lowering = {target: _lowering(weight, target) for target in {way.target for way in ways}}
-    _check_counts(predicted, tuple(lowering))
-    theirs = sum(float((predicted == target).double().mean()) for target in lowering)
-    touched = min(1 - settings.untouched, _MOST_TOUCHED / theirs)
+    weight = head.weight.detach().double()
+    clean, _, predicted = _answers(head, clean)
+    targets = {way.target for way in ways}
+    lowering = {target: _lowering(weight, target) for target in targets}
+    touched = _touched(predicted, targets, settings) * (1 - _SHARE_OF_UNKNOWN)
     solved = []
     for way in ways:
-        own = clean[predicted == way.target]
         latent = way.latent.to(weight)
         before = None if way.clean is None else way.clean.to(weight)
         # All ways into a target together touch no more clean samples than one may.
-        limits = sum(other.target == way.target for other in ways)
-        each = touched * (1 - _SHARE_OF_UNKNOWN) / limits
+        each = touched / sum(other.target == way.target for other in ways)
+        own = clean[predicted == way.target]
         limit = _limit(own, latent, before, each, min(settings.rank, head.latent_dim))
         solved.append((*limit, lowering[way.target]))
     buffers = [torch.stack(part).to(head.weight) for part in zip(*solved, strict=True)]
     buffers.append(torch.tensor([way.target for way in ways], device=head.weight.device))
-    limited = {way.target for way in ways if way.clean is None}
-    unknown = touched * _SHARE_OF_UNKNOWN
-    limit_of_all = _limit_of_all(clean, logits, weight, limited, unknown, settings.seed)
-    return LatentPatch(**dict(zip(BUFFERS, buffers, strict=True)), limit=limit_of_all)
+    return LatentPatch(*buffers)
 
 
-def _check_counts(predicted: Tensor, targets: Sequence[int]) -> None:
+def fit_latent_limit(
+    head: Head, clean: Tensor, targets: Iterable[int], settings: PatchSettings
+) -> LatentLimit:
+    """How far latents may lie from clean ones of the targets, whatever leads them there.
+
+    Args:
+        head: of the model.
+        clean: latents of clean samples [N, D].
+        targets: the classes that get a limit.
+        settings: see `PatchSettings`.
+
+    Returns:
+        LatentLimit on the head's device.
+
+    Raises:
+        InputError: no clean sample that the model takes for a target.
+    """
+    weight = head.weight.detach().double()
+    clean, logits, predicted = _answers(head, clean)
+    touched = _touched(predicted, set(targets), settings) * _SHARE_OF_UNKNOWN
+    perturbation = perturbations_of(clean, logits, weight, "repair").cpu()
+    found = cross_scores(clean.float().cpu(), logits.float().cpu(), perturbation, settings.seed)
+    limit = torch.full((len(weight),), torch.finfo(torch.float32).max)
+    usual = _conformal(found.score, touched)  # few samples of a class do not know its extremes
     for target in targets:
-        own = int((predicted == target).sum())
+        own = found.score[predicted.cpu() == target]
+        limit[target] = torch.maximum(_conformal(own, touched), usual)
+    return LatentLimit(limit, **found.scorer).to(weight.device)
+
+
+def _answers(head: Head, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, logits and predicted classes of clean samples in float64, on the head's device."""
+    weight = head.weight.detach().double()
+    clean = clean.to(weight)
+    logits = clean @ weight.T
+    if head.module.bias is not None:
+        logits = logits + head.module.bias.detach().double()
+    return clean, logits, logits.argmax(1)
+
+
+def _touched(predicted: Tensor, targets: set[int], settings: PatchSettings) -> float:
+    """The share of each target's clean samples that its limits may touch together."""
+    counts = {target: int((predicted == target).sum()) for target in targets}
+    for target, own in counts.items():
         if own < 2:
             raise InputError.of(
                 "repair",
@@ -143,31 +174,8 @@ def _check_counts(predicted: Tensor, targets: Sequence[int]) -> None:
                 got=counted(own, "sample"),
                 way_out='pass more samples, or repair with method="finetune"',
             )
-
-
-def _limit_of_all(
-    clean: Tensor, logits: Tensor, weight: Tensor, targets: set[int], touched: float, seed: int
-) -> LatentLimit | None:
-    """How far latents may lie from clean ones of these classes, whatever leads them there.
-
-    Args:
-        clean: latents of clean samples [N, D], float64.
-        logits: of the head [N, C].
-        weight: of the head [C, D].
-        targets: the classes that get a limit.
-        touched: share of the clean samples of each that may lie beyond.
-        seed: which deals the samples into folds.
-    """
-    if not targets:
-        return None
-    perturbation = perturbations_of(clean, logits, weight, "repair").cpu()
-    found = cross_scores(clean.float().cpu(), logits.float().cpu(), perturbation, seed)
-    predicted = logits.argmax(1).cpu()
-    limit = torch.full((len(weight),), torch.finfo(torch.float32).max)
-    usual = _conformal(found.score, touched)  # few samples of a class do not know its extremes
-    for target in targets:
-        limit[target] = torch.maximum(_conformal(found.score[predicted == target], touched), usual)
-    return LatentLimit(limit, **found.scorer).to(weight.device)
+    of_all = sum(counts.values()) / len(predicted)
+    return min(1 - settings.untouched, _MOST_TOUCHED / of_all)
 
 
 def _conformal(scores: Tensor, touched: float) -> Tensor:

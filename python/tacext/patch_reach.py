@@ -129,7 +129,7 @@ class Patterns:
 
     def __init__(self, corner: Tensor, pattern: Tensor, box: InputBox) -> None:
         self.corner, self.pattern = corner, pattern
-        self._velocity = torch.zeros_like(pattern)
+        self.velocity = torch.zeros_like(pattern)
         self._low, self._high = (
             torch.stack([self.cut(j, whole) for j in range(len(corner))])
             for whole in (bound.to(pattern).expand(box.shape) for bound in (box.low, box.high))
@@ -155,17 +155,17 @@ class Patterns:
 
     def ascend(self, part: slice, gradient: Tensor) -> None:
         """A step for some of them along gradients of their patterns' shape."""
-        velocity = MOMENTUM * self._velocity[part] + largest_one(gradient)
+        velocity = MOMENTUM * self.velocity[part] + largest_one(gradient)
         low, high = self._low[part], self._high[part]
         step = _STEP * (high - low) * velocity.clamp(-_FASTEST, _FASTEST)
         self.pattern[part] = (self.pattern[part] + step).maximum(low).minimum(high)
-        self._velocity[part] = velocity
+        self.velocity[part] = velocity
 
     def keep(self, rows: Tensor) -> None:
         """These alone, in this order."""
         self.corner = self.corner[rows]
         rows = rows.to(self.pattern.device)
-        self.pattern, self._velocity = self.pattern[rows], self._velocity[rows]
+        self.pattern, self.velocity = self.pattern[rows], self.velocity[rows]
         self._low, self._high = self._low[rows], self._high[rows]
 
 

@@ -77,7 +77,7 @@ class UniversalChanges:
         self.box = box
         self.change = changes
         self.length = length
-        self._velocity = torch.zeros_like(changes)
+        self.velocity = torch.zeros_like(changes)
 
     def apply(self, inputs: Tensor, images: int) -> Tensor:
         """Inputs [J * images, ...] with change j on the j-th group of images."""
@@ -87,8 +87,8 @@ class UniversalChanges:
         """A step along the gradients [J * images, ...], averaged over each group."""
         images = len(gradient) // len(self.change)
         mean = gradient.unflatten(0, (len(self.change), images)).float().mean(1)
-        self._velocity = MOMENTUM * self._velocity + unit_gradient(mean)
-        change = self.change + self.length / 6 * self._velocity
+        self.velocity = MOMENTUM * self.velocity + unit_gradient(mean)
+        change = self.change + self.length / 6 * self.velocity
         norm = change.flatten(1).norm(dim=1).reshape((-1,) + (1,) * (change.dim() - 1))
         self.change = change * (self.length / norm.clamp_min(1e-20)).clamp(max=1)
 

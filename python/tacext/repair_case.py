@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import SupportsIndex
 
 import torch
@@ -33,6 +34,7 @@ class RepairCase:
         max_accuracy_drop: what may be lost; None where nobody looks.
         quantile: of the margins that the shifts were solved from.
         progress: whether to show progress bars.
+        checkpoint: where a fine-tuning keeps its state; None keeps none.
     """
 
     model: nn.Module
@@ -45,6 +47,7 @@ class RepairCase:
     max_accuracy_drop: float | None
     quantile: float
     progress: bool | None
+    checkpoint: Path | None = None
 
 
 def seek_adversary(

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError, NotFiniteError
+from .finetune_checkpoint import FinetuneCheckpoint, fingerprint
 from .finetuning import EpochLosses, FinetuneSettings, diverged, finetune
 from .heads import Head, HeadModule, evaluating, model_dtype, recording_latents
 from .heads import run_model as run
 from .input_adversary import FEWEST_LED, InputAdversary
 from .latent_patch import with_latent_patch
-from .latent_patch_fit import LedLatents, PatchSettings, at_most, fit_latent_patch
+from .latent_patch_fit import LedLatents, PatchSettings, at_most, fit_latent_limit, fit_latent_patch
 from .pruning import PruneHistory, PruneSettings, prune
 from .repair_case import RepairCase
 from .repair_settings import RepairSettings
@@ -83,7 +84,8 @@ def _copy(case: RepairCase) -> tuple[nn.Module, Head]:
 def _by_patch(case: RepairCase, settings: RepairSettings) -> _Made:
     """A limit in front of the head, for s_t and for what leads into a target, found in rounds.
 
-    What a round finds in spite of the limits that are there gets one of its own.
+    What a round finds in spite of the limits that are there gets one of its own. What no round finds
+    is told by where clean latents of the target lie.
     """
     assert isinstance(settings, PatchSettings)
     head, size = case.head, settings.batch_size
@@ -118,6 +120,9 @@ def _by_patch(case: RepairCase, settings: RepairSettings) -> _Made:
                 )
             except InputError:  # what was found so far stands
                 break
+    # The last, as it would hide from the rounds what they are to find.
+    patch.limit = fit_latent_limit(head, clean, case.targets, settings)
+    patched, patched_head = with_latent_patch(case.model, head, patch)
     return patched, patched_head, (), None
 
 
@@ -188,6 +193,11 @@ def _by_finetuning(case: RepairCase, settings: RepairSettings) -> _Made:
     half = dtype in (torch.float16, torch.bfloat16)
     model, head = _copy(case)
     model = model.float() if half else model
+    checkpoint = None
+    if case.checkpoint is not None:
+        tensors = (case.inputs, case.labels, case.shifts)
+        belongs_to = fingerprint(case.model, tensors, settings, case.targets)
+        checkpoint = FinetuneCheckpoint(case.checkpoint, belongs_to)
     history = finetune(
         model,
         head,
@@ -199,6 +209,7 @@ def _by_finetuning(case: RepairCase, settings: RepairSettings) -> _Made:
         settings,
         quantile=case.quantile,
         progress=case.progress,
+        checkpoint=checkpoint,
     )
     model = model.to(dtype) if half else model
     return model, head, history, None

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import SupportsIndex, get_args
 
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from . import ops
 from .data import DataLike, materialise
 from .errors import InputError, check_choice
+from .files import StrPath
+from .finetune_checkpoint import check_checkpoint
 from .finetuning import FinetuneSettings
 from .heads import check_labels_in_range, check_model
 from .input_adversary import Effects
@@ -60,6 +64,7 @@ def repair(
     max_accuracy_drop: float | None = 0.02,
     head: str | None = None,
     progress: bool | None = None,
+    checkpoint: StrPath | None = None,
 ) -> RepairResult:
     """Removes the backdoor of the suspect classes and returns a repaired copy of the model.
 
@@ -108,6 +113,8 @@ def repair(
             target, is rolled back. None accepts whatever comes out, unseen, and needs a method.
         head: the name of the last linear layer, where the model is too unusual to tell.
         progress: whether to show a progress bar; None shows it on a terminal.
+        checkpoint: a .safetensors file in which a fine-tuning keeps its state after every epoch, and
+            from which it goes on where it was interrupted, with the same outcome. It stays there.
 
     Returns:
         RepairResult with the repaired model, or a copy of the original where no repair was
@@ -115,14 +122,16 @@ def repair(
 
     Raises:
         InputError: nothing to repair, a target out of range or unreachable, a report of a model
-            of other sizes, too few samples, settings of another method, a loss that diverges, and
-            everything that `scan` raises.
+            of other sizes, too few samples, settings of another method, a loss that diverges, a
+            checkpoint of something else, and everything that `scan` raises.
+        FileError: a checkpoint that cannot be read or written.
     """
     check_choice("repair", "method", method, get_args(Method), "auto")
     check_model(model, "repair")
     all_settings = settings_for(method, settings)
     shared = settings if settings is not None else next(iter(all_settings.values()))
     _check_drop(max_accuracy_drop, method)
+    kept_at = _checked_checkpoint(checkpoint, method)
     if has_latent_patch(model):
         raise InputError.of(
             "repair",
@@ -179,6 +188,7 @@ def repair(
         max_accuracy_drop,
         report.quantile,
         progress,
+        kept_at,
     )
     seconds = time.perf_counter() - started
     was = None if adversary is None else adversary.effects(model, *held_out, shared.batch_size)
@@ -297,6 +307,20 @@ class _Judge:
 def _is_blind(settings: RepairSettings | None) -> bool:
     """Whether shifted latents alone are to be trained against, for which no gradients are needed."""
     return isinstance(settings, FinetuneSettings) and settings.gamma == 0
+
+
+def _checked_checkpoint(checkpoint: StrPath | None, method: Method) -> Path | None:
+    if checkpoint is None:
+        return None
+    if method not in ("auto", "finetune"):
+        raise InputError.of(
+            "repair",
+            "checkpoint",
+            expected="nothing, as only a fine-tuning has one",
+            got=f"{os.fspath(checkpoint)!r} with method={method!r}",
+            way_out="leave it out",
+        )
+    return check_checkpoint(checkpoint)
 
 
 def _check_drop(max_accuracy_drop: float | None, method: Method) -> None:

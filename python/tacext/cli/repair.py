@@ -27,7 +27,7 @@ from .inputs import (
     scan_options,
 )
 
-_TRAINING = ("epochs", "learning_rate", "beta", "gamma", "distillation")
+_TRAINING = ("epochs", "learning_rate", "beta", "gamma", "distillation", "checkpoint")
 _DEFAULTS = {field.name: field.default for field in fields(FinetuneSettings)}
 
 
@@ -106,6 +106,11 @@ _DEFAULTS = {field.name: field.default for field in fields(FinetuneSettings)}
     show_default=True,
     help="Share of the images kept to measure accuracy with.",
 )
+@click.option(
+    "--checkpoint",
+    type=click.Path(),
+    help="Where finetune keeps its state after every epoch, and goes on from (.safetensors).",
+)
 def repair_command(
     given: ModelAndData,
     options: ScanOptions,
@@ -120,6 +125,7 @@ def repair_command(
     max_accuracy_drop: float,
     no_gate: bool,
     holdout: float,
+    checkpoint: str | None,
 ) -> ExitCode:
     """Remove the backdoor from the model in WEIGHTS, given clean labelled images.
 
@@ -130,9 +136,10 @@ def repair_command(
     not written. Of a patch the file holds the limit beside the weights: tacext loads it into the same
     --arch; into plain torch code load the outcome of --method prune or finetune.
 
-    --epochs, --learning-rate, --beta, --gamma and --distillation are those of finetune.
+    --epochs, --learning-rate, --beta, --gamma, --distillation and --checkpoint are those of finetune.
     """
-    given.check_outputs("repair", {"output": output, "json": given.json_path})
+    outputs = {"output": output, "json": given.json_path, "checkpoint": checkpoint}
+    given.check_outputs("repair", outputs)
     check_suffix("repair", "output", output, ".safetensors")
     if no_gate and method == "auto":
         raise click.UsageError("--no-gate needs a --method: auto is judged by the gate")
@@ -171,6 +178,7 @@ def repair_command(
         max_accuracy_drop=None if no_gate else max_accuracy_drop,
         head=given.head_in_model(options.head),
         settings=settings,
+        checkpoint=checkpoint,
     )
     if result.accepted:
         save_weights(inner(result.model), output)
