@@ -3,9 +3,9 @@
 //   guard_onnx MODEL GUARD INPUTS
 //
 // MODEL is an .onnx file with one input of float32 [N, ...] and the outputs "latent" [N, D] and
-// "logits" [N, C], as torch.onnx.export(guard.model, ...) makes it. INPUTS holds rows of raw float32
-// as the model takes them. Prints a line for every input: the predicted class, score, p-value, and
-// FLAGGED. All inputs are one batch here; a server would pass what it has.
+// "logits" [N, C], as torch.onnx.export(guard.model, ...) makes it. INPUTS holds rows of raw
+// float32 as the model takes them. Prints a line for every input: the predicted class, score,
+// p-value, and FLAGGED. All inputs are one batch here; a server would pass what it has.
 #include <onnxruntime_cxx_api.h>
 
 #include <algorithm>
@@ -25,8 +25,7 @@ std::vector<float> read_floats(const char* path) {
   std::ifstream file(path, std::ios::binary);
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
   std::vector<float> values(bytes.size() / sizeof(float));
-  std::copy_n(bytes.begin(), values.size() * sizeof(float),
-              reinterpret_cast<char*>(values.data()));
+  std::copy_n(bytes.begin(), values.size() * sizeof(float), reinterpret_cast<char*>(values.data()));
   return values;
 }
 
@@ -73,8 +72,7 @@ int guard_inputs(const char* model, const tacext::GuardTable& table, std::vector
   std::vector<float> score(rows), p_value(rows);
   const std::unique_ptr<bool[]> flagged(new bool[rows]);
   tacext::guard_score<float>(
-      table,
-      {outputs[0].GetTensorData<float>(), table.latents, logits, table.classes, count},
+      table, {outputs[0].GetTensorData<float>(), table.latents, logits, table.classes, count},
       {score.data(), p_value.data(), flagged.get()}, tacext::serial_for);
   for (std::size_t i = 0; i < rows; ++i) {
     const float* row = logits + static_cast<std::int64_t>(i) * table.classes;
