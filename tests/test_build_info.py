@@ -129,7 +129,7 @@ def test_solver_settings_compare_hash_and_pickle() -> None:
 def test_the_import_waits_for_nothing_that_only_some_need() -> None:
     code = (
         "import sys, torch, tacext; "
-        "heavy = {'scipy.stats', 'scipy.optimize', 'matplotlib', 'sklearn', 'click', 'onnx'}; "
+        "heavy = {'scipy.stats', 'scipy.optimize', 'matplotlib', 'sklearn', 'click', 'onnx', 'rich'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
