@@ -9,6 +9,7 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from command_line import ARCH, run
 from digits import digit_case
@@ -76,6 +77,32 @@ def test_the_command_line_fits_and_judges(saved: Path, capsys: pytest.CaptureFix
     assert told["judged"]["suspicious"]
     assert len(told["judged"]["flagged_images"]) == told["judged"]["flagged"] > 200
     assert told["source"]["guard"] == str(guard)
+
+
+def test_a_folder_of_unlabelled_images_is_judged(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = (saved / "model.safetensors", "--arch", ARCH)
+    guard, result = saved / "guard.safetensors", saved / "result.json"
+    run("guard", "fit", *model, "--data", saved / "fit.npz", "--output", guard,
+        "--false-positive-rate", 0.05)  # fmt: skip
+    folder = saved / "images"
+    folder.mkdir()
+    with np.load(saved / "triggered.npz") as triggered:
+        for i, image in enumerate(triggered["x"][:100]):
+            Image.fromarray((255 * image[0]).round().astype(np.uint8)).save(folder / f"{i:03}.png")
+    judging = ("guard", "judge", *model, "--guard", guard, "--data", folder, "--json", result)
+    assert run(*judging) == ExitCode.BACKDOORED
+    usual = json.loads(result.read_text())["judged"]
+    assert usual["images"] == 100
+    assert run(*judging, "--false-positive-rate", 0.01) == ExitCode.BACKDOORED
+    strict = json.loads(result.read_text())
+    assert strict["false_positive_rate"] == 0.01
+    assert set(strict["judged"]["flagged_images"]) < set(usual["flagged_images"])
+    assert run(*judging, "--false-positive-rate", 0.001) == ExitCode.ERROR
+    assert "expected 0.002494 or more" in capsys.readouterr().err
+    assert run("scan", *model, "--data", folder) == ExitCode.ERROR
+    assert "without folders" in capsys.readouterr().err
 
 
 def test_the_command_line_says_what_is_wrong(

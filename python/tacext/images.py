@@ -55,7 +55,8 @@ def load_images(
         path: the file or folder.
         split: which part to load, where there are several.
         size: (H, W) to resize to (antialiased bilinear); for folders of images only.
-        need_labels: without, an .npz may hold x alone; all its labels are then 0.
+        need_labels: without, an .npz may hold x alone, and a folder the images themselves, in order of
+            their names; all labels are then 0.
 
     Returns:
         An ImageSet: uint8 images, or float32 where an .npz holds floats, which stay as they are.
@@ -90,7 +91,7 @@ def _load(
             chosen = _check_split(split, list(layout.files), source)
             result = load_cifar_folder(source, chosen, layout)
         else:
-            return _load_folder(source, split, size)
+            return _load_folder(source, split, size, need_labels)
     elif source.is_file():
         suffix = source.suffix.lower()
         if suffix == ".npz":
@@ -306,11 +307,16 @@ def _check_range(images: torch.Tensor, key: str, source: Path) -> None:
 # ---- folders of class folders --------------------------------------------------------------------
 
 
-def _load_folder(source: Path, split: str | None, size: tuple[int, int] | None) -> ImageSet:
+def _load_folder(
+    source: Path, split: str | None, size: tuple[int, int] | None, need_labels: bool
+) -> ImageSet:
     root = source
     if split is not None:
         root = source / _check_split(split, _splits(source), source)
     names = _subfolders(root)
+    if not need_labels and (flat := _image_files(root)):
+        pixels = torch.from_numpy(_read_all(flat, root, size))
+        return ImageSet(pixels, torch.zeros(len(flat), dtype=torch.int64), None, str(root))
     if not names:
         raise _file_error(
             "path",
@@ -339,7 +345,7 @@ def _load_folder(source: Path, split: str | None, size: tuple[int, int] | None) 
             printable(str(root)),
             printable(", ".join(names[:4])) + ", ...",
         )
-    pixels = _read_all([file for listed in files for file in listed], size)
+    pixels = _read_all([file for listed in files for file in listed], root, size)
     labels = np.repeat(np.arange(len(names)), [len(listed) for listed in files])
     return ImageSet(
         torch.from_numpy(pixels),
@@ -374,7 +380,7 @@ def _image_files(folder: Path) -> list[Path]:
     return []
 
 
-def _read_all(files: list[Path], size: tuple[int, int] | None) -> Array:
+def _read_all(files: list[Path], root: Path, size: tuple[int, int] | None) -> Array:
     """uint8 [N, C, H, W], C = 1 where all are greyscale and 3 otherwise."""
     arrays: list[Array] = []
     for file in files:
@@ -385,7 +391,7 @@ def _read_all(files: list[Path], size: tuple[int, int] | None) -> Array:
             ]
             raise _input_error(
                 "size",
-                expected=f"images of one size in {files[0].parent.parent}",
+                expected=f"images of one size in {root}",
                 got=" and ".join(shapes),
                 way_out="give size=(H, W), or --size on the command line, to resize them",
             )

@@ -69,16 +69,25 @@ def fit_command(
     type=click.Path(),
     help="A file that `tacext guard fit` wrote, for this model with the same --mean and --std.",
 )
-def judge_command(given: ModelAndData, guard_path: str) -> ExitCode:
+@click.option(
+    "--false-positive-rate",
+    type=Finite(0, 1, min_open=True, max_open=True),
+    help="Share of clean images that may be flagged.  [default: that of the guard]",
+)
+def judge_command(
+    given: ModelAndData, guard_path: str, false_positive_rate: float | None
+) -> ExitCode:
     """Run the model in WEIGHTS on images, and say which look like ones with a trigger.
 
-    They need no labels: an .npz may hold x alone, a folder of images may have one folder inside.
+    They need no labels: an .npz may hold x alone, a folder just images, in order of their names.
 
     Exits with 1 where more are flagged than clean images explain (p below 0.01), else with 0.
     """
     given.check_outputs("guard judge", {"json": given.json_path}, {"--guard": guard_path})
     model = given.load_model()
     guard = Guard.load(guard_path, model)
+    if false_positive_rate is not None:
+        guard = guard.at_rate(false_positive_rate)
     images = given.load_images(need_labels=False)
     judgement = judge(guard, images, batch_size=given.batch_size or BATCH_SIZE)
     if given.json_path is not None:

@@ -121,7 +121,7 @@ _DATA_OPTIONS = (
     click.option(
         "--batch-size",
         type=click.IntRange(min=1),
-        help="Images in a pass.  [default: 256; in training 128]",
+        help="Images in a pass.  [default: 256; in repairs 128]",
     ),
     click.option("--json", "json_path", type=click.Path(), help="Write the result as JSON."),
 )
