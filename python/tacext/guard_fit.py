@@ -34,6 +34,7 @@ _PRIOR_SAMPLES = 2.0  # so many samples at the mean of all are added to each cla
 _LOCATION_PRIOR, _DEVIATION_PRIOR = 5.0, 20.0  # likewise, of the usual location and deviation
 _PART_TAIL = 0.01  # the unit of each part: what one in a hundred clean samples exceeds
 _ROUNDS = 8  # of the subspace iteration
+_WIDE = 256  # latents; of fewer the whole spectrum takes less time
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,10 +82,13 @@ class Geometry:
 def _principal(y: Tensor, rank: int, free: int) -> tuple[Tensor, Tensor]:
     """The largest variances [R] of centred rows y [N, D], and orthonormal directions [R, D].
 
-    By subspace iteration from a fixed start. What it leaves of the last directions is no matter: any
-    basis with the variances along it will do.
+    Of wide latents by subspace iteration from a fixed start. What that leaves of the last directions
+    is no matter: any basis with the variances along it will do.
     """
     rank = min(rank, *y.shape)
+    if y.shape[1] <= _WIDE:
+        variance, basis = torch.linalg.eigh(y.T @ y / free)
+        return variance.flip(0)[:rank].clamp(min=0), basis.flip(1)[:, :rank].T
     start = torch.Generator().manual_seed(0)
     width = min(rank + 8, *y.shape)
     block = torch.randn(y.shape[1], width, dtype=y.dtype, generator=start)
