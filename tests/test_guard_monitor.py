@@ -17,7 +17,15 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from digits import digit_case
-from tacext import DependencyError, Guard, GuardMonitor, GuardOutput, InputError, demo
+from tacext import (
+    DependencyError,
+    Guard,
+    GuardMonitor,
+    GuardMonitors,
+    GuardOutput,
+    InputError,
+    demo,
+)
 from tacext.guard_monitor import BINS
 
 
@@ -132,6 +140,27 @@ def test_prometheus_reads_it() -> None:
     registry = CollectorRegistry()
     registry.register(monitor)  # type: ignore[arg-type]
     assert registry.get_sample_value("tacext_guard_inputs_total") == 6
+
+
+def test_several_models_share_a_registry() -> None:
+    monitors = GuardMonitors()
+    for name, p_values in (("signs", [0.01, 0.5]), ("digits", [0.5, 0.6, 0.7])):
+        monitors[name] = GuardMonitor(0.05, 99)
+        monitors[name].update(said(p_values))
+    registry = CollectorRegistry()
+    registry.register(monitors)  # type: ignore[arg-type]
+    told = registry.get_sample_value
+    assert told("tacext_guard_inputs_total", {"model": "digits"}) == 3
+    assert told("tacext_guard_flagged_total", {"model": "signs"}) == 1
+    assert told("tacext_guard_p_value_bucket", {"model": "signs", "le": "0.05"}) == 1
+    assert told("tacext_guard_promised_rate", {"model": "signs"}) == 0.05
+    del monitors["digits"]
+    assert told("tacext_guard_inputs_total", {"model": "digits"}) is None
+    families = list(text_string_to_metric_families(monitors.to_prometheus()))
+    assert {s.labels["model"] for f in families for s in f.samples} == {"signs"}
+    for name, monitor in ((3, GuardMonitor(0.05, 99)), ("x", None)):
+        with pytest.raises(InputError, match="expected the name of a model"):
+            monitors[name] = monitor  # type: ignore[index,assignment]
 
 
 def test_without_prometheus_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

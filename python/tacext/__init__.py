@@ -13,6 +13,7 @@ from .evaluation import Evaluation, evaluate
 from .finetuning import FinetuneSettings
 from .guard import Guard, GuardInfo, GuardOutput, GuardScorer
 from .guard_judgement import Judgement, judge
+from .guard_metrics import GuardMonitors
 from .guard_monitor import GuardMonitor
 from .images import load_images
 from .latent_patch import LatentPatch, remove_latent_patch
@@ -41,6 +42,7 @@ __all__ = [
     "Guard",
     "GuardInfo",
     "GuardMonitor",
+    "GuardMonitors",
     "GuardOutput",
     "GuardScorer",
     "HeadNotFoundError",

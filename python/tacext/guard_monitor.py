@@ -12,7 +12,8 @@ import scipy  # its parts load when they are first used
 import torch
 from torch import Tensor
 
-from .errors import DependencyError, InputError
+from .errors import InputError
+from .guard_metrics import families, text_of
 from .guard_scoring import GuardOutput
 
 BINS = 20
@@ -168,44 +169,12 @@ class GuardMonitor:
     def collect(self) -> Iterator[Any]:
         """The metrics, as a collector of prometheus_client: `REGISTRY.register(monitor)`.
 
+        One registry takes one monitor; of several make `GuardMonitors`.
+
         Raises:
             DependencyError: prometheus_client is not installed.
         """
-        try:
-            from prometheus_client.core import (
-                CounterMetricFamily,
-                GaugeMetricFamily,
-                HistogramMetricFamily,
-            )
-        except ImportError as error:
-            raise DependencyError.of(
-                "GuardMonitor.collect",
-                "prometheus_client",
-                expected="the package to be installed",
-                got="none",
-                way_out="pip install 'tacext[prometheus]'",
-            ) from error
-        told = self.to_dict()
-        prefix = "tacext_guard"
-        for name, text in (
-            ("inputs", "Inputs that the guard has judged."),
-            ("flagged", "Inputs that it has flagged."),
-            ("not_finite", "Inputs whose latents or logits were not finite; flagged, too."),
-        ):
-            yield CounterMetricFamily(f"{prefix}_{name}", text, value=told[name])
-        yield GaugeMetricFamily(
-            f"{prefix}_promised_rate",
-            "Share of clean inputs that the guard may flag.",
-            value=told["false_positive_rate"],
-        )
-        buckets, below = [], 0
-        for i, count in enumerate(told["histogram"]):
-            below += count
-            edge = "+Inf" if i + 1 == BINS else f"{(i + 1) / BINS:g}"
-            buckets.append((edge, float(below)))
-        yield HistogramMetricFamily(
-            f"{prefix}_p_value", "p-values of the inputs; even for clean ones.", buckets, None
-        )
+        yield from families({(): self.to_dict()}, (), "GuardMonitor.collect")
 
     def to_prometheus(self) -> str:
         """The metrics in the text format of Prometheus.
@@ -213,17 +182,7 @@ class GuardMonitor:
         Raises:
             DependencyError: prometheus_client is not installed.
         """
-        metrics = list(self.collect())  # first, for its error
-        from prometheus_client import CollectorRegistry, generate_latest
-
-        class Collected:
-            def collect(self) -> list[Any]:
-                return metrics
-
-        registry = CollectorRegistry()
-        registry.register(Collected())
-        text: bytes = generate_latest(registry)
-        return text.decode()
+        return text_of(self.collect())
 
 
 def _allowed(rate: float, samples: int) -> int:

@@ -315,8 +315,8 @@ def _load_folder(
         root = source / _check_split(split, _splits(source), source)
     names = _subfolders(root)
     if not need_labels and (flat := _image_files(root)):
-        pixels = torch.from_numpy(_read_all(flat, root, size))
-        return ImageSet(pixels, torch.zeros(len(flat), dtype=torch.int64), None, str(root))
+        unlabelled = torch.from_numpy(_read_all(flat, root, size))
+        return ImageSet(unlabelled, torch.zeros(len(flat), dtype=torch.int64), None, str(root))
     if not names:
         raise _file_error(
             "path",
