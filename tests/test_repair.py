@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,16 @@ from torch import nn
 
 import tacext
 from digits import digit_case
-from tacext import FinetuneSettings, InputError, demo, evaluate, scan
+from tacext import (
+    FinetuneSettings,
+    InputError,
+    LatentPatch,
+    demo,
+    evaluate,
+    remove_latent_patch,
+    save_weights,
+    scan,
+)
 
 SETTINGS = FinetuneSettings()
 # What the fine-tuning itself does; the gate has tests of its own below.
@@ -370,3 +380,49 @@ def test_bad_settings_are_refused(arguments: dict[str, float]) -> None:
     (name,) = arguments
     with pytest.raises(InputError, match=f"FinetuneSettings: {name}: expected"):
         FinetuneSettings(**arguments)  # type: ignore[arg-type]
+
+
+def test_auto_puts_limits_in_front_of_what_it_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = digit_case()
+    data, settings = case.data.defender, SETTINGS
+    trained = repair(case.backdoored, data, targets=[demo.TARGET], settings=settings)
+    assert trained.method == "finetune"
+    assert not trained.limited
+    found = tacext.repair(case.backdoored, data, targets=[demo.TARGET], settings=settings)
+    assert found.accepted
+    assert found.method == "finetune"
+    assert found.limited
+    assert not any(attempt.limited for attempt in found.attempts)
+    # Behind the limits is the trained model, and in front of them all is as it was.
+    undone = remove_latent_patch(found.model).state_dict()
+    assert all(torch.equal(v, undone[n]) for n, v in trained.model.state_dict().items())
+    images, labels = case.data.test
+    with torch.no_grad():
+        before, after = trained.model(images), found.model(images)
+    elsewhere = before.argmax(1) != demo.TARGET
+    assert torch.equal(before[elsewhere], after[elsewhere])
+    assert float((after.argmax(1) == labels).double().mean()) > 0.98
+    limit = next(m.limit for m in found.model.modules() if isinstance(m, LatentPatch))
+    assert limit is not None
+    # What lies far from all clean latents, on the side of the target, is no longer taken for it.
+    with torch.no_grad():
+        latent = trained.model[:-1](images)
+        far = latent + 30 * trained.model[-1].weight[demo.TARGET]
+        assert bool((trained.model[-1](far).argmax(1) == demo.TARGET).all())
+        assert not bool((found.model[-1](far).argmax(1) == demo.TARGET).any())
+    save_weights(found.model, tmp_path / "limited.safetensors")
+    loaded = tacext.load_model(tmp_path / "limited.safetensors", demo.digit_net)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), after)
+    # Limits that cost more than is allowed are left out.
+    monkeypatch.setattr(
+        "tacext.repairing.with_limit",
+        lambda candidate, *_: dataclasses.replace(candidate, model=demo.digit_net().eval()),
+    )
+    without = tacext.repair(case.backdoored, data, targets=[demo.TARGET], settings=settings)
+    assert without.accepted
+    assert not without.limited
+    state = without.model.state_dict()
+    assert all(torch.equal(v, state[n]) for n, v in trained.model.state_dict().items())

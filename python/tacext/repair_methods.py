@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from . import ops
 from .errors import InputError, NotFiniteError
 from .finetune_checkpoint import FinetuneCheckpoint, fingerprint
 from .finetuning import EpochLosses, FinetuneSettings, diverged, finetune
@@ -19,6 +20,7 @@ from .heads import run_model as run
 from .input_adversary import FEWEST_LED, InputAdversary
 from .latent_patch import with_latent_patch
 from .latent_patch_fit import LedLatents, PatchSettings, at_most, fit_latent_limit, fit_latent_patch
+from .ops import Status
 from .pruning import PruneHistory, PruneSettings, prune
 from .repair_case import RepairCase
 from .repair_settings import RepairSettings
@@ -124,6 +126,42 @@ def _by_patch(case: RepairCase, settings: RepairSettings) -> _Made:
     patch.limit = fit_latent_limit(head, clean, case.targets, settings)
     patched, patched_head = with_latent_patch(case.model, head, patch)
     return patched, patched_head, (), None
+
+
+def with_limit(candidate: Candidate, case: RepairCase, settings: PatchSettings) -> Candidate | None:
+    """A trained or pruned candidate with limits in front of its head, for s_t and for all else.
+
+    Training closes the ways that were found, and is blind to others; the limits are not.
+
+    Args:
+        candidate: of "prune" or "finetune".
+        case: what was repaired.
+        settings: of the limits.
+
+    Returns:
+        None where they cannot be solved for: too few clean samples of a target are left.
+    """
+    begin = time.perf_counter()
+    head = candidate.head
+    clean = _latents(candidate.model, head, case.inputs, settings.batch_size)
+    logits = head.logits(clean)
+    predicted = logits.argmax(1)
+    margins = ops.pairwise_margin_max(logits)
+    solved = ops.minimal_perturbation(head.weight.detach(), margins, classes=case.targets)
+    if not bool((solved.status == Status.OPTIMAL).all()):
+        return None
+    ways = []
+    for target, shift in zip(case.targets, solved.perturbation, strict=True):
+        others = at_most(clean[predicted != target], _MOST_LED)
+        ways.append(LedLatents(target, others + shift.to(clean), None))
+    try:
+        patch = fit_latent_patch(head, clean, ways, settings)
+        patch.limit = fit_latent_limit(head, clean, case.targets, settings)
+    except InputError:
+        return None
+    model, limited_head = with_latent_patch(candidate.model, head, patch)
+    seconds = candidate.seconds + time.perf_counter() - begin
+    return replace(candidate, model=model.eval(), head=limited_head, seconds=seconds)
 
 
 def _ways_of(

@@ -34,6 +34,8 @@ class Attempt:
             changes and patches; NaN where there was nothing.
         report_after: the scan of the repaired model; None where there was none.
         seconds: of the repair, without the gate.
+        limited: whether "auto" put limits in front of what was pruned or trained; the accuracies are
+            with them, the scan without.
     """
 
     method: Method
@@ -43,6 +45,7 @@ class Attempt:
     robust_accuracy: float
     report_after: ScanReport | None = field(repr=False)
     seconds: float
+    limited: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class RepairResult:
         report_after: the scan of the repaired model; None where there was none.
         targets: the classes that were to be repaired.
         method: "patch", "prune" or "finetune": of the model, or of the best that was tried.
+        limited: whether "auto" put limits in front of a model that was pruned or trained, as a patch
+            has them; `remove_latent_patch` takes them off.
         attempts: all methods that were tried, in that order.
         accuracy_before, accuracy_after: on the held-out clean samples, of the original and of what
             was repaired, whether that was accepted or not.
@@ -81,6 +86,7 @@ class RepairResult:
     report_after: ScanReport | None = field(repr=False)
     targets: tuple[int, ...]
     method: Method
+    limited: bool
     attempts: tuple[Attempt, ...] = field(repr=False)
     accuracy_before: float
     accuracy_after: float

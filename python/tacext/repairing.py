@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import SupportsIndex, get_args
 
@@ -24,6 +24,7 @@ from .finetuning import FinetuneSettings
 from .heads import check_labels_in_range, check_model
 from .input_adversary import Effects
 from .latent_patch import has_latent_patch
+from .latent_patch_fit import PatchSettings
 from .repair_case import (
     RepairCase,
     choose_targets,
@@ -40,6 +41,7 @@ from .repair_methods import (
     count_right_after,
     make_candidate,
     settings_for,
+    with_limit,
 )
 from .repair_result import Attempt, RepairResult, merit_of, warnings_of
 from .repair_settings import RepairSettings
@@ -93,6 +95,8 @@ def repair(
     "auto" tries them in this order, which is that of their cost, until one is accepted and what led
     into the targets leaves accuracy near to what it was; of several that are accepted it keeps the
     one with the highest sum of accuracies with and without it, of which that without counts thrice.
+    In front of a model that was pruned or trained it then puts limits as well, if they cost no more
+    than is allowed: they also stop triggers that the training never saw.
 
     The accuracies are measured on samples that are not repaired with; s_t comes from the report's
     margins first, from all samples that it saw, at its quantile, and is solved again after every
@@ -219,6 +223,8 @@ def repair(
             way_out="name one method for its error alone",
         )
     kept, candidate = best
+    if method == "auto" and kept.accepted and kept.method != "patch":
+        kept, candidate = judge.limited(kept, candidate, all_settings["patch"])
     reason = kept.reason
     if not kept.accepted and len(attempts) > 1:
         reason = "; ".join(f"{attempt.method}: {attempt.reason}" for attempt in attempts)
@@ -232,6 +238,7 @@ def repair(
         report_after=kept.report_after,
         targets=chosen,
         method=kept.method,
+        limited=kept.limited,
         attempts=tuple(attempts),
         accuracy_before=before,
         accuracy_after=kept.accuracy_after,
@@ -302,6 +309,32 @@ class _Judge:
             gate.report,
             candidate.seconds,
         )
+
+    def limited(
+        self, attempt: Attempt, candidate: Candidate, settings: RepairSettings
+    ) -> tuple[Attempt, Candidate]:
+        """What was accepted, with limits in front of its head if these, too, cost no more than allowed."""
+        assert isinstance(settings, PatchSettings)
+        assert self.case.max_accuracy_drop is not None
+        found = with_limit(candidate, self.case, settings)
+        if found is None:
+            return attempt, candidate
+        right = count_right_after(found, self.held_out, settings.batch_size)
+        held_out = len(self.held_out[1])
+        if (self.right_before - right) / held_out > self.case.max_accuracy_drop + 1e-9:
+            return attempt, candidate
+        robust = attempt.robust_accuracy
+        if self.case.adversary is not None:
+            effects = self.case.adversary.effects(found.model, *self.held_out, settings.batch_size)
+            robust = float(effects.right.mean())
+        limited = replace(
+            attempt,
+            accuracy_after=right / held_out,
+            robust_accuracy=robust,
+            seconds=found.seconds,
+            limited=True,
+        )
+        return limited, found
 
 
 def _is_blind(settings: RepairSettings | None) -> bool:

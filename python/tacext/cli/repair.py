@@ -53,7 +53,7 @@ _DEFAULTS = {field.name: field.default for field in fields(FinetuneSettings)}
     default="auto",
     show_default=True,
     help="patch limits the latent in front of the last layer, prune makes channels constant, finetune "
-    "trains; auto tries them in this order.",
+    "trains; auto tries them in this order, and puts limits in front of what the others make, too.",
 )
 @click.option(
     "--epochs",
@@ -133,8 +133,8 @@ def repair_command(
     the scan's margins, and so --quantile matters with --target, too; --metric, --alpha and --depth
     bear on the suspects alone. The file in WEIGHTS is left as it is. The outcome is scanned
     thoroughly; one that costs too much accuracy, or in which the backdoor is not seen to be gone, is
-    not written. Of a patch the file holds the limit beside the weights: tacext loads it into the same
-    --arch; into plain torch code load the outcome of --method prune or finetune.
+    not written. Of a patch, and of auto, the file holds limits beside the weights: tacext loads it into
+    the same --arch; into plain torch code load the outcome of --method prune or finetune.
 
     --epochs, --learning-rate, --beta, --gamma, --distillation and --checkpoint are those of finetune.
     """
