@@ -34,7 +34,7 @@ from tacext.second_look import margin_evidence, norm_evidence, reach_evidence
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence"
 TABLE = Path(__file__).resolve().parents[2] / "python" / "tacext" / "calibration.json"
-VERSION = 3
+VERSION = 4
 
 # The norms that the constants are fitted on: those of a scan by default.
 NORM = "standardized 1 2500"

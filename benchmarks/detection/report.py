@@ -26,12 +26,12 @@ from scipy import stats
 from specs import ADAPTIVE, HIDDEN, SEVERAL
 
 from tacext.detection import anomaly_index, judge_norms
-from tacext.joint_test import Calibration
+from tacext.joint_test import Calibration, judge_jointly
 from tacext.patch_reach import PatchReach
 from tacext.reach import Reach
 from tacext.second_look import SecondLook
 from tacext.shuffle import Shuffle
-from tacext.verdict import weigh
+from tacext.verdict import weigh, weigh_without_data
 
 # The index above which the paper's rule, as it is commonly used, calls a class poisoned.
 PAPER_INDEX = 2.0
@@ -123,6 +123,15 @@ def fast(case: Case, alpha: float) -> Outcome:
     return Outcome(case, -np.log(test.p_value), test.verdict == "backdoored", first)
 
 
+def without_data(case: Case, alpha: float, calibration: Calibration) -> Outcome:
+    """The verdict of a scan that has no images."""
+    kinds = {kind: case.evidence[kind] for kind in ("margin", "prototype")}
+    joint = judge_jointly(kinds, alpha, calibration)
+    finding = weigh_without_data(joint)
+    flagged = finding.verdict == "backdoored"
+    return Outcome(case, -np.log(finding.p_value), flagged, joint.most_suspicious)
+
+
 def papers_rule(case: Case) -> Outcome:
     """The anomaly index of the plain norms, above 2."""
     index = anomaly_index(norms_of(case, NORM_OF_THE_PAPER))
@@ -134,14 +143,19 @@ def papers_rule(case: Case) -> Outcome:
     )
 
 
-def cross_validated(cases: Sequence[Case], alpha: float, leave_out: str) -> list[Outcome]:
+def cross_validated(
+    cases: Sequence[Case],
+    alpha: float,
+    leave_out: str,
+    judge: Callable[[Case, float, Calibration], Outcome] = thorough,
+) -> list[Outcome]:
     """Every model by constants fitted on the clean models of other networks, or other data sets."""
 
     @functools.cache
     def without(kind: str) -> Calibration:
         return calibrate.fit([c for c in cases if not c.targets and getattr(c, leave_out) != kind])
 
-    return [thorough(case, alpha, without(getattr(case, leave_out))) for case in cases]
+    return [judge(case, alpha, without(getattr(case, leave_out))) for case in cases]
 
 
 def of_knowing_attackers(
@@ -264,11 +278,20 @@ def main() -> None:
         "fast, alpha .05": [fast(case, 0.05) for case in cases],
         "the paper's rule": [papers_rule(case) for case in cases],
     }
+    seen = [case for case in cases if "margin" in case.evidence]  # older files lack it
+    if seen:
+        found = cross_validated(seen, options.alpha, options.leave_out, without_data)
+        outcomes["without data"] = found
+        targets_first = sum(o.first in o.case.targets for o in found if is_single(o.case))
     console = Console(width=150)
     for table in tables(
         outcomes, lambda c: (f"attack {c.attack}", f"network {c.network}", f"data {c.dataset}")
     ):
         console.print(table)
+    if seen:
+        console.print(
+            f"without data a target is the most suspicious class of {targets_first} of the first kind"
+        )
     if knowing:
         console.print(of_knowing_attackers(knowing, cases, options.alpha, options.leave_out))
     if options.plot is not None:
