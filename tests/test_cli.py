@@ -13,7 +13,7 @@ import torch
 
 from command_line import ARCH, TRIGGER, run
 from digits import digit_case
-from tacext import demo, load_state_dict, save_weights
+from tacext import demo, load_model, load_state_dict, remove_latent_patch, save_weights
 from tacext.cli import ExitCode
 from tacext.report import json_schema
 
@@ -104,7 +104,9 @@ def test_repair_then_evaluate(
     jsonschema.validate(content, json_schema("repair-1"))
     assert content["targets"] == [demo.TARGET]
     assert (folder / "backdoored.safetensors").read_bytes() == before
-    demo.digit_net().load_state_dict(load_state_dict(repaired))
+    assert (content["method"], content["limited"]) == ("finetune", True)
+    restored = remove_latent_patch(load_model(repaired, demo.digit_net))
+    demo.digit_net().load_state_dict(restored.state_dict())
 
     capsys.readouterr()
     assert run(

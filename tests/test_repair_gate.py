@@ -81,6 +81,22 @@ def test_another_class_than_the_backdoors_is_not_accepted_either() -> None:
     assert "into class 4 still leads" in result.reason
 
 
+def test_of_what_nothing_shows_a_patch_alone_is_let_through_as_a_precaution() -> None:
+    """Nothing leads into digit 0 of a clean model: a limit touches little, a training anything."""
+    case = digit_case()
+    result = tacext.repair(case.clean, case.data.defender, targets=[0], method="patch")
+    assert result.accepted
+    assert result.attempts[0].unseen == (0,)
+    assert [w for w in result.warnings if "the limit in front of it is a precaution" in w]
+    assert result.accuracy_after >= result.accuracy_before - 0.02
+    trained = repair(
+        case.clean, case.data.defender, targets=[0], settings=FinetuneSettings(epochs=1)
+    )
+    assert not trained.accepted
+    assert "class 0 was no suspect" in trained.reason
+    assert not any("precaution" in warning for warning in trained.warnings)
+
+
 def test_what_nothing_shows_is_not_accepted() -> None:
     case = digit_case()
     images, labels = case.data.defender

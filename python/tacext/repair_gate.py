@@ -46,12 +46,15 @@ class Gate:
             or where nothing was asked for.
         robust_accuracy: on held-out samples that carry what led into the targets, a mean over targets
             and ways; NaN where it was not measured.
+        unseen: targets of which nothing had shown that they are poisoned. A limit in front of them is
+            let through all the same, as it can touch no other inputs than those taken for them.
     """
 
     accepted: bool
     reason: str
     report: ScanReport | None = field(repr=False)
     robust_accuracy: float
+    unseen: tuple[int, ...] = ()
 
 
 def check_repair(
@@ -114,8 +117,12 @@ def check_repair(
             f"{counted(len(held_out[1]), 'held-out sample is', 'held-out samples are')} too few to "
             f"judge it; pass more samples or a larger holdout ({_FEWEST_HELD_OUT} are needed)"
         )
+    unseen = set[int]()
     for target, moved in zip(adversary.targets, was.moved.amax(1).tolist(), strict=True):
         if moved < FEWEST_LED and target not in before.suspects:
+            unseen.add(target)
+            if limited:
+                continue
             return no(
                 f"class {target} was no suspect, and nothing was found that led into it before (at most "
                 f"{moved:.0%} of the samples), so that nothing shows whether it still does"
@@ -123,7 +130,7 @@ def check_repair(
     rates = zip(adversary.targets, was.moved.tolist(), left.moved.tolist(), strict=True)
     for target, old, new in rates:
         for kind, a, b in zip(("change", "patch"), old, new, strict=False):
-            if b > max(_ALWAYS_MOVED, _MOST_LEFT * a):
+            if target not in unseen and b > max(_ALWAYS_MOVED, _MOST_LEFT * a):
                 return no(
                     f"the {kind} that led {a:.0%} of the samples into class {target} still leads {b:.0%}"
                 )
@@ -144,13 +151,16 @@ def check_repair(
     seen = tuple(t for t in adversary.targets if _stood_out(t, before, adversary, report))
     for target in adversary.targets:
         if target not in before.suspects and target not in seen:
+            unseen.add(target)
+            if limited:
+                continue
             return no(
                 f"class {target} was no suspect, and nothing led into it before as into no class of a "
                 "clean model, so that there is nothing to see that a repair has changed",
                 report,
             )
     accepted, reason = judge_scan(report, adversary.targets, seen, limited=limited)
-    return Gate(accepted, reason, report, robust)
+    return Gate(accepted, reason, report, robust, tuple(sorted(unseen)))
 
 
 def judge_scan(

@@ -36,6 +36,8 @@ class Attempt:
         seconds: of the repair, without the gate.
         limited: whether "auto" put limits in front of what was pruned or trained; the accuracies are
             with them, the scan without.
+        unseen: targets of which nothing had shown that they are poisoned, so that nothing shows that
+            they no longer are: a patch in front of them is a precaution.
     """
 
     method: Method
@@ -46,6 +48,7 @@ class Attempt:
     report_after: ScanReport | None = field(repr=False)
     seconds: float
     limited: bool = False
+    unseen: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,13 @@ def warnings_of(before: float, kept: Attempt, num_classes: int, reason: str) -> 
     if not kept.accepted:
         warnings.append(f"rolled back: {reason}")
         return tuple(warnings)
+    if kept.unseen:
+        classes = "class " if len(kept.unseen) == 1 else "classes "
+        classes += ", ".join(map(str, kept.unseen))
+        warnings.append(
+            f"nothing had shown that anything leads into {classes}, and so nothing shows that it no longer "
+            "does: the limit in front of it is a precaution"
+        )
     if after < before - NOTABLE_LOSS:
         warnings.append(
             f"the repair costs {before - after:.1%} of accuracy on held-out samples; more clean "

@@ -308,6 +308,7 @@ class _Judge:
             gate.robust_accuracy,
             gate.report,
             candidate.seconds,
+            unseen=gate.unseen,
         )
 
     def limited(
