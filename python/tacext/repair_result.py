@@ -103,6 +103,11 @@ class RepairResult:
     settings: RepairSettings
     seconds: float
 
+    @property
+    def way(self) -> str:
+        """The method for people: "patch", or "finetune and limits"."""
+        return f"{self.method} and limits" if self.limited else self.method
+
 
 def merit_of(attempt: Attempt) -> tuple[bool, float]:
     """What the best attempt has most of: acceptance, then accuracy, with and without what led there."""

@@ -123,7 +123,7 @@ def repair_table(result: RepairResult) -> RenderableType:
     accuracies = f"{result.accuracy_before:.3f} -> {result.accuracy_after:.3f}"
     work = f"{result.training_samples} samples in {result.seconds:.1f} s"
     lines = [
-        f"{tried}: {targets} by {result.method}{' and limits' if result.limited else ''} on {work}",
+        f"{tried}: {targets} by {result.way} on {work}",
         f"accuracy on {result.holdout_samples} held-out samples: {accuracies}",
     ]
     if not math.isnan(result.robust_accuracy_after):

@@ -45,7 +45,7 @@ def demo_command(output: str, seed: int) -> None:
         console.print("the scan named no class, so the known target is repaired\n")
     targets = ", ".join(map(str, result.repair.targets))
     console.print(
-        f"[bold]Repair of class {targets} ({result.repair.method}), measured on test images[/bold]"
+        f"[bold]Repair of class {targets} ({result.repair.way}), measured on test images[/bold]"
     )
     console.print(
         evaluation_table(
