@@ -104,7 +104,7 @@ def test_repair_then_evaluate(
     jsonschema.validate(content, json_schema("repair-1"))
     assert content["targets"] == [demo.TARGET]
     assert (folder / "backdoored.safetensors").read_bytes() == before
-    assert (content["method"], content["limited"]) == ("finetune", True)
+    assert (content["method"], content["limits_added"]) == ("finetune", True)
     restored = remove_latent_patch(load_model(repaired, demo.digit_net))
     demo.digit_net().load_state_dict(restored.state_dict())
 

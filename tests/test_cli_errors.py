@@ -177,12 +177,13 @@ def test_errors_speak_of_options() -> None:
         ("name the last linear layer with head=", "name the last linear layer with --head"),
         ("with head= (candidates: a)", "with --head (candidates: a)"),
         (
-            "or repair with method=\"finetune\"; or metric='l2'",
-            "or repair with --method finetune; or --metric l2",
+            "or repair with method=\"finetune\", or metric='l2'",
+            "or repair with --method finetune, or --metric l2",
         ),
         ("name the class with targets=[...] where", "name the class with --target where"),
         ("give size=(H, W), or x=images", "give size=(H, W), or x=images"),
         ("max_samples= is none", "max_samples= is none"),
+        ("got /a/alpha=.05/x; leave alpha= out", "got /a/alpha=.05/x; leave --alpha out"),
     ):
         assert in_options(text, options) == expected
 

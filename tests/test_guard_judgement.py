@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import jsonschema
@@ -103,6 +104,18 @@ def test_a_folder_of_unlabelled_images_is_judged(
     assert "expected 0.002494 or more" in capsys.readouterr().err
     assert run("scan", *model, "--data", folder) == ExitCode.ERROR
     assert "without folders" in capsys.readouterr().err
+    # A few images beside folders of them would stand for all.
+    (folder / "seven").mkdir()
+    (folder / "000.png").rename(folder / "seven" / "000.png")
+    assert run(*judging) == ExitCode.ERROR
+    assert "expected images, or folders of images, got both" in capsys.readouterr().err
+    below = saved / "folders"
+    for name in ("images", "seven"):
+        (below / name).mkdir(parents=True)
+        for i in range(1, 6):
+            shutil.copy(folder / f"{i:03}.png", below / name)
+    run("guard", "judge", *model, "--guard", guard, "--data", below, "--json", result)
+    assert json.loads(result.read_text())["judged"]["images"] == 10
 
 
 def test_the_command_line_says_what_is_wrong(

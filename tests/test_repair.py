@@ -389,12 +389,13 @@ def test_auto_puts_limits_in_front_of_what_it_trained(
     data, settings = case.data.defender, SETTINGS
     trained = repair(case.backdoored, data, targets=[demo.TARGET], settings=settings)
     assert trained.method == "finetune"
-    assert not trained.limited
+    assert not trained.limits_added
     found = tacext.repair(case.backdoored, data, targets=[demo.TARGET], settings=settings)
     assert found.accepted
     assert found.method == "finetune"
-    assert found.limited
-    assert not any(attempt.limited for attempt in found.attempts)
+    assert found.limits_added
+    assert [attempt.limits_added for attempt in found.attempts] == [False, False, True]
+    assert found.attempts[-1].accuracy_after == found.accuracy_after
     # Behind the limits is the trained model, and in front of them all is as it was.
     undone = remove_latent_patch(found.model).state_dict()
     assert all(torch.equal(v, undone[n]) for n, v in trained.model.state_dict().items())
@@ -423,6 +424,6 @@ def test_auto_puts_limits_in_front_of_what_it_trained(
     )
     without = tacext.repair(case.backdoored, data, targets=[demo.TARGET], settings=settings)
     assert without.accepted
-    assert not without.limited
+    assert not without.limits_added
     state = without.model.state_dict()
     assert all(torch.equal(v, state[n]) for n, v in trained.model.state_dict().items())

@@ -14,6 +14,7 @@
 #include <fstream>
 #include <iterator>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -23,9 +24,11 @@ namespace {
 
 std::vector<float> read_floats(const char* path) {
   std::ifstream file(path, std::ios::binary);
+  file.exceptions(std::ios::badbit);
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
+  if (bytes.size() % sizeof(float) != 0) throw std::runtime_error("INPUTS ends within a number");
   std::vector<float> values(bytes.size() / sizeof(float));
-  std::copy_n(bytes.begin(), values.size() * sizeof(float), reinterpret_cast<char*>(values.data()));
+  std::copy_n(bytes.begin(), bytes.size(), reinterpret_cast<char*>(values.data()));
   return values;
 }
 
@@ -42,12 +45,13 @@ int guard_inputs(const char* model, const tacext::GuardTable& table, std::vector
   Ort::Session session(environment, model, Ort::SessionOptions{});
   std::vector<std::int64_t> shape =
       session.GetInputTypeInfo(0).GetTensorTypeAndShapeInfo().GetShape();
-  std::int64_t each = 1;
-  for (std::size_t i = 1; i < shape.size(); ++i) each *= shape[i];
+  // Numbers in one input; 0 where the model leaves open what shape it takes.
   const auto size = static_cast<std::int64_t>(inputs.size());
+  std::int64_t each = shape.empty() ? 0 : 1;
+  for (std::size_t i = 1; i < shape.size(); ++i)
+    each = shape[i] > 0 && shape[i] <= size && each <= size ? each * shape[i] : 0;
   if (each <= 0 || size == 0 || size % each != 0) {
-    std::fprintf(stderr, "error: INPUTS does not hold rows of %lld numbers\n",
-                 static_cast<long long>(each));
+    std::fprintf(stderr, "error: INPUTS does not hold inputs of the model's shape\n");
     return 2;
   }
   const std::int64_t count = shape[0] = size / each;
@@ -98,7 +102,7 @@ int main(int argc, char** argv) {
   }
   try {
     return guard_inputs(argv[1], guard->table(), read_floats(argv[3]));
-  } catch (const Ort::Exception& failure) {
+  } catch (const std::exception& failure) {
     std::fprintf(stderr, "error: %s\n", failure.what());
     return 2;
   }

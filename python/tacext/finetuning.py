@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from typing import Literal
 
@@ -165,21 +165,43 @@ def _optimizer(model: nn.Module, settings: FinetuneSettings) -> torch.optim.Opti
     return torch.optim.AdamW(model.parameters(), rate, weight_decay=decay)
 
 
-def _memory(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
-    """What the optimiser remembers of every parameter, in order."""
-    return [
-        {k: torch.as_tensor(v) for k, v in optimizer.state[p].items() if v is not None}
-        for group in optimizer.param_groups
-        for p in group["params"]
-    ]
-
-
-def _remember(optimizer: torch.optim.Optimizer, memory: Sequence[Mapping[str, Tensor]]) -> None:
+def _memory(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+    """What the optimiser remembers, by the number of the parameter."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for parameter, values in zip(parameters, memory, strict=True):
+    return {
+        i: {k: torch.as_tensor(v) for k, v in optimizer.state[p].items() if v is not None}
+        for i, p in enumerate(parameters)
+        if optimizer.state.get(p)
+    }
+
+
+def _resume(
+    state: FinetuneState,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    shifts: _Shifts,
+    attacks: InputAdversary | None,
+) -> None:
+    """Puts all back to where a checkpoint was written.
+
+    Raises:
+        ValueError: the state is not that of these.
+    """
+    model.load_state_dict(state.model)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, values in state.optimizer.items():
+        parameter = parameters[i]
+        for name, value in values.items():
+            if value.shape not in (parameter.shape, ()):
+                raise ValueError(f"optimizer.{i}.{name}: {list(value.shape)}")
         optimizer.state[parameter] = {
             k: v if k == "step" else v.to(parameter) for k, v in values.items()
         }
+    if state.shifts.shape != shifts.now.shape:
+        raise ValueError(f"shifts: {list(state.shifts.shape)}")
+    shifts.now = state.shifts
+    if attacks is not None:
+        attacks.load_state(state.adversary)
 
 
 def train_mode(model: nn.Module, frozen_statistics: bool) -> None:
@@ -309,12 +331,13 @@ def finetune(
     steps, step = epochs * steps_per_epoch, 0
     history: list[EpochLosses] = []
     begin, state = 0, None if checkpoint is None else checkpoint.load()
-    if state is not None:
-        model.load_state_dict(state.model)
-        _remember(optimizer, state.optimizer)
-        following.now = state.shifts
-        if attacks is not None:
-            attacks.load_state(state.adversary)
+    if checkpoint is not None and state is not None:
+        try:
+            if state.epoch > epochs:
+                raise ValueError(f"{state.epoch} epochs of {epochs}")
+            _resume(state, model, optimizer, following, attacks)
+        except (KeyError, IndexError, ValueError, RuntimeError) as error:
+            raise checkpoint.unusable(error) from error
         history += [EpochLosses(*row) for row in state.history.tolist()]
         begin, step = state.epoch, state.epoch * steps_per_epoch
         logger.info("repair: going on after epoch %d", begin)

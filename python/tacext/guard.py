@@ -8,7 +8,6 @@ import math
 from dataclasses import replace
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from .data import DataLike, check_seed
 from .errors import InputError, counted
 from .files import StrPath
 from .guard_file import GuardInfo, read_guard, write_guard
-from .guard_fit import fit_scorer
+from .guard_fit import different_rows, fit_scorer
 from .guard_scoring import GuardOutput, GuardScorer, threshold_at
 from .heads import check_model, model_dtype
 from .latent_tap import TappedModel, unwrapped
@@ -117,7 +116,7 @@ class Guard(nn.Module):
         perturbations, _ = solve(observation, "standardized", operation=operation)
         dim, classes = observation.head.latent_dim, observation.head.num_classes
         rows = latents.samples()[0]
-        different = _different(rows)
+        different = different_rows(rows)
         if len(different) < len(rows):
             again = counted(len(rows) - len(different), "sample")
             logger.warning("Guard.fit: %s came more than once and count only once", again)
@@ -286,13 +285,6 @@ def _same_class(output: Tensor, logits: Tensor) -> Tensor:
     best, worst = output.amax(1), output.amin(1)
     behind = best - output.gather(1, logits.detach().argmax(1)[:, None])[:, 0]
     return behind <= 1e-2 * (best - worst)
-
-
-def _different(rows: Tensor) -> Tensor:
-    """Indices of the first of all equal rows [N, D], in order."""
-    content = rows.contiguous().numpy()
-    whole = content.view(np.dtype((np.void, content.shape[1] * content.itemsize)))[:, 0]
-    return torch.from_numpy(np.sort(np.unique(whole, return_index=True)[1]))
 
 
 def _norms(model: nn.Module) -> tuple[float, ...]:

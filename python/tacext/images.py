@@ -314,7 +314,7 @@ def _load_folder(
     if split is not None:
         root = source / _check_split(split, _splits(source), source)
     names = _subfolders(root)
-    if not need_labels and (flat := _image_files(root)):
+    if not need_labels and (flat := _flat_images(root, names)):
         unlabelled = torch.from_numpy(_read_all(flat, root, size))
         return ImageSet(unlabelled, torch.zeros(len(flat), dtype=torch.int64), None, str(root))
     if not names:
@@ -369,14 +369,30 @@ def _splits(root: Path) -> list[str]:
     ]
 
 
+def _flat_images(root: Path, names: list[str]) -> list[Path]:
+    """The images of a folder that has no others below; beside others a few would stand for all."""
+    flat = _images_in(root)
+    below = [name for name in names if any(_image_files(root / name)) or _subfolders(root / name)]
+    if flat and below:
+        raise _file_error(
+            "path",
+            expected="images, or folders of images",
+            got=f"both in {root}",
+            way_out="put them into folders of their own",
+        )
+    return flat
+
+
+def _images_in(folder: Path) -> list[Path]:
+    listed = (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    return sorted(p for p in listed if p.is_file() and not p.name.startswith("."))
+
+
 def _image_files(folder: Path) -> list[Path]:
     """The images of a class, also those in <class>/images/, as Tiny ImageNet keeps them."""
     for place in (folder, folder / "images"):
-        if place.is_dir():
-            listed = (p for p in place.iterdir() if p.suffix.lower() in SUFFIXES)
-            files = sorted(p for p in listed if p.is_file() and not p.name.startswith("."))
-            if files:
-                return files
+        if place.is_dir() and (files := _images_in(place)):
+            return files
     return []
 
 

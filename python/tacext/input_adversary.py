@@ -35,6 +35,12 @@ def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
     )
 
 
+def _as(known: Tensor, stored: Tensor) -> Tensor:
+    if stored.shape != known.shape:
+        raise ValueError(f"{list(stored.shape)} in place of {list(known.shape)}")
+    return stored.to(known)
+
+
 def not_the_target(logits: Tensor, target: int) -> Tensor:
     """-log(1 - p_t), [N], also where p_t is 1 to the last bit."""
     logits = logits.float()
@@ -180,13 +186,17 @@ class InputAdversary:
         return found
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Puts them where they were."""
+        """Puts them where they were.
+
+        Raises:
+            KeyError, ValueError: a part is missing, or of another shape.
+        """
         for j, changes in enumerate(self._changes):
-            changes.change = state[f"change.{j}"].to(changes.change)
-            changes.velocity = state[f"velocity.{j}"].to(changes.velocity)
+            changes.change = _as(changes.change, state[f"change.{j}"])
+            changes.velocity = _as(changes.velocity, state[f"velocity.{j}"])
         if self._patterns is not None:
-            self._patterns.pattern = state["pattern"].to(self._patterns.pattern)
-            self._patterns.velocity = state["pattern_velocity"].to(self._patterns.velocity)
+            self._patterns.pattern = _as(self._patterns.pattern, state["pattern"])
+            self._patterns.velocity = _as(self._patterns.velocity, state["pattern_velocity"])
 
     def first_attacks(self, turn: int, inputs: Tensor) -> list[Tensor]:
         """The inputs [N, ...] with the change, and with the patch, that was found at first for a target."""

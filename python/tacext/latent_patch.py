@@ -241,12 +241,14 @@ def _fit(head: HeadModule, buffers: Mapping[str, Tensor], limit: Mapping[str, Te
     """Whether these are all buffers of a patch of this head, in shape and dtype."""
     if len(buffers) != len(_BUFFERS) or buffers["left"].dim() != 3:
         return False
-    ways, rank = len(buffers["direction"]), buffers["left"].shape[2]
-    classes, width = head.weight.shape[:2]
+    ways, width, rank = buffers["left"].shape
+    classes = head.weight.shape[0]
     targets = buffers["targets"]
-    if not ways or targets.is_floating_point() or bool((targets < 0).any()):
+    if not ways or targets.dtype != torch.int64 or bool((targets < 0).any()):
         return False
     if bool((targets >= classes).any()):
+        return False
+    if width != head.weight.shape[1]:
         return False
     long, short = (ways, width), (ways,)
     shapes = (long, short, long, long, (*long, rank), (ways, rank, width), long, short)

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from . import ops
 from .errors import InputError, counted
-from .guard_fit import cross_scores, perturbations_of
+from .guard_fit import cross_scores, different_rows, perturbations_of
 from .heads import Head
 from .latent_patch import LatentLimit, LatentPatch
 from .repair_settings import RepairSettings, check_settings, is_number, is_whole
@@ -30,6 +30,10 @@ _NEAREST = 0.1
 _MOST_TOUCHED = 0.015
 # Of the clean samples that may be touched so many are left to what lies where no clean ones do.
 _SHARE_OF_UNKNOWN = 0.5
+# Above all scores, and finite in half precision, too.
+_NO_LIMIT = 6e4
+# Latents that the limit of a class is made of.
+_MOST_LIMITED = 10_000
 # Directions are tried on rows that had no part in them, in so many folds.
 _FOLDS = 4
 
@@ -40,7 +44,8 @@ class PatchSettings(RepairSettings):
 
     Attributes:
         untouched: share of the clean samples that the model takes for a target that must pass as
-            they are. Of many targets more must, so that of all samples 98.5 % do.
+            they are. Of many targets more must, so that of all samples 98.5 % do. Both hold where a
+            class has samples enough: of n samples each of K limits may touch a share of 1 / (n + 1).
         rank: in how many directions the change may differ from input to input.
         rounds: how often ways into the targets are looked for, each time in spite of the limits that
             are there, at most.
@@ -140,15 +145,17 @@ def fit_latent_limit(
         InputError: no clean sample that the model takes for a target.
     """
     weight = head.weight.detach().double()
-    clean, logits, predicted = _answers(head, clean)
+    targets = tuple(targets)
+    rows = at_most(clean.detach().float().cpu(), _MOST_LIMITED)
+    clean, logits, predicted = _answers(head, rows[different_rows(rows)])
     touched = _touched(predicted, set(targets), settings) * _SHARE_OF_UNKNOWN
     perturbation = perturbations_of(clean, logits, weight, "repair").cpu()
     found = cross_scores(clean.float().cpu(), logits.float().cpu(), perturbation, settings.seed)
-    limit = torch.full((len(weight),), torch.finfo(torch.float32).max)
+    limit = torch.full((len(weight),), _NO_LIMIT)
     usual = _conformal(found.score, touched)  # few samples of a class do not know its extremes
     for target in targets:
         own = found.score[predicted.cpu() == target]
-        limit[target] = torch.maximum(_conformal(own, touched), usual)
+        limit[target] = torch.maximum(_conformal(own, touched), usual).clamp(max=_NO_LIMIT)
     return LatentLimit(limit, **found.scorer).to(weight.device)
 
 

@@ -224,6 +224,18 @@ def _by_pruning(case: RepairCase, settings: RepairSettings) -> _Made:
     return model, head, (), history
 
 
+def checkpoint_of(case: RepairCase, settings: FinetuneSettings) -> FinetuneCheckpoint | None:
+    """The file of this very fine-tuning.
+
+    s_t is no part of what it is known by: it follows from the rest, up to the last bits.
+    """
+    if case.checkpoint is None:
+        return None
+    more = (list(case.targets), case.head.name, case.quantile)
+    belongs_to = fingerprint(case.model, (case.inputs, case.labels), settings, *more)
+    return FinetuneCheckpoint(case.checkpoint, belongs_to)
+
+
 def _by_finetuning(case: RepairCase, settings: RepairSettings) -> _Made:
     assert isinstance(settings, FinetuneSettings)
     # Half precision holds no optimiser's steps; it is trained in single and rounded at the end.
@@ -231,11 +243,7 @@ def _by_finetuning(case: RepairCase, settings: RepairSettings) -> _Made:
     half = dtype in (torch.float16, torch.bfloat16)
     model, head = _copy(case)
     model = model.float() if half else model
-    checkpoint = None
-    if case.checkpoint is not None:
-        tensors = (case.inputs, case.labels, case.shifts)
-        belongs_to = fingerprint(case.model, tensors, settings, case.targets)
-        checkpoint = FinetuneCheckpoint(case.checkpoint, belongs_to)
+    checkpoint = checkpoint_of(case, settings)
     history = finetune(
         model,
         head,

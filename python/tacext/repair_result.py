@@ -34,7 +34,7 @@ class Attempt:
             changes and patches; NaN where there was nothing.
         report_after: the scan of the repaired model; None where there was none.
         seconds: of the repair, without the gate.
-        limited: whether "auto" put limits in front of what was pruned or trained; the accuracies are
+        limits_added: whether "auto" put limits in front of what was pruned or trained; the accuracies are
             with them, the scan without.
         unseen: targets of which nothing had shown that they are poisoned, so that nothing shows that
             they no longer are: a patch in front of them is a precaution.
@@ -47,7 +47,7 @@ class Attempt:
     robust_accuracy: float
     report_after: ScanReport | None = field(repr=False)
     seconds: float
-    limited: bool = False
+    limits_added: bool = False
     unseen: tuple[int, ...] = ()
 
 
@@ -66,7 +66,7 @@ class RepairResult:
         report_after: the scan of the repaired model; None where there was none.
         targets: the classes that were to be repaired.
         method: "patch", "prune" or "finetune": of the model, or of the best that was tried.
-        limited: whether "auto" put limits in front of a model that was pruned or trained, as a patch
+        limits_added: whether "auto" put limits in front of a model that was pruned or trained, as a patch
             has them; `remove_latent_patch` takes them off.
         attempts: all methods that were tried, in that order.
         accuracy_before, accuracy_after: on the held-out clean samples, of the original and of what
@@ -89,7 +89,7 @@ class RepairResult:
     report_after: ScanReport | None = field(repr=False)
     targets: tuple[int, ...]
     method: Method
-    limited: bool
+    limits_added: bool
     attempts: tuple[Attempt, ...] = field(repr=False)
     accuracy_before: float
     accuracy_after: float
@@ -106,7 +106,7 @@ class RepairResult:
     @property
     def way(self) -> str:
         """The method for people: "patch", or "finetune and limits"."""
-        return f"{self.method} and limits" if self.limited else self.method
+        return f"{self.method} and limits" if self.limits_added else self.method
 
 
 def merit_of(attempt: Attempt) -> tuple[bool, float]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .data import DataLike, materialise
-from .errors import InputError, check_choice
+from .errors import FileError, InputError, check_choice
 from .files import StrPath
 from .finetune_checkpoint import check_checkpoint
 from .finetuning import FinetuneSettings
@@ -37,6 +37,7 @@ from .repair_gate import Gate, check_repair
 from .repair_methods import (
     Candidate,
     Method,
+    checkpoint_of,
     count_right,
     count_right_after,
     make_candidate,
@@ -194,6 +195,9 @@ def repair(
         progress,
         kept_at,
     )
+    tuning = all_settings.get("finetune")
+    if isinstance(tuning, FinetuneSettings) and (file := checkpoint_of(case, tuning)) is not None:
+        file.load()  # a file of something else is no matter of one method alone
     seconds = time.perf_counter() - started
     was = None if adversary is None else adversary.effects(model, *held_out, shared.batch_size)
     judge = _Judge(case, (inputs, labels), held_out, report, right_before, was)
@@ -203,7 +207,7 @@ def repair(
         try:
             candidate = make_candidate(name, case, its_settings)
             attempt = judge(name, candidate, its_settings)
-        except InputError as error:
+        except (InputError, FileError) as error:
             if method != "auto":
                 raise
             attempts.append(Attempt(name, False, str(error), math.nan, math.nan, None, 0.0))
@@ -224,7 +228,8 @@ def repair(
         )
     kept, candidate = best
     if method == "auto" and kept.accepted and kept.method != "patch":
-        kept, candidate = judge.limited(kept, candidate, all_settings["patch"])
+        limited, candidate = judge.limited(kept, candidate, all_settings["patch"])
+        attempts[attempts.index(kept)] = kept = limited
     reason = kept.reason
     if not kept.accepted and len(attempts) > 1:
         reason = "; ".join(f"{attempt.method}: {attempt.reason}" for attempt in attempts)
@@ -238,7 +243,7 @@ def repair(
         report_after=kept.report_after,
         targets=chosen,
         method=kept.method,
-        limited=kept.limited,
+        limits_added=kept.limits_added,
         attempts=tuple(attempts),
         accuracy_before=before,
         accuracy_after=kept.accuracy_after,
@@ -320,7 +325,10 @@ class _Judge:
         found = with_limit(candidate, self.case, settings)
         if found is None:
             return attempt, candidate
-        right = count_right_after(found, self.held_out, settings.batch_size)
+        try:
+            right = count_right_after(found, self.held_out, settings.batch_size)
+        except InputError:  # logits that are not finite
+            return attempt, candidate
         held_out = len(self.held_out[1])
         if (self.right_before - right) / held_out > self.case.max_accuracy_drop + 1e-9:
             return attempt, candidate
@@ -333,7 +341,7 @@ class _Judge:
             accuracy_after=right / held_out,
             robust_accuracy=robust,
             seconds=found.seconds,
-            limited=True,
+            limits_added=True,
         )
         return limited, found
 

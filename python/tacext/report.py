@@ -148,7 +148,7 @@ def repair_to_dict(result: RepairResult, source: Json | None = None) -> Json:
     """A repair as `repair-1`."""
     return _header("repair", source) | {
         "method": result.method,
-        "limited": result.limited,
+        "limits_added": result.limits_added,
         "accepted": result.accepted,
         "max_accuracy_drop": result.max_accuracy_drop,
         "reason": result.reason,

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import click
 from click.core import ParameterSource
 
+from ..finetune_checkpoint import check_checkpoint
 from ..finetuning import FinetuneSettings
 from ..repair_methods import SETTINGS_OF, Method
 from ..repair_settings import RepairSettings
@@ -141,6 +142,8 @@ def repair_command(
     outputs = {"output": output, "json": given.json_path, "checkpoint": checkpoint}
     given.check_outputs("repair", outputs)
     check_suffix("repair", "output", output, ".safetensors")
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
     if no_gate and method == "auto":
         raise click.UsageError("--no-gate needs a --method: auto is judged by the gate")
     shared: dict[str, Any] = {

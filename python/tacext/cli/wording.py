@@ -24,9 +24,10 @@ def options_of(group: click.Group) -> dict[str, str]:
 
 
 def in_options(text: str, options: Mapping[str, str]) -> str:
-    """The text with every keyword of a known option as that option.
+    """The message with every keyword of a known option in its way out as that option.
 
-    "repair with method='finetune'" becomes "repair with --method finetune".
+    "repair with method='finetune'" becomes "repair with --method finetune". What comes before the
+    last semicolon is what was got, such as the name of a file.
     """
 
     def option(found: re.Match[str]) -> str:
@@ -36,4 +37,5 @@ def in_options(text: str, options: Mapping[str, str]) -> str:
         value = values[0] or values[1]
         return f"{options[name]} {value}" if value else options[name]
 
-    return _KEYWORD.sub(option, text)
+    said, semicolon, way_out = text.rpartition("; ")
+    return said + semicolon + _KEYWORD.sub(option, way_out)
