@@ -311,7 +311,8 @@ def finetune(
         quantile: of the margins that the shifts were solved from.
         progress: whether to show a progress bar; None shows it on a terminal.
         checkpoint: where the state is kept after every epoch, and gone on from. The outcome is the
-            same to the bit as that of a training that was never interrupted.
+            same to the bit as that of a training that was never interrupted, on the same machine
+            with as many threads.
 
     Raises:
         InputError: a loss or a weight that is not finite any more; a checkpoint of something else.
