@@ -142,8 +142,6 @@ def repair_command(
     outputs = {"output": output, "json": given.json_path, "checkpoint": checkpoint}
     given.check_outputs("repair", outputs)
     check_suffix("repair", "output", output, ".safetensors")
-    if checkpoint is not None:
-        check_checkpoint(checkpoint)
     if no_gate and method == "auto":
         raise click.UsageError("--no-gate needs a --method: auto is judged by the gate")
     shared: dict[str, Any] = {
@@ -164,6 +162,8 @@ def repair_command(
     else:
         _refuse_what_trains(method)
         settings = SETTINGS_OF[method](**shared)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
     model = given.load_model()
     source = given.source
     images = given.load_images()
