@@ -93,10 +93,7 @@ def _by_patch(case: RepairCase, settings: RepairSettings) -> _Made:
     head, size = case.head, settings.batch_size
     clean = _latents(case.model, head, case.inputs, size)
     predicted = head.logits(clean).argmax(1)
-    ways = []
-    for target, shift in zip(case.targets, case.shifts, strict=True):
-        others = at_most(clean[predicted != target], _MOST_LED)
-        ways.append(LedLatents(target, others + shift.to(clean), None))
+    ways = _shifted(case.targets, case.shifts, clean, predicted)
     patched, patched_head, adversary = case.model, head, case.adversary
     for round_ in range(settings.rounds):
         found = []
@@ -150,10 +147,7 @@ def with_limit(candidate: Candidate, case: RepairCase, settings: PatchSettings) 
     solved = ops.minimal_perturbation(head.weight.detach(), margins, classes=case.targets)
     if not bool((solved.status == Status.OPTIMAL).all()):
         return None
-    ways = []
-    for target, shift in zip(case.targets, solved.perturbation, strict=True):
-        others = at_most(clean[predicted != target], _MOST_LED)
-        ways.append(LedLatents(target, others + shift.to(clean), None))
+    ways = _shifted(case.targets, solved.perturbation, clean, predicted)
     try:
         patch = fit_latent_patch(head, clean, ways, settings)
         patch.limit = fit_latent_limit(head, clean, case.targets, settings)
@@ -162,6 +156,17 @@ def with_limit(candidate: Candidate, case: RepairCase, settings: PatchSettings) 
     model, limited_head = with_latent_patch(candidate.model, head, patch)
     seconds = candidate.seconds + time.perf_counter() - begin
     return replace(candidate, model=model.eval(), head=limited_head, seconds=seconds)
+
+
+def _shifted(
+    targets: tuple[int, ...], shifts: Tensor, clean: Tensor, predicted: Tensor
+) -> list[LedLatents]:
+    """Clean latents of other classes with s_t added, the way into each target that nobody has seen."""
+    ways = []
+    for target, shift in zip(targets, shifts, strict=True):
+        others = at_most(clean[predicted != target], _MOST_LED)
+        ways.append(LedLatents(target, others + shift.to(clean), None))
+    return ways
 
 
 def _ways_of(
