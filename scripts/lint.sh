@@ -5,10 +5,12 @@ cd "$(dirname "$0")/.."
 mapfile -t native < <(git ls-files 'cpp/*.cpp' 'cpp/*.h' 'cpp/*.inl' 'cuda/*' 'tests/cpp/*.c*' 'tests/cpp/*.h' 'examples/*.c*' | grep -E '\.(c|cpp|h|inl|cu|cuh)$')
 
 if [ "${1:-}" = "--fix" ]; then
+  python scripts/make_stub.py
   ruff format .
   ruff check --fix .
   clang-format -i "${native[@]}"
 fi
+python scripts/make_stub.py --check
 ruff format --check .
 ruff check .
 mypy

@@ -1,24 +1,19 @@
 from __future__ import annotations
 
-import ast
 import dataclasses
 import enum
 import importlib.metadata
-import inspect
 import pickle
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import tacext
-from tacext import DependencyError, _core, ops
+from tacext import DependencyError, ops
 from tacext.ops import SolverSettings, Status
-
-STUB = Path(tacext.__file__).with_name("_core.pyi")
 
 
 def test_fields() -> None:
@@ -45,74 +40,6 @@ def test_status_is_an_int_enum() -> None:
         ("UNREACHABLE", 1),
         ("ITERATION_LIMIT", 2),
     ]
-
-
-# ---- the stub against the module ----------------------------------------------------------------
-
-
-def stub_nodes() -> list[ast.stmt]:
-    return [n for n in ast.parse(STUB.read_text()).body if not isinstance(n, ast.Import)]
-
-
-def node_name(node: ast.stmt) -> str:
-    if isinstance(node, ast.AnnAssign):
-        assert isinstance(node.target, ast.Name)
-        return node.target.id
-    assert isinstance(node, ast.FunctionDef | ast.ClassDef)
-    return node.name
-
-
-def stub_parameters(function: ast.FunctionDef) -> list[str]:
-    """Names in order, keyword-only ones after "*", with their defaults."""
-    positional = [a.arg for a in function.args.args if a.arg != "self"]
-    keywords = [
-        f"{a.arg}={ast.literal_eval(d)}" if d is not None else a.arg
-        for a, d in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
-    ]
-    return [*positional, *(["*", *keywords] if keywords else [])]
-
-
-def native_parameters(function: object) -> list[str]:
-    """The same from the first line of pybind11's docstring."""
-    line = (inspect.getdoc(function) or "").splitlines()[0]
-    found = re.fullmatch(r"\w+\((.*)\) -> .+", line)
-    assert found, line
-    parameters = []
-    for text in filter(None, found[1].split(", ")):
-        name, _, default = (part.strip() for part in text.partition("="))
-        name = name.partition(":")[0]
-        if name != "self":
-            parameters.append(f"{name}={ast.literal_eval(default)}" if default else name)
-    return parameters
-
-
-def test_the_stub_lists_what_the_module_has() -> None:
-    public = {name for name in dir(_core) if not name.startswith("_")}
-    assert {node_name(node) for node in stub_nodes()} == public
-
-
-@pytest.mark.parametrize("node", stub_nodes(), ids=node_name)
-def test_the_stub_matches(node: ast.stmt) -> None:
-    native = getattr(_core, node_name(node))
-    if isinstance(node, ast.AnnAssign):
-        assert ast.unparse(node.annotation) == type(native).__name__
-    elif isinstance(node, ast.FunctionDef):
-        assert stub_parameters(node) == native_parameters(native)
-    elif isinstance(node, ast.ClassDef) and issubclass(native, enum.Enum):
-        members = {
-            ast.unparse(n.targets[0]): ast.literal_eval(n.value)
-            for n in node.body
-            if isinstance(n, ast.Assign)
-        }
-        assert members == {member.name: member.value for member in native}
-    else:
-        assert isinstance(node, ast.ClassDef)
-        methods = {n.name: n for n in node.body if isinstance(n, ast.FunctionDef)}
-        public = {name for name in vars(native) if not name.startswith("_")}
-        assert {name for name in methods if not name.startswith("_")} == public
-        assert stub_parameters(methods["__init__"]) == native_parameters(native.__init__)
-        for name in public:
-            assert isinstance(vars(native)[name], property), name
 
 
 def test_solver_settings_compare_hash_and_pickle() -> None:
