@@ -13,7 +13,7 @@ from scikit_build_core import build as _scikit_build
 from scikit_build_core.build import *  # re-exports the hooks that need no torch
 
 FALLBACK = "torch==2.13.0"
-SUPPORTED = ((2, 11), (2, 14))  # keep in step with project.dependencies
+SUPPORTED = ((2, 11), (2, 15))  # keep in step with project.dependencies
 
 
 def _torch_requirement() -> list[str]:

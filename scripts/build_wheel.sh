@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # build_wheel.sh [FOLDER]: builds the wheel for the Python at hand, repairs and checks it, and runs the tests
 # on it in a fresh environment, outside the source tree. FOLDER, dist by default, gets the wheel.
-# TACEXT_WHEEL_CUDA=1 builds the CUDA kernels in (needs nvcc); TACEXT_WHEEL_TORCH=2.12.0 tests with that torch,
-# TACEXT_WHEEL_TESTS="tests/test_guard.py" runs some tests only.
+# TACEXT_WHEEL_CUDA=1 builds the CUDA kernels in (needs nvcc); TACEXT_WHEEL_TORCH="2.11.0 2.14.1" tests with
+# these versions of torch, each in an environment of its own, TACEXT_WHEEL_TESTS="tests/test_guard.py" runs some tests only.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=$(mkdir -p "${1:-dist}" && cd "${1:-dist}" && pwd)
@@ -17,10 +17,13 @@ PATH="$work/tools/bin:$PATH" bash scripts/repair_wheel.sh "$work"/raw/*.whl "$wo
 wheel=$(echo "$work"/repaired/*.whl)
 python3 scripts/check_wheel.py "$wheel"
 
-python3 -m venv "$work/fresh"
-"$work/fresh/bin/pip" install --quiet ${TACEXT_WHEEL_TORCH:+"torch==$TACEXT_WHEEL_TORCH"} "$wheel[test]"
 mkdir "$work/outside"
 cp -r tests benchmarks examples README.md pyproject.toml "$work/outside"
-(cd "$work/outside" && "$work/fresh/bin/python" -m pytest -q ${TACEXT_WHEEL_TESTS:-tests})
+for torch in ${TACEXT_WHEEL_TORCH:-2.13.0}; do
+  python3 -m venv "$work/torch-$torch"
+  "$work/torch-$torch/bin/pip" install --quiet "torch==$torch" "$wheel[test]"
+  echo "the wheel's tests with torch $torch"
+  (cd "$work/outside" && "$work/torch-$torch/bin/python" -m pytest -q ${TACEXT_WHEEL_TESTS:-tests})
+done
 cp "$wheel" "$folder"
 echo "built, checked and tested: $folder/$(basename "$wheel")"

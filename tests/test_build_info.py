@@ -53,14 +53,28 @@ def test_solver_settings_compare_hash_and_pickle() -> None:
     assert pickle.loads(pickle.dumps(settings)) == settings
 
 
-def test_the_import_waits_for_nothing_that_only_some_need() -> None:
-    code = (
-        "import sys, torch, tacext; "
-        "heavy = {'scipy.stats', 'scipy.optimize', 'matplotlib', 'sklearn', 'click', 'onnx', 'rich'}; "
-        "print(sorted(heavy & set(sys.modules)))"
-    )
+def modules_after(code: str) -> set[str]:
+    """What a fresh interpreter has imported after that."""
+    code = f"import sys, torch, tacext; {code}; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert found.stdout.strip() == "[]"
+    return set(found.stdout.split())
+
+
+def test_nothing_is_imported_that_only_some_need() -> None:
+    heavy = {"scipy.stats", "scipy.optimize", "matplotlib", "sklearn", "click", "onnx", "rich"}
+    assert not heavy & modules_after("tacext.scan, tacext.repair, tacext.Guard, tacext.judge")
+    own = {name for name in modules_after("0") if name.startswith("tacext.")}
+    assert not own & {"tacext.scanning", "tacext.repairing", "tacext.guard", "tacext.attacks"}
+    assert not {"tacext.repairing", "tacext.attacks"} & modules_after("tacext.Guard")
+
+
+def test_every_public_name_is_found_where_the_stub_says() -> None:
+    for name in tacext.__all__:
+        assert getattr(tacext, name) is not None
+    assert {"scan", "repair", "Guard", "ops", "attacks"} <= set(tacext.__all__)
+    assert set(tacext.__all__) == set(dir(tacext))
+    with pytest.raises(AttributeError, match="scann"):
+        _ = tacext.scann  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("version", ["2.10.1", "1.13.0+cpu", "2.9.0a0+git123"])

@@ -4,77 +4,16 @@
     result = tacext.repair(model, (images, labels), report)
 
 The paper behind it: Iwahana et al., arXiv 2511.08944.
+
+The names of the package are those of __init__.pyi. Each is imported when it is first used: a server that only
+guards waits for no repair.
 """
 
-from . import ops
-from .data import ImageSet
-from .errors import DependencyError, FileError, HeadNotFoundError, InputError, TacextError
-from .evaluation import Evaluation, evaluate
-from .finetuning import FinetuneSettings
-from .guard import Guard, GuardInfo, GuardOutput, GuardScorer
-from .guard_judgement import Judgement, judge
-from .guard_metrics import GuardMonitors
-from .guard_monitor import GuardMonitor
-from .images import load_images
-from .latent_patch import LatentPatch, remove_latent_patch
-from .latent_patch_fit import PatchSettings
-from .margins import MarginMax, MarginQuantile
-from .neurons import NeuronScores, score_neurons
-from .normalisation import Normalized
-from .ops import MinimalPerturbation, SolverSettings, Status
-from .pruning import PruneSettings
-from .relearning import Relearning, relearn
-from .repair_result import Attempt, RepairResult
-from .repairing import repair
-from .scan_report import ScanReport
-from .scanning import scan
-from .weights import load_model, load_state_dict, save_weights
+import lazy_loader
+
+from . import ops  # not lazily: importing tacext registers its operators
 
 __version__ = ops.build_info().version
 cmake_prefix_path = ops.cmake_prefix_path
 
-__all__ = [
-    "Attempt",
-    "DependencyError",
-    "Evaluation",
-    "FileError",
-    "FinetuneSettings",
-    "Guard",
-    "GuardInfo",
-    "GuardMonitor",
-    "GuardMonitors",
-    "GuardOutput",
-    "GuardScorer",
-    "HeadNotFoundError",
-    "ImageSet",
-    "InputError",
-    "Judgement",
-    "LatentPatch",
-    "MarginMax",
-    "MarginQuantile",
-    "MinimalPerturbation",
-    "NeuronScores",
-    "Normalized",
-    "PatchSettings",
-    "PruneSettings",
-    "Relearning",
-    "RepairResult",
-    "ScanReport",
-    "SolverSettings",
-    "Status",
-    "TacextError",
-    "__version__",
-    "cmake_prefix_path",
-    "evaluate",
-    "judge",
-    "load_images",
-    "load_model",
-    "load_state_dict",
-    "ops",
-    "relearn",
-    "remove_latent_patch",
-    "repair",
-    "save_weights",
-    "scan",
-    "score_neurons",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -21,6 +21,7 @@ from .errors import DependencyError, InputError, printable
 from .tensor_checks import check_same_device, check_tensor
 
 OLDEST_TORCH = (2, 11)  # whose stable interface the native library was built for
+_SUPPORTED = "torch>=2.11,<2.15"  # what it was tested with
 
 
 def _check_torch(version: str) -> None:
@@ -32,7 +33,7 @@ def _check_torch(version: str) -> None:
             "torch",
             expected=f"version {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer",
             got=version,
-            way_out="pip install --upgrade 'torch>=2.11,<2.14'",
+            way_out=f"pip install --upgrade '{_SUPPORTED}'",
         )
 
 
@@ -46,7 +47,7 @@ except ImportError as error:
         "torch",
         expected="one that tacext's native library loads with",
         got=f"{torch.__version__} ({printable(str(error))})",
-        way_out="install torch>=2.11,<2.14, or build tacext against this one: "
+        way_out=f"install {_SUPPORTED}, or build tacext against this one: "
         "pip install --no-binary tacext --force-reinstall tacext",
     ) from error
 
