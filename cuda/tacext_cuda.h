@@ -1,5 +1,6 @@
 #pragma once
 
+#include <stdbool.h>
 #include <stdint.h>
 
 /* The CUDA kernels of tacext behind plain C: raw device pointers and sizes, no torch, no Python.
@@ -74,6 +75,33 @@ int64_t tacext_cuda_minimal_perturbation_workspace(int64_t count, int64_t classe
 int tacext_cuda_minimal_perturbation(const tacext_cuda_perturbation_problem* problem,
                                      const tacext_cuda_perturbation_result* result, void* workspace,
                                      void* stream);
+
+/* The fields of tacext::GuardTable with the same shapes and meaning; all pointers on the device. */
+#define TACEXT_CUDA_GUARD_MOST_RANKS 256
+typedef struct {
+  int64_t classes;
+  int64_t latents;
+  int64_t ranks; /* TACEXT_CUDA_GUARD_MOST_RANKS at most */
+  int64_t knot_count;
+  const float* mean;
+  const float* inverse_spread;
+  const float* basis;
+  const float* near_weight;
+  const float* far_weight;
+  const float* direction;
+  const float* location;
+  const float* inverse_deviation;
+  const float* knots;
+  const float* exceeding;
+  const float* threshold; /* one value */
+  const int64_t* samples; /* one value */
+} tacext_cuda_guard_table;
+
+/* Judges `count` rows of latents and logits, contiguous and of one type, as tacext::guard_score
+ * does up to rounding: sums are made in double, in an order fixed by the sizes alone. */
+int tacext_cuda_guard_score(const tacext_cuda_guard_table* table, const void* latent,
+                            const void* logits, tacext_cuda_type type, int64_t count, float* score,
+                            float* p_value, bool* flagged, void* stream);
 
 #ifdef __cplusplus
 }

@@ -39,6 +39,26 @@ OPERATORS: dict[str, Case] = {
         torch.ops.tacext.neuron_scores.default,
         {"activation": torch.zeros(5, 3), "gradient": torch.zeros(5, 3)},
     ),
+    "guard_score": (
+        ops.guard_score,
+        torch.ops.tacext.guard_score.default,
+        {
+            "latent": torch.zeros(5, 4),
+            "logits": torch.zeros(5, 3),
+            "mean": torch.zeros(3, 4),
+            "inverse_spread": torch.ones(4),
+            "basis": torch.eye(2, 4),
+            "near_weight": torch.ones(3),
+            "far_weight": torch.ones(3),
+            "direction": torch.zeros(3, 4),
+            "location": torch.zeros(3, 4),
+            "inverse_deviation": torch.ones(3, 4),
+            "knots": torch.arange(2.0),
+            "exceeding": torch.arange(3.0).flip(0),
+            "threshold": torch.tensor(1.0),
+            "samples": torch.tensor(2),
+        },
+    ),
 }
 MIXED = [(name, other) for name, case in OPERATORS.items() for other in list(case[2])[1:]]
 

@@ -8,7 +8,6 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tacext
+from conftest import HAS_CUDA, REQUIRE_CUDA
 from digits import digit_case
 from guard_files import DAMAGES, damaged
 from tacext import Guard, InputError, ops
@@ -52,8 +52,8 @@ def guard() -> Guard:
     return Guard.fit(digit_case().backdoored, digit_case().data.defender, 0.05)
 
 
-def arguments(scorer: GuardScorer) -> list[Any]:
-    return [*(t for n, t in scorer.named_buffers() if n != "samples"), int(scorer.samples)]
+def arguments(scorer: GuardScorer) -> list[Tensor]:
+    return list(scorer.buffers())
 
 
 @given(
@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_named() -> None:
     ):
         with pytest.raises(InputError, match=f"guard_score: {message}"):
             ops.guard_score(given_latent, given_logits, *table)
-    for position in range(len(table) - 1):
+    for position in range(len(table)):
         broken = [*table]
         broken[position] = table[position].to("meta")
         with pytest.raises(InputError, match=r"guard_score: .*: expected cpu"):
@@ -139,6 +139,28 @@ def test_what_does_not_fit_is_named() -> None:
         broken[position] = table[position].double()
         with pytest.raises(InputError, match=r"guard_score: .*: expected the guard's own"):
             ops.guard_score(latent, logits, *broken)
+    with pytest.raises(InputError, match="guard_score: samples: expected 1 or more, got 0"):
+        ops.guard_score(latent, logits, *table[:-1], torch.tensor(0))
+
+
+@pytest.mark.skipif(
+    not (HAS_CUDA or REQUIRE_CUDA), reason="needs a GPU and a build with the CUDA kernels"
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_a_gpu_says_what_the_cpu_says(dtype: torch.dtype) -> None:
+    for classes, dim, ranks in ((3, 15, 4), (10, 512, 32), (300, 64, 8)):
+        scorer = scorer_of(classes, dim, ranks, 90)
+        generator = torch.Generator().manual_seed(1)
+        latent = torch.randn(70, dim, generator=generator).to(dtype)
+        logits = torch.randn(70, classes, generator=generator).to(dtype)
+        latent[3, 0] = logits[5, 1] = math.nan
+        expected = scorer(latent, logits)
+        scorer.cuda()
+        found = scorer(latent.cuda(), logits.cuda())
+        assert torch.allclose(found.score.cpu(), expected.score, rtol=1e-4, atol=1e-4)
+        assert torch.equal(found.score, scorer(latent.cuda(), logits.cuda()).score)
+        near = (expected.score - scorer.threshold.cpu()).abs() < 1e-3
+        assert torch.equal(found.flagged.cpu()[~near], expected.flagged[~near])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])

@@ -6,19 +6,36 @@
 #include "tacext/guard.h"
 #include "tensor_checks.h"
 
+#ifdef TACEXT_WITH_CUDA
+#include "cuda_launch.h"
+#endif
+
 namespace tacext {
 namespace {
 
 constexpr const char* kOperation = "guard_score";
 
-void check_table(const char* argument, const Tensor& t, std::initializer_list<int64_t> shape) {
-  bool fits = t.dim() == static_cast<int64_t>(shape.size()) && !t.is_cuda() &&
-              t.scalar_type() == ScalarType::Float && t.is_contiguous();
+/// The buffers of a GuardScorer, with latents and logits of one type; see tacext::GuardTable.
+struct Arguments {
+  Tensor latent, logits, mean, inverse_spread, basis, near_weight, far_weight, direction, location,
+      inverse_deviation, knots, exceeding, threshold, samples;
+
+  int64_t classes() const { return mean.size(0); }
+  int64_t latents() const { return mean.size(1); }
+  int64_t ranks() const { return basis.size(0); }
+  int64_t knot_count() const { return knots.size(0); }
+};
+
+void check_table(const char* argument, const Tensor& t, const Tensor& latent,
+                 std::initializer_list<int64_t> shape, ScalarType type = ScalarType::Float) {
+  check_same_device(kOperation, argument, t, "latent", latent);
+  bool fits =
+      t.dim() == static_cast<int64_t>(shape.size()) && t.scalar_type() == type && t.is_contiguous();
   int64_t d = 0;
   for (const int64_t length : shape) fits = fits && t.size(d++) == length;
-  STD_TORCH_CHECK(fits, kOperation, ": ", argument,
-                  ": expected the guard's own contiguous float32 tensor, got ", dtype_name(t), " ",
-                  shape_text(t), "; pass the buffers of one GuardScorer");
+  STD_TORCH_CHECK(fits, kOperation, ": ", argument, ": expected the guard's own contiguous ",
+                  type == ScalarType::Float ? "float32" : "int64", " tensor, got ", dtype_name(t),
+                  " ", shape_text(t), "; pass the buffers of one GuardScorer");
 }
 
 void check_rows(const char* argument, const Tensor& t, int64_t width) {
@@ -27,66 +44,125 @@ void check_rows(const char* argument, const Tensor& t, int64_t width) {
                   width, "], got ", shape_text(t), "; pass those of the model that was guarded");
 }
 
-std::tuple<Tensor, Tensor, Tensor> guard_score_cpu(
-    const Tensor& latent, const Tensor& logits, const Tensor& mean, const Tensor& inverse_spread,
-    const Tensor& basis, const Tensor& near_weight, const Tensor& far_weight,
-    const Tensor& direction, const Tensor& location, const Tensor& inverse_deviation,
-    const Tensor& knots, const Tensor& exceeding, const Tensor& threshold, int64_t samples) {
-  check_dim(kOperation, "mean", mean, 2);
-  check_dim(kOperation, "basis", basis, 2);
-  check_dim(kOperation, "knots", knots, 1);
-  const int64_t classes = mean.size(0), latents = mean.size(1), ranks = basis.size(0);
-  check_table("mean", mean, {classes, latents});
-  check_table("inverse_spread", inverse_spread, {latents});
-  check_table("basis", basis, {ranks, latents});
-  check_table("near_weight", near_weight, {ranks + 1});
-  check_table("far_weight", far_weight, {ranks + 1});
-  check_table("direction", direction, {classes, latents});
-  check_table("location", location, {classes, 4});
-  check_table("inverse_deviation", inverse_deviation, {classes, 4});
-  check_table("knots", knots, {knots.size(0)});
-  check_table("exceeding", exceeding, {knots.size(0) + 1});
-  check_table("threshold", threshold, {});
-  STD_TORCH_CHECK(samples >= 1, kOperation, ": samples: expected 1 or more, got ", samples,
-                  "; pass those behind the p-values");
-  check_rows("latent", latent, latents);
-  check_rows("logits", logits, classes);
-  STD_TORCH_CHECK(classes >= 2 && latent.size(0) == logits.size(0), kOperation,
-                  ": logits: expected as many rows as latent has, ", latent.size(0), ", got ",
-                  logits.size(0), "; pass those of the same batch");
+Arguments checked(Arguments a) {
+  check_dim(kOperation, "mean", a.mean, 2);
+  check_dim(kOperation, "basis", a.basis, 2);
+  check_dim(kOperation, "knots", a.knots, 1);
+  const int64_t classes = a.classes(), latents = a.latents(), ranks = a.ranks();
+  check_table("mean", a.mean, a.latent, {classes, latents});
+  check_table("inverse_spread", a.inverse_spread, a.latent, {latents});
+  check_table("basis", a.basis, a.latent, {ranks, latents});
+  check_table("near_weight", a.near_weight, a.latent, {ranks + 1});
+  check_table("far_weight", a.far_weight, a.latent, {ranks + 1});
+  check_table("direction", a.direction, a.latent, {classes, latents});
+  check_table("location", a.location, a.latent, {classes, 4});
+  check_table("inverse_deviation", a.inverse_deviation, a.latent, {classes, 4});
+  check_table("knots", a.knots, a.latent, {a.knot_count()});
+  check_table("exceeding", a.exceeding, a.latent, {a.knot_count() + 1});
+  check_table("threshold", a.threshold, a.latent, {});
+  check_table("samples", a.samples, a.latent, {}, ScalarType::Long);
+  check_rows("latent", a.latent, latents);
+  check_rows("logits", a.logits, classes);
+  check_same_device(kOperation, "logits", a.logits, "latent", a.latent);
+  STD_TORCH_CHECK(classes >= 2 && a.latent.size(0) == a.logits.size(0), kOperation,
+                  ": logits: expected as many rows as latent has, ", a.latent.size(0), ", got ",
+                  a.logits.size(0), "; pass those of the same batch");
   // All is computed in float32: two types meet there.
   const ScalarType type =
-      latent.scalar_type() == logits.scalar_type() ? latent.scalar_type() : ScalarType::Float;
-  const Tensor phi = torch::stable::contiguous(torch::stable::to(latent, type));
-  const Tensor z = torch::stable::contiguous(torch::stable::to(logits, type));
-  const int64_t count = phi.size(0);
-  Tensor score = torch::stable::new_empty(phi, {count}, ScalarType::Float);
-  Tensor p_value = torch::stable::new_empty(phi, {count}, ScalarType::Float);
-  Tensor flagged = torch::stable::new_empty(phi, {count}, ScalarType::Bool);
-  const GuardTable table{classes,
-                         latents,
-                         ranks,
-                         knots.size(0),
-                         const_data<float>(mean),
-                         const_data<float>(inverse_spread),
-                         const_data<float>(basis),
-                         const_data<float>(near_weight),
-                         const_data<float>(far_weight),
-                         const_data<float>(direction),
-                         const_data<float>(location),
-                         const_data<float>(inverse_deviation),
-                         const_data<float>(knots),
-                         const_data<float>(exceeding),
-                         *const_data<float>(threshold),
-                         samples};
-  const GuardAnswer answer{mutable_data<float>(score), mutable_data<float>(p_value),
-                           mutable_data<bool>(flagged)};
-  dispatch_floating(type, [&](auto element) {
+      a.latent.scalar_type() == a.logits.scalar_type() ? a.latent.scalar_type() : ScalarType::Float;
+  a.latent = torch::stable::contiguous(torch::stable::to(a.latent, type));
+  a.logits = torch::stable::contiguous(torch::stable::to(a.logits, type));
+  return a;
+}
+
+/// Where the answers go.
+struct Answer {
+  Tensor score, p_value, flagged;
+
+  explicit Answer(const Tensor& latent)
+      : score(torch::stable::new_empty(latent, {latent.size(0)}, ScalarType::Float)),
+        p_value(torch::stable::new_empty(latent, {latent.size(0)}, ScalarType::Float)),
+        flagged(torch::stable::new_empty(latent, {latent.size(0)}, ScalarType::Bool)) {}
+};
+
+using Answers = std::tuple<Tensor, Tensor, Tensor>;
+
+Answers judge_on_cpu(const Arguments& a) {
+  const int64_t behind = *const_data<int64_t>(a.samples);
+  STD_TORCH_CHECK(behind >= 1, kOperation, ": samples: expected 1 or more, got ", behind,
+                  "; pass those behind the p-values");
+  Answer found(a.latent);
+  const GuardTable table{a.classes(),
+                         a.latents(),
+                         a.ranks(),
+                         a.knot_count(),
+                         const_data<float>(a.mean),
+                         const_data<float>(a.inverse_spread),
+                         const_data<float>(a.basis),
+                         const_data<float>(a.near_weight),
+                         const_data<float>(a.far_weight),
+                         const_data<float>(a.direction),
+                         const_data<float>(a.location),
+                         const_data<float>(a.inverse_deviation),
+                         const_data<float>(a.knots),
+                         const_data<float>(a.exceeding),
+                         *const_data<float>(a.threshold),
+                         behind};
+  const GuardAnswer answer{mutable_data<float>(found.score), mutable_data<float>(found.p_value),
+                           mutable_data<bool>(found.flagged)};
+  dispatch_floating(a.latent.scalar_type(), [&](auto element) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
-    guard_score<T>(table, {const_data<T>(phi), latents, const_data<T>(z), classes, count}, answer,
-                   torch_parallel);
+    guard_score<T>(table,
+                   {const_data<T>(a.latent), a.latents(), const_data<T>(a.logits), a.classes(),
+                    a.latent.size(0)},
+                   answer, torch_parallel);
   });
-  return {score, p_value, flagged};
+  return {found.score, found.p_value, found.flagged};
+}
+
+#ifdef TACEXT_WITH_CUDA
+Answers judge_on_cuda(const Arguments& a) {
+  const CudaScope scope(a.latent);
+  STD_TORCH_CHECK(a.ranks() <= TACEXT_CUDA_GUARD_MOST_RANKS, kOperation, ": basis: expected ",
+                  TACEXT_CUDA_GUARD_MOST_RANKS, " rows at most on a GPU, got ", a.ranks(),
+                  "; use GuardScorer.plain, or move the tensors with .cpu()");
+  Answer found(a.latent);
+  const tacext_cuda_guard_table table{a.classes(),
+                                      a.latents(),
+                                      a.ranks(),
+                                      a.knot_count(),
+                                      const_data<float>(a.mean),
+                                      const_data<float>(a.inverse_spread),
+                                      const_data<float>(a.basis),
+                                      const_data<float>(a.near_weight),
+                                      const_data<float>(a.far_weight),
+                                      const_data<float>(a.direction),
+                                      const_data<float>(a.location),
+                                      const_data<float>(a.inverse_deviation),
+                                      const_data<float>(a.knots),
+                                      const_data<float>(a.exceeding),
+                                      const_data<float>(a.threshold),
+                                      const_data<int64_t>(a.samples)};
+  scope.check(kOperation, tacext_cuda_guard_score(
+                              &table, a.latent.const_data_ptr(), a.logits.const_data_ptr(),
+                              cuda_type(a.latent), a.latent.size(0),
+                              mutable_data<float>(found.score), mutable_data<float>(found.p_value),
+                              mutable_data<bool>(found.flagged), scope.stream()));
+  return {found.score, found.p_value, found.flagged};
+}
+#else
+Answers judge_on_cuda(const Arguments&) { throw_built_without_cuda(kOperation); }
+#endif
+
+template <Answers (*judge)(const Arguments&)>
+Answers guard_score_by(const Tensor& latent, const Tensor& logits, const Tensor& mean,
+                       const Tensor& inverse_spread, const Tensor& basis, const Tensor& near_weight,
+                       const Tensor& far_weight, const Tensor& direction, const Tensor& location,
+                       const Tensor& inverse_deviation, const Tensor& knots,
+                       const Tensor& exceeding, const Tensor& threshold, const Tensor& samples) {
+  return judge(
+      checked({latent, logits, mean, inverse_spread, basis, near_weight, far_weight, direction,
+               location, inverse_deviation, knots, exceeding, threshold, samples}));
 }
 
 }  // namespace
@@ -96,9 +172,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tacext, m) {
   m.def(
       "guard_score(Tensor latent, Tensor logits, Tensor mean, Tensor inverse_spread, Tensor basis, "
       "Tensor near_weight, Tensor far_weight, Tensor direction, Tensor location, Tensor "
-      "inverse_deviation, Tensor knots, Tensor exceeding, Tensor threshold, int samples) -> "
+      "inverse_deviation, Tensor knots, Tensor exceeding, Tensor threshold, Tensor samples) -> "
       "(Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(tacext, CPU, m) {
-  m.impl("guard_score", TORCH_BOX(&tacext::guard_score_cpu));
+  m.impl("guard_score", TORCH_BOX(&tacext::guard_score_by<tacext::judge_on_cpu>));
+}
+STABLE_TORCH_LIBRARY_IMPL(tacext, CUDA, m) {
+  m.impl("guard_score", TORCH_BOX(&tacext::guard_score_by<tacext::judge_on_cuda>));
 }

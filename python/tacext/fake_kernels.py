@@ -73,10 +73,17 @@ def _fake_neuron_scores(activation: Tensor, gradient: Tensor) -> Tensor:
     return activation.new_empty((activation.shape[1],), dtype=torch.float64)
 
 
+_GUARD_ARGUMENTS = (
+    "logits", "mean", "inverse_spread", "basis", "near_weight", "far_weight", "direction", "location",
+    "inverse_deviation", "knots", "exceeding", "threshold", "samples",
+)  # fmt: skip
+
+
 @torch.library.register_fake("tacext::guard_score")
 def _fake_guard_score(
-    latent: Tensor, logits: Tensor, *_table: Tensor | int
+    latent: Tensor, logits: Tensor, *table: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_same_device("guard_score", "logits", logits, "latent", latent)
+    for name, value in zip(_GUARD_ARGUMENTS, (logits, *table), strict=True):
+        check_same_device("guard_score", name, value, "latent", latent)
     score = latent.new_empty((latent.shape[0],), dtype=torch.float32)
     return score, torch.empty_like(score), torch.empty_like(score, dtype=torch.bool)

@@ -181,7 +181,7 @@ class GuardScorer(LatentScorer):
         return self.plain(latent, logits)
 
     def plain(self, latent: Tensor, logits: Tensor) -> GuardOutput:
-        """The same in torch's own operators, up to rounding: on a GPU, compiled or exported."""
+        """The same in torch's own operators, up to rounding: compiled or exported, or without a kernel."""
         latent, logits_in = latent.detach(), logits
         logits = logits.detach()
         score = self.score(latent, logits)
@@ -193,13 +193,11 @@ class GuardScorer(LatentScorer):
     def _is_native(self, latent: Tensor) -> bool:
         # Tensors that only stand for others, as a tracer's, take the plain way.
         traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        return type(latent) is Tensor and latent.device.type == "cpu" and not traced
+        return type(latent) is Tensor and ops.has_guard_kernel(latent.device) and not traced
 
     @torch.jit.unused
     def _native(self, latent: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        table = cast(dict[str, Tensor], dict(self._buffers))
-        samples = int(table.pop("samples"))
-        return ops.guard_score(latent, logits, **table, samples=samples)
+        return ops.guard_score(latent, logits, **cast(dict[str, Tensor], self._buffers))
 
 
 def guard_parts(

@@ -59,6 +59,7 @@ __all__ = [
     "build_info",
     "cmake_prefix_path",
     "guard_score",
+    "has_guard_kernel",
     "minimal_perturbation",
     "neuron_scores",
     "pairwise_margin_largest",
@@ -378,6 +379,11 @@ def neuron_scores(activation: Tensor, gradient: Tensor) -> Tensor:
     return scores
 
 
+def has_guard_kernel(device: torch.device) -> bool:
+    """Whether `guard_score` runs there: on the CPU, and on GPUs in a build with the CUDA kernels."""
+    return device.type == "cpu" or (device.type == "cuda" and _core.has_cuda())
+
+
 def guard_score(
     latent: Tensor,
     logits: Tensor,
@@ -392,17 +398,19 @@ def guard_score(
     knots: Tensor,
     exceeding: Tensor,
     threshold: Tensor,
-    samples: int,
+    samples: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Judges latents as a `GuardScorer` with these buffers does, in one pass over them, on the CPU.
+    """Judges latents as a `GuardScorer` with these buffers does, in one pass over them.
 
-    Computed in float32; the bits depend neither on the number of threads nor on what else is in the
-    batch, and are those of the C++ and the C interface.
+    Computed in float32 on the CPU, where the bits depend neither on the number of threads nor on what
+    else is in the batch, and are those of the C++ and the C interface. On a GPU, in a build with the
+    CUDA kernels, sums are made in double and the answers are the same up to rounding; nothing waits
+    for the device.
 
     Args:
         latent: [N, D], float64, float32, float16 or bfloat16.
         logits: [N, C], likewise.
-        mean: float32 [C, D]; this and the rest on the CPU and contiguous, as `GuardScorer` has them.
+        mean: float32 [C, D]; this and the rest contiguous, on latent's device, as `GuardScorer` has them.
         inverse_spread: float32 [D].
         basis: float32 [R, D].
         near_weight: float32 [R + 1].
@@ -413,7 +421,7 @@ def guard_score(
         knots: float32 [K].
         exceeding: float32 [K + 1].
         threshold: float32 [].
-        samples: behind the p-values.
+        samples: int64 [], how many are behind the p-values.
 
     Returns:
         score and p_value, float32 [N], and flagged, bool [N].
@@ -433,6 +441,7 @@ def guard_score(
         "knots": knots,
         "exceeding": exceeding,
         "threshold": threshold,
+        "samples": samples,
     }
     check_tensor("guard_score", "latent", latent)
     for name, value in {"logits": logits, **table}.items():
@@ -444,7 +453,6 @@ def guard_score(
         latent.detach(),
         logits.detach(),
         *table.values(),
-        samples,
     )
     return found
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdio>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -9,6 +10,16 @@
 
 // A guard of random numbers, as a table and as the file that would hold it.
 namespace tacext::test {
+
+/// What a guard says of some rows, and the memory behind it.
+struct Answers {
+  std::vector<float> score, p_value;
+  std::unique_ptr<bool[]> flagged;
+
+  explicit Answers(std::int64_t count)
+      : score(count, -1), p_value(count, -1), flagged(new bool[count]()) {}
+  GuardAnswer answer() { return {score.data(), p_value.data(), flagged.get()}; }
+};
 
 struct RandomGuard {
   std::int64_t classes, latents, ranks, knot_count;

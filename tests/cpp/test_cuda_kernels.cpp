@@ -1,19 +1,19 @@
-#include <cuda_runtime.h>
 #include <gtest/gtest.h>
 
 #include <limits>
 
+#include "cuda_test_support.h"
 #include "tacext/neuron_scores.h"
 #include "tacext/pairwise_margin_max.h"
-#include "tacext_cuda.h"
 #include "test_support.h"
 
 // The kernels themselves, run on the host (see cuda_on_host/cuda_runtime.h), against the core.
 namespace tacext {
 namespace {
 
-using cuda_on_host::Order;
 using test::huge_and_small_rows;
+using test::in_both_orders;
+using test::kType;
 using test::TestHead;
 using test::TestSolution;
 using test::Values;
@@ -23,23 +23,6 @@ using MarginOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
-template <class T>
-constexpr tacext_cuda_type kType = std::is_same_v<T, float>    ? TACEXT_CUDA_FLOAT32
-                                   : std::is_same_v<T, double> ? TACEXT_CUDA_FLOAT64
-                                   : std::is_same_v<T, Half>   ? TACEXT_CUDA_FLOAT16
-                                                               : TACEXT_CUDA_BFLOAT16;
-
-/// Runs `launch` with the threads of a block in either order; both must give the same bits.
-template <class Result, class Launch>
-Result in_both_orders(const Launch& launch) {
-  cuda_on_host::set_order(Order::kBackward);
-  const Result backward = launch();
-  cuda_on_host::set_order(Order::kForward);
-  Result forward = launch();
-  EXPECT_EQ(std::memcmp(forward.data(), backward.data(), forward.size() * sizeof(forward[0])), 0);
-  return forward;
-}
 
 template <class T>
 std::vector<MarginOf<T>> margins_of(const std::vector<T>& logits, std::int64_t classes,

@@ -7,16 +7,8 @@
 namespace tacext {
 namespace {
 
+using test::Answers;
 using test::RandomGuard;
-
-struct Answers {
-  std::vector<float> score, p_value;
-  std::unique_ptr<bool[]> flagged;
-
-  explicit Answers(std::int64_t count)
-      : score(count, -1), p_value(count, -1), flagged(new bool[count]()) {}
-  GuardAnswer answer() { return {score.data(), p_value.data(), flagged.get()}; }
-};
 
 // The definition, in double.
 template <class T>

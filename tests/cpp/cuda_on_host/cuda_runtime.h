@@ -25,7 +25,12 @@ struct dim3 {
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorNoDevice = 100 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorNoDevice = 100
+};
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;

@@ -1,0 +1,124 @@
+#include <array>
+#include <limits>
+
+#include "cuda_test_support.h"
+#include "guard_support.h"
+
+// The kernel itself, run on the host, against the core.
+namespace tacext {
+namespace {
+
+using test::Answers;
+using test::in_both_orders;
+using test::kType;
+using test::RandomGuard;
+
+template <class T>
+void judge_on_device(const RandomGuard& g, const std::vector<T>& latent,
+                     const std::vector<T>& logits, std::int64_t count, Answers& answers) {
+  const tacext_cuda_guard_table table{g.classes,
+                                      g.latents,
+                                      g.ranks,
+                                      g.knot_count,
+                                      g.mean.data(),
+                                      g.inverse_spread.data(),
+                                      g.basis.data(),
+                                      g.near_weight.data(),
+                                      g.far_weight.data(),
+                                      g.direction.data(),
+                                      g.location.data(),
+                                      g.inverse_deviation.data(),
+                                      g.knots.data(),
+                                      g.exceeding.data(),
+                                      &g.threshold,
+                                      &g.samples};
+  const GuardAnswer to = answers.answer();
+  EXPECT_EQ(tacext_cuda_guard_score(&table, latent.data(), logits.data(), kType<T>, count, to.score,
+                                    to.p_value, to.flagged, nullptr),
+            0);
+}
+
+template <class T>
+class CudaGuardScore : public testing::Test {};
+using Elements = testing::Types<float, double, Half, BFloat16>;
+TYPED_TEST_SUITE(CudaGuardScore, Elements);
+
+TYPED_TEST(CudaGuardScore, EqualsTheCore) {
+  // Fewer classes, latents and sums than there are threads, lanes and warps, and more.
+  for (const auto& [classes, latents, ranks, count] : {std::array<std::int64_t, 4>{2, 1, 1, 1},
+                                                       {3, 15, 4, 5},
+                                                       {10, 16, 0, 7},
+                                                       {10, 64, 32, 9},
+                                                       {300, 131, 6, 3},
+                                                       {5, 300, 256, 2}}) {
+    const RandomGuard g(classes, latents, ranks, 50);
+    const auto x = test::as_elements<TypeParam>(test::normal_values(count * latents, 5));
+    const auto z = test::as_elements<TypeParam>(test::normal_values(count * classes, 6));
+    Answers wanted(count);
+    guard_score<TypeParam>(g.table(), {x.data(), latents, z.data(), classes, count},
+                           wanted.answer(), serial_for);
+    Answers found(count);
+    in_both_orders<std::vector<float>>([&] {
+      judge_on_device(g, x, z, count, found);
+      return found.score;
+    });
+    for (std::int64_t i = 0; i < count; ++i) {
+      EXPECT_NEAR(found.score[i], wanted.score[i], 2e-4 * (1 + wanted.score[i]))
+          << latents << " latents, row " << i;
+      std::int64_t below = 0;
+      for (const float knot : g.knots) below += knot < found.score[i];
+      EXPECT_EQ(found.p_value[i], (1 + g.exceeding[below]) / (1 + float(g.samples)));
+      EXPECT_EQ(found.flagged[i], found.score[i] > g.threshold);
+    }
+  }
+}
+
+TEST(CudaGuard, WhatIsNotFiniteIsFlaggedAlone) {
+  const RandomGuard g(4, 37, 8, 20);
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const float infinity = std::numeric_limits<float>::infinity();
+  const std::int64_t count = 9;
+  auto x = test::as_elements<float>(test::normal_values(count * 37, 5));
+  auto z = test::as_elements<float>(test::normal_values(count * 4, 6));
+  Answers expected(count), found(count);
+  judge_on_device(g, x, z, count, expected);
+  x[1 * 37 + 36] = nan;
+  x[2 * 37] = -infinity;
+  z[3 * 4 + 2] = nan;
+  z[4 * 4] = infinity;
+  z[5 * 4 + 3] = -infinity;
+  x[6 * 37 + 5] = 1e30f;  // finite, but its square is not
+  for (int j = 0; j < 4; ++j) z[7 * 4 + j] = nan;
+  judge_on_device(g, x, z, count, found);
+  for (std::int64_t i = 0; i < count; ++i) {
+    const bool bad = i >= 1 && i <= 7;
+    EXPECT_EQ(found.score[i], bad ? infinity : expected.score[i]) << "row " << i;
+    EXPECT_EQ(found.flagged[i], bad || expected.flagged[i]);
+    if (bad) {
+      EXPECT_EQ(found.p_value[i], 1 / (1 + float(g.samples)));
+    }
+  }
+}
+
+TEST(CudaGuard, TheFirstOfEqualLogitsIsPredicted) {
+  const RandomGuard g(3, 8, 2, 5);
+  const std::vector<float> x(8, 0.5f), z{1, 2, 2};
+  Answers tied(1), wanted(1);
+  judge_on_device(g, x, z, 1, tied);
+  guard_score<float>(g.table(), {x.data(), 8, z.data(), 3, 1}, wanted.answer(), serial_for);
+  EXPECT_NEAR(tied.score[0], wanted.score[0], 1e-5);
+}
+
+TEST(CudaGuard, NoRowsAreNoAnswersAndTooManyRanksAnError) {
+  tacext_cuda_guard_table table{};
+  EXPECT_EQ(tacext_cuda_guard_score(&table, nullptr, nullptr, TACEXT_CUDA_FLOAT32, 0, nullptr,
+                                    nullptr, nullptr, nullptr),
+            0);
+  table.ranks = TACEXT_CUDA_GUARD_MOST_RANKS + 1;
+  EXPECT_NE(tacext_cuda_guard_score(&table, nullptr, nullptr, TACEXT_CUDA_FLOAT32, 1, nullptr,
+                                    nullptr, nullptr, nullptr),
+            0);
+}
+
+}  // namespace
+}  // namespace tacext
