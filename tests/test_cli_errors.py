@@ -24,7 +24,7 @@ from command_line import ARCH, run
 from digits import digit_case
 from tacext import load_state_dict
 from tacext.cli import ExitCode, cli
-from tacext.cli.wording import in_options, options_of
+from tacext.cli.wording import command_of, in_options, options_of
 from tacext.report import json_schema
 
 
@@ -172,7 +172,13 @@ def test_wrong_usage_exits_with_4(arguments: list[str], capsys: pytest.CaptureFi
 
 
 def test_errors_speak_of_options() -> None:
-    options = options_of(cli)
+    repair, guard = (
+        command_of(cli, words) for words in (["-v", "repair"], ["guard", "fit", "scan"])
+    )
+    assert (repair.name, guard.name) == ("repair", "fit")
+    assert in_options("use depth='fast'", options_of(guard)) == "use depth='fast'"
+    assert command_of(cli, ["nonsense"]) is cli
+    options = options_of(repair)
     for text, expected in (
         ("name the last linear layer with head=", "name the last linear layer with --head"),
         ("with head= (candidates: a)", "with --head (candidates: a)"),

@@ -117,7 +117,11 @@ def _load(reference: str, request: _Request) -> Callable[..., Any]:
         module = _import(place, here, lambda: importlib.import_module(place), request)
     if not hasattr(module, name):
         own = [
-            k for k, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__
+            k
+            for k, v in vars(module).items()
+            if getattr(v, "__module__", "") == module.__name__
+            and callable(v)
+            and not k.startswith("_")
         ]
         raise request.refuse(
             f"{place} to define {name}",

@@ -19,7 +19,7 @@ from .guard import guard_command
 from .info import info_command
 from .repair import repair_command
 from .scan import scan_command
-from .wording import in_options, options_of
+from .wording import command_of, in_options, options_of
 
 __all__ = ["ExitCode", "main"]
 
@@ -63,7 +63,8 @@ def _run(arguments: list[str] | None) -> int:
         click.echo("interrupted; nothing was written half", err=True)
         return ExitCode.INTERRUPTED
     except TacextError as error:
-        click.echo(f"error: {in_options(str(error), options_of(cli))}", err=True)
+        command = command_of(cli, sys.argv[1:] if arguments is None else arguments)
+        click.echo(f"error: {in_options(str(error), options_of(command))}", err=True)
         return ExitCode.ERROR
     except SystemExit as stop:
         click.echo(f"error: the code named on the command line exits ({stop.code})", err=True)

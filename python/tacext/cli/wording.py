@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import click
 
@@ -11,16 +11,22 @@ import click
 _KEYWORD = re.compile(r"\b([a-z_]+)=(?:'([\w.-]+)'|\"([\w.-]+)\"|(\[\.\.\.\])|(?=[\s;,.)]|$))")
 
 
-def options_of(group: click.Group) -> dict[str, str]:
-    """The option of every name that a command of this group, or of one below it, takes."""
-    found: dict[str, str] = {}
-    for command in group.commands.values():
+def command_of(group: click.Group, arguments: Sequence[str]) -> click.Command:
+    """The command that these arguments call: the innermost one that they name."""
+    command: click.Command = group
+    for argument in arguments:
         if isinstance(command, click.Group):
-            found |= options_of(command)
-        for parameter in command.params:
-            if isinstance(parameter, click.Option) and parameter.name is not None:
-                found[parameter.name] = max(parameter.opts, key=len)
-    return found
+            command = command.commands.get(argument, command)
+    return command
+
+
+def options_of(command: click.Command) -> dict[str, str]:
+    """The option of every name that a command takes."""
+    return {
+        parameter.name: max(parameter.opts, key=len)
+        for parameter in command.params
+        if isinstance(parameter, click.Option) and parameter.name is not None
+    }
 
 
 def in_options(text: str, options: Mapping[str, str]) -> str:
