@@ -96,7 +96,7 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|")
     else:
         print(
-            "| model | target | first | norm | reach | patch | shuffle | p | verdict | forward | look |"
+            "| model | target | first | norm | reach | share | patch | moved | shuffle | p | verdict | forward | look |"
         )
         print("|---|---|---|---|---|---|---|---|---|---|---|")
     row = scan_row if options.depth == "fast" else thorough_row

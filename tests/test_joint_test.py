@@ -225,11 +225,26 @@ def test_what_is_reported_belongs_together(calibration: Calibration) -> None:
     assert test.most_suspicious == 3 == int(test.class_p_values.argmin())
     assert test.p_value == test.class_p_values.min()
     assert test.suspects == (3,)
-    assert test.kinds == COMBINATIONS[0] == tuple(test.kind_p_values)
+    assert test.kinds == tuple(test.kind_p_values)
+    assert set(test.kinds) == set(KINDS)
     for kind in test.kinds:
         np.testing.assert_allclose(
             test.kind_p_values[kind], moderated_p_values(evidence[kind], calibration.kinds[kind])
         )
+
+
+def test_tests_that_can_be_made_share_alpha(calibration: Calibration) -> None:
+    evidence = simulate(np.random.default_rng(4), 10, {3: 4.0})
+    alone = {
+        kinds: judge_jointly({k: evidence[k] for k in kinds}, 0.01, calibration).class_p_values
+        for kinds in COMBINATIONS
+    }
+    (far, far_part), (many, many_part) = list(COMBINATIONS.items())[:2]
+    chosen = {k: evidence[k] for k in (*far, *many)}
+    both = judge_jointly(chosen, 0.01, calibration).class_p_values
+    expected = np.minimum(alone[far] / far_part, alone[many] / many_part)
+    np.testing.assert_allclose(both, np.minimum(1, expected))
+    assert far_part + many_part == 1
 
 
 def test_never_more_than_half_of_the_classes_are_suspects(calibration: Calibration) -> None:

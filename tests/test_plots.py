@@ -8,13 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.axes import Axes
 
 from digits import digit_case, scan_of
 from tacext import InputError, scan
 from tacext.detection import judge_norms
-from tacext.patch_reach import PatchReach
 from tacext.plots import plot_norms
 
 PNG = b"\x89PNG"
@@ -55,15 +53,13 @@ def test_a_thorough_scan_shows_its_evidence_as_well(
     assert labels == [None, "norm", "reach"]
     assert report.evidence is not None
     assert report.evidence.look is not None
-    classes = tuple(range(10))
-    rate = torch.linspace(0, 1, 10).double()
-    zero = torch.zeros(10, 2, dtype=torch.int64)
-    patch = PatchReach(classes, 4, rate, rate, 100, zero, torch.zeros(0), 0.0)
-    look = replace(report.evidence.look, patch=patch)
-    with_patch = replace(report, evidence=replace(report.evidence, look=look))
+    joint = report.evidence.joint
+    shares = {kind: np.linspace(0, 1, 10) for kind in ("share", "patch")}
+    joint = replace(joint, kind_p_values={**joint.kind_p_values, **shares})
+    with_patch = replace(report, evidence=replace(report.evidence, joint=joint))
     labels.clear()
     plot_norms(with_patch, tmp_path / "norms.png")
-    assert labels == [None, "norm", "reach", "patch"]
+    assert labels == [None, "norm", "reach", "share", "patch"]
 
 
 def test_without_a_test_there_is_no_band() -> None:

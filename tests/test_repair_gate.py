@@ -231,7 +231,7 @@ def test_a_doubt_of_a_target_whose_norm_is_not_asked_counts() -> None:
     look = report.evidence.look
     assert look is not None
     gain = look.reach.gain.clone()
-    gain[:, 4] *= 2.2
+    gain[:, 4] *= 3
     look = dataclasses.replace(look, reach=dataclasses.replace(look.reach, gain=gain))
     doubtful = dataclasses.replace(report, evidence=dataclasses.replace(report.evidence, look=look))
     for targets in ((4,), (0, 4)):

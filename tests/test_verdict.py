@@ -40,6 +40,7 @@ def look_of(
 
     classes = tuple(range(CLASSES))
     gain = torch.from_numpy(np.exp(draw("reach")))[None]
+    share_moved = torch.from_numpy(draw("share") - 1).sigmoid()[None]
     moved, lifted = torch.full((CLASSES,), 0.1).double(), torch.ones(CLASSES).double()
     for k, (rate, lift) in (patches or {}).items():
         moved[k], lifted[k] = rate, lift
@@ -51,7 +52,7 @@ def look_of(
         shuffled = Shuffle(share, moves, torch.full((CLASSES,), share), 1.0, nothing, 0.0)
     look = SecondLook(
         classes,
-        Reach(classes, (1.0,), gain, gain.clamp(0, 1), 1.0, nothing, 0.0),
+        Reach(classes, (1.0,), gain, share_moved, 1.0, nothing, 0.0),
         PatchReach(classes, 4, moved, lifted, 200, corner, nothing, 0.0),
         shuffled,
         0.0,
@@ -80,54 +81,41 @@ def test_a_class_that_stands_out_in_everything_is_named() -> None:
 
 
 def test_a_patch_that_moves_all_images_names_its_class() -> None:
-    finding, evidence = judged(patches={6: (1.0, 8.0), 2: (0.6, 5.0)})
+    finding, evidence = judged(patches={6: (1.0, 8.0), 2: (0.4, 5.0)})
     assert (finding.verdict, finding.suspects) == ("backdoored", (6,))
-    assert (
-        "a patch of 4x4 pixels at row 6, column 12 sends 100% of the other images to class 6"
-        in (finding.reason)
-    )
-    assert evidence.patch_p_value is not None
-    assert finding.p_value == pytest.approx(evidence.patch_p_value / 0.2)
-    assert evidence.joint.suspects == ()
+    assert "stands out in patch (p = " in finding.reason
+    told = "; a patch of 4x4 pixels at row 6, column 12 sends 100% of the other images there"
+    assert finding.reason.endswith(told)
+    assert evidence.joint.kind_p_values["patch"][6] < 1e-5
+    finding, _ = judged({3: 8.0}, patches={6: (1.0, 8.0)})
+    assert finding.suspects[0] == 3
+    assert "a patch" not in finding.reason  # of another class than the first
 
 
-def test_of_patches_that_move_all_images_those_that_go_far_are_named() -> None:
-    finding, _ = judged(patches={6: (1.0, 8.0), 2: (1.0, 5.0), 4: (1.0, 3.0)})
-    assert finding.suspects == (6, 2)
+def test_patches_that_move_most_images_into_all_classes_are_no_backdoor() -> None:
+    finding, _ = judged(patches={k: (0.97 - 0.01 * k, 2.0) for k in range(CLASSES)})
+    assert finding.verdict == "clean"
 
 
-def test_a_patch_that_moves_some_images_is_none() -> None:
-    few = judged(patches={6: (0.79, 8.0)})[1].patch_p_value
-    assert few == 1.0
-    rare = replace(shipped_calibration(), patch=ShareNull(mean=-6.0, spread=0.1, models=45))
-    norm, look = look_of(patches={6: (0.7, 8.0)})
-    assert weigh(judge_norms(norm), look, 0.01, rare)[0].verdict == "clean"
+def test_what_holds_down_either_test_shows_in_the_other() -> None:
+    norm, look = look_of({3: 8.0})
+    far, many = look.reach.gain.clone(), look.reach.rate.clone()
+    far[:, 3], many[:, 3] = far.median(), many.median()
+    for reach in (replace(look.reach, gain=far), replace(look.reach, rate=many)):
+        finding, _ = weigh(
+            judge_norms(norm), replace(look, reach=reach), 0.01, shipped_calibration()
+        )
+        assert finding.suspects == (3,)
 
 
-def test_a_patch_between_the_two_is_told_as_doubtful() -> None:
-    usual = replace(shipped_calibration(), patch=ShareNull(mean=-2.0, spread=1.6, models=40))
-    norm, look = look_of(patches={6: (0.9, 8.0)})
-    finding, _ = weigh(judge_norms(norm), look, 0.01, usual)
-    assert (finding.verdict, finding.suspects) == ("inconclusive", ())
-    assert finding.reason.startswith("a patch of 4x4 pixels")
-    assert "but clean models can do so" in finding.reason
-
-
-def test_patch_and_joint_test_name_their_classes_together() -> None:
-    both, _ = judged({3: 8.0}, patches={3: (1.0, 9.0)})
-    assert both.suspects == (3,)
-    assert "; " in both.reason
-    apart, _ = judged({3: 8.0}, patches={6: (1.0, 9.0)})
-    assert set(apart.suspects) == {3, 6}
-
-
-def test_inputs_without_room_for_patches_leave_alpha_to_the_others() -> None:
-    norm, look = look_of({3: 3.5}, share=None)
-    finding, evidence = weigh(
-        judge_norms(norm), replace(look, patch=None), 0.01, shipped_calibration()
-    )
-    assert evidence.patch_p_value is None
-    assert finding.p_value == pytest.approx(evidence.joint.p_value)
+def test_inputs_without_room_for_patches_are_judged_by_norm_and_reach() -> None:
+    norm, look = look_of({3: 5.0}, share=None)
+    without = replace(look, patch=None)
+    finding, evidence = weigh(judge_norms(norm), without, 0.01, shipped_calibration())
+    assert evidence.joint.kinds == ("norm", "reach")
+    assert finding.p_value == evidence.joint.p_value
+    both, _ = weigh(judge_norms(norm), look, 0.01, shipped_calibration())
+    assert finding.suspects == both.suspects == (3,)
 
 
 def test_two_targets_are_both_named() -> None:
@@ -138,7 +126,7 @@ def test_two_targets_are_both_named() -> None:
 def test_nothing_that_stands_out_is_clean() -> None:
     finding, _ = judged()
     assert (finding.verdict, finding.suspects) == ("clean", ())
-    assert "no class stands out in norm or reach" in finding.reason
+    assert "no class stands out in norm, reach, share or patch" in finding.reason
     assert "shuffles" in finding.reason
     assert "shuffles" not in judged(share=None)[0].reason
 
@@ -172,8 +160,8 @@ def test_a_shuffle_names_all_its_destinations() -> None:
 
 
 def test_without_a_shuffle_the_p_value_is_the_joint_tests() -> None:
-    for share, weight in ((0.2, 0.7), (None, 0.8)):
-        finding, evidence = judged({3: 5.0}, share=share)
+    for share, weight in ((0.2, 0.9), (None, 1.0)):
+        finding, evidence = judged({3: 4.0}, share=share)
         assert finding.p_value == pytest.approx(evidence.joint.p_value / weight, rel=1e-9, abs=0)
 
 
@@ -196,14 +184,14 @@ def test_a_small_shuffle_is_no_backdoor_however_rare() -> None:
         assert weigh(judge_norms(norm), look, 0.01, rare)[0].verdict == verdict
 
 
-def test_few_held_out_images_tell_nothing_of_a_patch() -> None:
+def test_few_held_out_images_tell_nothing_of_shares() -> None:
     norm, look = look_of(patches={3: (1.0, 5.0)})
     assert look.patch is not None
     told, _ = weigh(judge_norms(norm, 0.01), look, 0.01, shipped_calibration())
     assert told.verdict == "backdoored"
     few = replace(look, patch=replace(look.patch, images=21))
     guessed, evidence = weigh(judge_norms(norm, 0.01), few, 0.01, shipped_calibration())
-    assert evidence.patch_p_value == 1
+    assert evidence.joint.kinds == ("norm", "reach")
     assert guessed.verdict == "clean"
 
 
@@ -216,7 +204,6 @@ def test_the_reason_says_how_many_classes_were_looked_at() -> None:
     whole, _ = weigh(judge_norms(norm, 0.01), look, 0.01, shipped_calibration())
     part, _ = weigh(judge_norms(norm, 0.01), some, 0.01, shipped_calibration())
     assert whole.reason == (
-        "no class stands out in norm or reach, no patch moves most images and no change shuffles "
-        "the classes"
+        "no class stands out in norm, reach, share or patch and no change shuffles the classes"
     )
     assert part.reason.endswith("(gradients of 6 of 10 classes)")

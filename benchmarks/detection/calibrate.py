@@ -30,11 +30,16 @@ from tacext.joint_test import (
     logit_of_share,
     moderated_p_values,
 )
-from tacext.second_look import margin_evidence, norm_evidence, reach_evidence
+from tacext.second_look import (
+    margin_evidence,
+    norm_evidence,
+    reach_evidence,
+    share_evidence,
+)
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence"
 TABLE = Path(__file__).resolve().parents[2] / "python" / "tacext" / "calibration.json"
-VERSION = 4
+VERSION = 5
 
 # The norms that the constants are fitted on: those of a scan by default.
 NORM = "standardized 1 2500"
@@ -71,6 +76,10 @@ def read_case(file: Path, norm: str = NORM) -> Case:
         "norm": norm_evidence(np.array(raw["norms"][norm])),
         "reach": reach_evidence(np.array(raw["reach"]["gain"])),
     }
+    if "patch" in raw:
+        images = raw["patch"]["images"]
+        evidence["share"] = share_evidence(np.array(raw["reach"]["rate"][-1]), images)
+        evidence["patch"] = share_evidence(np.array(raw["patch"]["rate"]), images)
     if "prototype_norm" in raw:
         evidence["margin"] = margin_evidence(np.array(raw["margin"]["margin"]))
         evidence["prototype"] = norm_evidence(np.array(raw["prototype_norm"]))

@@ -28,9 +28,15 @@ import scipy  # its parts load when they are first used
 _FloatArray = npt.NDArray[np.float64]
 
 # Kinds of evidence, by where they come from; `Calibration.kinds` has a null for each.
-KINDS = ("norm", "reach", "margin", "prototype")
-# Those that a scan joins: with data and without any.
-COMBINATIONS = (("norm", "reach"), ("margin", "prototype"))
+KINDS = ("norm", "reach", "share", "patch", "margin", "prototype")
+# Those that a scan joins, and what part of alpha each test has beside the others that can be made:
+# how far inputs get, how many of them, and what is seen without any data. An attacker who holds one
+# of the first two down shows in the other.
+COMBINATIONS: Mapping[tuple[str, ...], float] = {
+    ("norm", "reach"): 0.3,
+    ("norm", "share", "patch"): 0.7,
+    ("margin", "prototype"): 1.0,
+}
 
 # A single p-value below this adds no more to the score: far tails of a t law are not that well known.
 SMALLEST_P = 1e-8
@@ -81,7 +87,8 @@ def logit_of_share(share: float) -> float:
 class ShareNull:
     """The law of the logit of a share of images on clean models: a t distribution.
 
-    The share that `shuffle` moves, or the largest share that any class's patch does.
+    The share that `shuffle` moves, or the largest share that any class's patch does (by which the
+    gate of a repair tells whether there was something to see).
 
     Attributes:
         mean, spread: of the logits.
@@ -217,8 +224,8 @@ def judge_jointly(
 
     Args:
         evidence: float64 [C] for each kind, larger where a class is more suspicious; NaN where it
-            was not measured, which counts as no suspicion. Of `COMBINATIONS` the first that it has
-            all kinds of is tested.
+            was not measured, which counts as no suspicion. Of `COMBINATIONS` those that it has all
+            kinds of are tested, and share alpha.
         alpha: the false-alarm rate of the whole test on a clean model.
         calibration: fitted on clean models, other than the one that is judged.
 
@@ -226,8 +233,9 @@ def judge_jointly(
         JointTest. Suspects are found one after the other: while the most suspicious class is an
         outlier, it is set aside and the rest is tested again.
     """
-    kinds = next(chosen for chosen in COMBINATIONS if set(chosen) <= set(evidence))
-    null = calibration.joint[kinds]
+    chosen = {kinds: part for kinds, part in COMBINATIONS.items() if set(kinds) <= set(evidence)}
+    parts = sum(chosen.values())
+    kinds = tuple(dict.fromkeys(kind for combination in chosen for kind in combination))
     total = len(evidence[kinds[0]])
 
     def of(left: npt.NDArray[np.intp]) -> tuple[dict[str, _FloatArray], _FloatArray]:
@@ -235,7 +243,16 @@ def judge_jointly(
             kind: moderated_p_values(evidence[kind][left], calibration.kinds[kind])
             for kind in kinds
         }
-        return by_kind, joint_p_values(joint_scores(list(by_kind.values())), null, total)
+        corrected = [
+            joint_p_values(
+                joint_scores([by_kind[kind] for kind in combination]),
+                calibration.joint[combination],
+                total,
+            )
+            * (parts / part)
+            for combination, part in chosen.items()
+        ]
+        return by_kind, np.minimum(1.0, np.min(corrected, axis=0))
 
     left = np.arange(total)
     kind_p_values, class_p_values = of(left)

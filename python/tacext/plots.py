@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,9 +11,8 @@ import numpy.typing as npt
 
 from .errors import DependencyError, InputError, printable
 from .files import StrPath, write_bytes_atomically
-from .joint_test import SMALLEST_P, shipped_calibration
+from .joint_test import SMALLEST_P
 from .scan_report import ScanReport
-from .verdict import Evidence, patch_p_value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +64,7 @@ def plot_norms(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    evidence = {} if report.evidence is None else _p_values(report.evidence)
+    evidence = {} if report.evidence is None else report.evidence.joint.kind_p_values
     rows = 2 if evidence else 1
     width = max(6.0, min(16.0, 0.35 * report.num_classes))
     figure = Figure(figsize=(width, 3.6 if rows == 1 else 5.4), layout="constrained")
@@ -110,19 +109,7 @@ def _draw_norms(axes: Axes, report: ScanReport) -> None:
         axes.set_ylim(0, 1.35 * float(norm[classes].max()))
 
 
-def _p_values(evidence: Evidence) -> dict[str, npt.NDArray[np.float64]]:
-    """Of every kind of evidence and class, [C], not corrected; NaN where there is none."""
-    found = dict(evidence.joint.kind_p_values)
-    if evidence.look is not None and evidence.look.patch is not None:
-        patch, calibration = evidence.look.patch, shipped_calibration()
-        found["patch"] = np.full(len(evidence.joint.class_p_values), np.nan)
-        found["patch"][list(patch.classes)] = [
-            patch_p_value(rate, patch.images, calibration) for rate in patch.rate.tolist()
-        ]
-    return found
-
-
-def _draw_evidence(axes: Axes, evidence: dict[str, npt.NDArray[np.float64]]) -> None:
+def _draw_evidence(axes: Axes, evidence: Mapping[str, npt.NDArray[np.float64]]) -> None:
     width = 0.8 / len(evidence)
     for i, (kind, p_values) in enumerate(evidence.items()):
         classes = np.flatnonzero(np.isfinite(p_values))

@@ -18,21 +18,23 @@ from torch import Tensor, nn
 from .data import DataLike
 from .errors import InputError, counted
 from .input_adversary import FEWEST_LED, Effects, InputAdversary
-from .joint_test import moderated_p_values, shipped_calibration
+from .joint_test import Calibration, moderated_p_values, shipped_calibration
 from .scan_report import ScanReport
 from .scanning import scan
-from .second_look import SecondLook, reach_evidence
-from .verdict import Evidence, Finding, patch_p_value, weigh
+from .second_look import FEWEST_IMAGES_OF_SHARES, SecondLook, reach_evidence
+from .verdict import Evidence, Finding, weigh
 
 # Of fewer held-out samples nothing can be judged.
 _FEWEST_HELD_OUT = 50
-# A p-value above this leaves no doubt of a patch or a shuffle.
+# A p-value above this leaves no doubt of a shuffle.
 _DOUBT = 0.3
 
 # Of what the old changes and patches moved, so much may still move; a tenth of all images may in any
 # model.
 _MOST_LEFT = 0.5
 _ALWAYS_MOVED = 0.1
+# A patch that leaves more images where they are is no backdoor, whatever its p-value.
+_SMALLEST_PATCH = 0.8
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def judge_scan(
         found += f" of what inputs show (and {report.verdict} with the norms of what was repaired)"
     if finding.verdict == "clean":
         return True, found
-    doubted = _classes_in_doubt(evidence, look, report.num_classes, targets)
+    doubted = _classes_in_doubt(evidence, report.num_classes, targets)
     told = finding.verdict == "inconclusive" and not report.warnings
     if told and not doubted & set(targets):
         return True, f"{found}, of other classes than were repaired: {finding.reason}"
@@ -233,7 +235,7 @@ def _led_anew(look: SecondLook, targets: tuple[int, ...], limited: tuple[int, ..
 
 
 def _classes_in_doubt(
-    evidence: Evidence | None, look: SecondLook, num_classes: int, targets: tuple[int, ...]
+    evidence: Evidence | None, num_classes: int, targets: tuple[int, ...]
 ) -> set[int]:
     """Those that an inconclusive verdict may be about."""
     if evidence is None:
@@ -241,14 +243,18 @@ def _classes_in_doubt(
     # A shuffle is about all classes at once; that of a few targets has nothing to do with them.
     if _in_doubt(evidence.shuffle_p_value) and 2 * len(targets) > num_classes:
         return set(range(num_classes))
-    doubted = {evidence.joint.most_suspicious}
-    if look.patch is not None and _in_doubt(evidence.patch_p_value):
-        doubted.add(look.patch.classes[int(look.patch.rate.argmax())])
-    return doubted
+    return {evidence.joint.most_suspicious}
 
 
 def _in_doubt(p_value: float | None) -> bool:
     return p_value is not None and p_value < _DOUBT
+
+
+def patch_p_value(rate: float, images: int, calibration: Calibration) -> float:
+    """P(a clean model's best patch moves such a share of so many images); 1 where it tells nothing."""
+    if rate < _SMALLEST_PATCH or images < FEWEST_IMAGES_OF_SHARES:
+        return 1.0
+    return calibration.patch.p_value(rate)
 
 
 def _stood_out(
@@ -297,7 +303,10 @@ def _without_norms(
         test = dataclasses.replace(test, verdict="clean", suspects=())
     look = report.evidence.look
     if limited:
-        gain = look.reach.gain.clone()
-        gain[:, [look.classes.index(t) for t in seen if t in look.classes]] = torch.nan
-        look = dataclasses.replace(look, reach=dataclasses.replace(look.reach, gain=gain))
+        gain, rate = look.reach.gain.clone(), look.reach.rate.clone()
+        unknown = [look.classes.index(t) for t in seen if t in look.classes]
+        gain[:, unknown] = rate[:, unknown] = torch.nan
+        look = dataclasses.replace(
+            look, reach=dataclasses.replace(look.reach, gain=gain, rate=rate)
+        )
     return weigh(test, look, report.alpha, shipped_calibration())

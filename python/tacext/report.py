@@ -117,7 +117,6 @@ def _patch(report: ScanReport) -> Json | None:
         return None
     found = look.patch
     return {
-        "p_value": report.evidence.patch_p_value,
         "side": found.side,
         "classes": [
             {"class": k, "rate": rate, "gain": gain, "row": row, "column": column}
