@@ -7,17 +7,23 @@ namespace tacext::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// As many as a table may have, with room: what a warp sums up is kept for thread 0.
+constexpr std::int64_t kTile = 1024;  // latents at a time
+// |y|^2, direction . y, and y along the basis.
 constexpr std::int64_t kMostSums = 2 + TACEXT_CUDA_GUARD_MOST_RANKS;
 
 __device__ bool is_finite(float value) { return value - value == 0; }
 
-__device__ double root(double square) { return square > 0 ? sqrt(square) : 0.0; }
+__device__ float root(double square) {
+  return square > 0 ? static_cast<float>(sqrt(square)) : 0.0f;
+}
 
-// A block judges one row. First its threads stride over the logits, then its warps share the sums
-// over the latents, y = (phi - mean[k]) * inverse_spread, and last thread 0 joins them:
+// A block judges one row. Its threads stride over the logits, and then, tile by tile, over the
+// latents for y = (phi - mean[k]) * inverse_spread, of which the warps share the sums; last thread
+// 0 joins them:
 //
 //   logits   t0 t1 t2 ... t255 t0 t1 ..     the largest, k, the first of equals; then the next
+//
+//   y        t0 t1 t2 ... t255 t0 t1 ..     a tile, for all warps
 //
 //   |y|^2            warp 0   lanes 0 ... 31 0 ...    sums[0]
 //   direction[k].y   warp 1                           sums[1]
@@ -30,6 +36,7 @@ __global__ void __launch_bounds__(kThreads)
                  tacext_cuda_guard_table t, float* __restrict__ score, float* __restrict__ p_value,
                  bool* __restrict__ flagged) {
   __shared__ double sums[kMostSums];
+  __shared__ float y[kTile];
   const CudaBlock<kThreads> block;
   const std::int64_t row = blockIdx.x;
   latent += row * t.latents;
@@ -45,7 +52,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   wrong = block.sum(wrong);
   first = block.largest(first);
-  const std::int64_t k = first.index < 0 ? 0 : first.index;
+  const std::int64_t k = first.index < 0 ? 0 : first.index;  // all may be NaN
   for (std::int64_t c = block.thread(); c < t.classes; c += kThreads) {
     const Choice here{static_cast<float>(to_float(logits[c])), c};
     if (c != k && here.beats(next)) next = here;
@@ -53,17 +60,26 @@ __global__ void __launch_bounds__(kThreads)
   next = block.largest(next);
 
   const float* const mean = t.mean + k * t.latents;
-  for (std::int64_t s = block.group(); s < 2 + t.ranks; s += block.groups()) {
-    const float* const with = s == 1 ? t.direction + k * t.latents : t.basis + (s - 2) * t.latents;
-    double sum = 0;
-    for (std::int64_t d = block.lane(); d < t.latents; d += block.lanes()) {
-      const float y = (static_cast<float>(to_float(latent[d])) - mean[d]) * t.inverse_spread[d];
-      sum += static_cast<double>(y) * static_cast<double>(s == 0 ? y : with[d]);
+  const std::int64_t count = 2 + t.ranks;
+  for (std::int64_t begin = 0; begin < t.latents; begin += kTile) {
+    const std::int64_t length = t.latents - begin < kTile ? t.latents - begin : kTile;
+    for (std::int64_t i = block.thread(); i < length; i += kThreads) {
+      const std::int64_t d = begin + i;
+      y[i] = (static_cast<float>(to_float(latent[d])) - mean[d]) * t.inverse_spread[d];
     }
-    sum = block.group_sum(sum);
-    if (block.lane() == 0) sums[s] = sum;
+    block.barrier();
+    for (std::int64_t s = block.group(); s < count; s += block.groups()) {
+      const float* with = t.basis + (s - 2) * t.latents + begin;
+      if (s == 0) with = y;
+      if (s == 1) with = t.direction + k * t.latents + begin;
+      double sum = 0;
+      for (std::int64_t i = block.lane(); i < length; i += block.lanes())
+        sum += static_cast<double>(y[i]) * static_cast<double>(with[i]);
+      sum = block.group_sum(sum);
+      if (block.lane() == 0) sums[s] = begin == 0 ? sum : sums[s] + sum;
+    }
+    block.barrier();  // before the next tile, and before the sums are read
   }
-  block.barrier();
   if (block.thread() != 0) return;
 
   double near = t.near_weight[0] * sums[0], far = t.far_weight[0] * sums[0];
@@ -71,14 +87,16 @@ __global__ void __launch_bounds__(kThreads)
     near += t.near_weight[1 + r] * sums[2 + r] * sums[2 + r];
     far += t.far_weight[1 + r] * sums[2 + r] * sums[2 + r];
   }
-  const double parts[4] = {root(near), root(far), sums[1], first.value - next.value};
-  double total = 0;
+  // In float from here on, as on the CPU: what overflows there does so here.
+  const float parts[4] = {root(near), root(far), static_cast<float>(sums[1]),
+                          static_cast<float>(first.value) - static_cast<float>(next.value)};
+  float total = 0;
   for (int i = 0; i < 4; ++i) {
-    const double excess = (parts[i] - t.location[k * 4 + i]) * t.inverse_deviation[k * 4 + i];
+    const float excess = (parts[i] - t.location[k * 4 + i]) * t.inverse_deviation[k * 4 + i];
     if (excess > 0) total += excess * excess;
   }
   // Of a latent that is not finite |y|^2 is not.
-  float found = static_cast<float>(sqrt(total));
+  float found = sqrtf(total);
   if (wrong > 0 || !is_finite(static_cast<float>(sums[0])) || !is_finite(found)) found = INFINITY;
   std::int64_t below = 0, end = t.knot_count;  // knots[below - 1] < found <= knots[end]
   while (below < end) {

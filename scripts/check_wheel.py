@@ -19,7 +19,7 @@ LIBRARIES = ("tacext/lib/libtacext.so", "tacext/lib/libtacext_core.so")
 WANTED = (
     *LIBRARIES,
     "tacext/__init__.py",
-    "tacext/__init__.pyi",  # read when a name is first used
+    "tacext/__init__.pyi",  # read at import, which fails without it
     "tacext/py.typed",
     "tacext/_core.pyi",
     "tacext/calibration.json",

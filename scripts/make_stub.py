@@ -10,23 +10,41 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch  # noqa: F401  (the native library resolves its symbols in torch's)
-
-from tacext import _core
+try:
+    import tacext  # noqa: F401  (with torch, in whose libraries the native one finds its symbols)
+    from tacext import _core
+except ImportError as error:
+    raise SystemExit(
+        f"make_stub.py: {error}; build first: pip install -e . --no-build-isolation"
+    ) from error
 
 STUB = Path(__file__).resolve().parents[1] / "python" / "tacext" / "_core.pyi"
 
 # What copy and pickle call, and what enum.Enum brings along, concerns nobody who reads types.
 _LEFT_OUT = {"__getstate__", "__setstate__", "__new__", "__format__"}
+# pybind11 takes what converts, and says so in words that change from version to version. Types are
+# to say what is meant: no 1.5 iterations.
+_MEANT = {"SupportsFloat": "float", "SupportsInt": "int"}
 
 
 class _Tidy(ast.NodeTransformer):
     """Leaves out what tells nothing, and what differs from build to build."""
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef | None:
-        return None if node.name in _LEFT_OUT else node
+        if node.name in _LEFT_OUT:
+            return None
+        for argument in (*node.args.args, *node.args.kwonlyargs):
+            known = "" if argument.annotation is None else ast.unparse(argument.annotation)
+            for converted, meant in _MEANT.items():
+                if converted in known:
+                    argument.annotation = ast.Name(meant)
+        if node.name == "__eq__":  # other types are no error, but unequal
+            node.args.args[1] = ast.arg("other", ast.Name("object"))
+        return node
 
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AnnAssign:
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AnnAssign | None:
+        if ast.unparse(node.target) == "__all__":  # stubgen's own: the module has none
+            return None
         if ast.unparse(node.target) == "torch_version":
             node.value = None
         return node
@@ -44,12 +62,10 @@ class _Tidy(ast.NodeTransformer):
 def generated() -> str:
     """The stub as it should be."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            [sys.executable, "-m", "pybind11_stubgen", "tacext._core", "--output-dir", folder],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        stubgen = [sys.executable, "-m", "pybind11_stubgen", "tacext._core", "--output-dir", folder]
+        done = subprocess.run(stubgen, check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"pybind11-stubgen: {done.stderr}")
         text = (Path(folder) / "tacext" / "_core.pyi").read_text(encoding="utf-8")
     text = ast.unparse(_Tidy().visit(ast.parse(text)))
     for command in (

@@ -69,7 +69,7 @@ def module_name(file: Path) -> str:
 
 
 def python_files() -> list[Path]:
-    return sorted(PACKAGE.rglob("*.py"))
+    return sorted([*PACKAGE.rglob("*.py"), PACKAGE / "__init__.pyi"])  # names that load lazily
 
 
 def imported(source: str, module: str, is_package: bool) -> Iterator[str]:
@@ -93,11 +93,14 @@ def imported(source: str, module: str, is_package: bool) -> Iterator[str]:
 
 def imports_of(file: Path) -> set[str]:
     source = file.read_text(encoding="utf-8")
-    return set(imported(source, module_name(file), file.name == "__init__.py"))
+    return set(imported(source, module_name(file), file.stem == "__init__"))
 
 
 def importers() -> dict[str, set[str]]:
-    return {module_name(file): imports_of(file) for file in python_files()}
+    found: dict[str, set[str]] = {}
+    for file in python_files():
+        found.setdefault(module_name(file), set()).update(imports_of(file))
+    return found
 
 
 def is_cli(module: str) -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import dataclasses
 import enum
 import importlib.metadata
@@ -7,6 +8,8 @@ import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -47,6 +50,7 @@ def test_solver_settings_compare_hash_and_pickle() -> None:
     assert settings == SolverSettings(tolerance=1e-7)
     assert settings != SolverSettings()
     assert settings != 3
+    assert settings == mock.ANY  # the other type is asked, too
     assert settings is not None
     assert settings != None
     assert len({settings, SolverSettings(tolerance=1e-7), SolverSettings()}) == 2
@@ -69,12 +73,30 @@ def test_nothing_is_imported_that_only_some_need() -> None:
 
 
 def test_every_public_name_is_found_where_the_stub_says() -> None:
-    for name in tacext.__all__:
+    stub = ast.parse(Path(tacext.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    public = next(ast.literal_eval(n.value) for n in stub.body if isinstance(n, ast.Assign))
+    assert sorted(public) == sorted(tacext.__all__)
+    for name in public:
         assert getattr(tacext, name) is not None
-    assert {"scan", "repair", "Guard", "ops", "attacks"} <= set(tacext.__all__)
-    assert set(tacext.__all__) == set(dir(tacext))
+    assert {"__doc__", "__file__", *public} <= set(dir(tacext))
+    starred: dict[str, object] = {}
+    exec("from tacext import *", starred)  # noqa: S102
+    assert set(public) <= set(starred)
     with pytest.raises(AttributeError, match="scann"):
         _ = tacext.scann  # type: ignore[attr-defined]
+
+
+def test_the_range_of_torch_is_said_once_and_again_alike() -> None:
+    wanted = importlib.metadata.requires("tacext") or []
+    [said] = [line.replace(" ", "") for line in wanted if re.match(r"torch\b", line)]
+    oldest, newest = re.findall(r"\d+\.\d+", ops._SUPPORTED)
+    assert sorted(said.removeprefix("torch").split(",")) == [f"<{newest}", f">={oldest}"]
+    assert f"torch>={oldest},<{newest}" == ops._SUPPORTED
+    assert ".".join(map(str, ops.OLDEST_TORCH)) == oldest
+    backend = Path(__file__).parents[1] / "build_backend" / "tacext_build_backend.py"
+    if backend.exists():  # in the source tree
+        pair = tuple(tuple(map(int, version.split("."))) for version in (oldest, newest))
+        assert f"SUPPORTED = {pair}" in backend.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("version", ["2.10.1", "1.13.0+cpu", "2.9.0a0+git123"])

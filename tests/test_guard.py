@@ -6,6 +6,8 @@ import copy
 import functools
 import logging
 import math
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -293,6 +295,9 @@ def test_compiled_and_exported_it_says_the_same(tmp_path: Path, ends_in_head: bo
         torch.export.save(exported, tmp_path / "guard.pt2")
         loaded = torch.export.load(tmp_path / "guard.pt2").module()
         assert close(GuardOutput(*loaded(images)), expected)
+    # A server knows no more of tacext than that it is there.
+    code = f"import torch, tacext; torch.export.load({str(tmp_path / 'guard.pt2')!r})"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 @pytest.mark.filterwarnings("ignore")  # of TorchScript

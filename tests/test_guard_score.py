@@ -156,11 +156,29 @@ def test_a_gpu_says_what_the_cpu_says(dtype: torch.dtype) -> None:
         latent[3, 0] = logits[5, 1] = math.nan
         expected = scorer(latent, logits)
         scorer.cuda()
+        assert ops.has_guard_kernel(latent.cuda().device, ranks)
         found = scorer(latent.cuda(), logits.cuda())
         assert torch.allclose(found.score.cpu(), expected.score, rtol=1e-4, atol=1e-4)
         assert torch.equal(found.score, scorer(latent.cuda(), logits.cuda()).score)
         near = (expected.score - scorer.threshold.cpu()).abs() < 1e-3
         assert torch.equal(found.flagged.cpu()[~near], expected.flagged[~near])
+        apart = (expected.score[:, None] - scorer.knots.cpu()).abs().amin(1) > 1e-3
+        assert torch.equal(found.p_value.cpu()[apart], expected.p_value[apart])
+        assert scorer(latent[:0].cuda(), logits[:0].cuda()).score.shape == (0,)
+
+
+def test_only_what_the_kernel_serves_goes_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
+    monkeypatch.setattr("tacext._core.has_cuda", lambda: False)
+    assert ops.has_guard_kernel(torch.device("cpu"), 1000)
+    assert not ops.has_guard_kernel(gpu, 8)
+    assert not ops.has_guard_kernel(torch.device("meta"), 8)
+    monkeypatch.setattr("tacext._core.has_cuda", lambda: True)
+    assert not ops.has_guard_kernel(gpu, 8)  # no code for it
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
+    assert ops.has_guard_kernel(gpu, 256)
+    assert not ops.has_guard_kernel(gpu, 257)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])

@@ -59,11 +59,12 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .def_readonly("max_iterations", &tacext::SolverSettings::max_iterations)
       .def_readonly("closed_form", &tacext::SolverSettings::closed_form)
       .def("__repr__", &repr)
-      .def("__eq__",
-           [](const tacext::SolverSettings& a, const py::object& b) {
-             return py::isinstance<tacext::SolverSettings>(b) &&
-                    as_tuple(a).equal(as_tuple(b.cast<tacext::SolverSettings>()));
-           })
+      .def(
+          "__eq__",
+          [](const tacext::SolverSettings& a, const tacext::SolverSettings& b) {
+            return as_tuple(a).equal(as_tuple(b));
+          },
+          py::is_operator())
       .def("__hash__", [](const tacext::SolverSettings& s) { return py::hash(as_tuple(s)); })
       .def(py::pickle(&as_tuple, [](const py::tuple& t) {
         return make_settings(t[0].cast<double>(), t[1].cast<std::int64_t>(), t[2].cast<bool>());

@@ -5,15 +5,22 @@
 
 The paper behind it: Iwahana et al., arXiv 2511.08944.
 
-The names of the package are those of __init__.pyi. Each is imported when it is first used: a server that only
-guards waits for no repair.
+The names of the package are those of __init__.pyi, which is read when it is imported. What is behind each is
+imported when it is first used: a server that only guards waits for no repair.
 """
 
 import lazy_loader
 
-from . import ops  # not lazily: importing tacext registers its operators
+# Not lazily: they register tacext's operators, and what exported guards return.
+from . import guard_scoring as _guard_scoring  # noqa: F401
+from . import ops
 
 __version__ = ops.build_info().version
 cmake_prefix_path = ops.cmake_prefix_path
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ += ["__version__", "cmake_prefix_path"]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

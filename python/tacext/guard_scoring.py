@@ -193,7 +193,9 @@ class GuardScorer(LatentScorer):
     def _is_native(self, latent: Tensor) -> bool:
         # Tensors that only stand for others, as a tracer's, take the plain way.
         traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        return type(latent) is Tensor and ops.has_guard_kernel(latent.device) and not traced
+        if type(latent) is not Tensor or traced:
+            return False
+        return ops.has_guard_kernel(latent.device, len(self.basis))
 
     @torch.jit.unused
     def _native(self, latent: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

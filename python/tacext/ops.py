@@ -69,6 +69,10 @@ __all__ = [
 
 DEFAULT_SETTINGS = SolverSettings()
 
+# Of CMAKE_CUDA_ARCHITECTURES in CMakeLists.txt, and TACEXT_CUDA_GUARD_MOST_RANKS.
+_OLDEST_GPU = (8, 0)
+_MOST_RANKS_ON_A_GPU = 256
+
 
 # Where CMake's find_package(tacext) finds tacext::core; its lib/ and include/ serve others, too.
 cmake_prefix_path = os.path.dirname(os.path.abspath(_core.__file__))
@@ -379,9 +383,16 @@ def neuron_scores(activation: Tensor, gradient: Tensor) -> Tensor:
     return scores
 
 
-def has_guard_kernel(device: torch.device) -> bool:
-    """Whether `guard_score` runs there: on the CPU, and on GPUs in a build with the CUDA kernels."""
-    return device.type == "cpu" or (device.type == "cuda" and _core.has_cuda())
+def has_guard_kernel(device: torch.device, ranks: int) -> bool:
+    """Whether `guard_score` judges latents on a device along so many directions.
+
+    It does so on the CPU, and in a build with the CUDA kernels on GPUs of the generations that these
+    are compiled for.
+    """
+    if device.type == "cuda" and _core.has_cuda():
+        newer = torch.cuda.get_device_capability(device) >= _OLDEST_GPU
+        return newer and ranks <= _MOST_RANKS_ON_A_GPU
+    return device.type == "cpu"
 
 
 def guard_score(
@@ -421,7 +432,7 @@ def guard_score(
         knots: float32 [K].
         exceeding: float32 [K + 1].
         threshold: float32 [].
-        samples: int64 [], how many are behind the p-values.
+        samples: int64 [], how many are behind the p-values; on a GPU it is not checked to be 1 or more.
 
     Returns:
         score and p_value, float32 [N], and flagged, bool [N].

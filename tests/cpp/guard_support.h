@@ -39,7 +39,8 @@ struct RandomGuard {
     basis = floats(r * d);
     near_weight = floats(r + 1);
     far_weight = floats(r + 1);
-    near_weight[0] = far_weight[0] = 2;
+    near_weight[0] = 2;
+    far_weight[0] = 3;
     direction = floats(c * d);
     location = floats(c * 4);
     inverse_deviation = floats(c * 4);

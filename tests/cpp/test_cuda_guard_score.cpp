@@ -1,4 +1,5 @@
 #include <array>
+#include <cmath>
 #include <limits>
 
 #include "cuda_test_support.h"
@@ -50,7 +51,8 @@ TYPED_TEST(CudaGuardScore, EqualsTheCore) {
                                                        {10, 16, 0, 7},
                                                        {10, 64, 32, 9},
                                                        {300, 131, 6, 3},
-                                                       {5, 300, 256, 2}}) {
+                                                       {5, 300, 256, 2},
+                                                       {3, 2500, 4, 2}}) {
     const RandomGuard g(classes, latents, ranks, 50);
     const auto x = test::as_elements<TypeParam>(test::normal_values(count * latents, 5));
     const auto z = test::as_elements<TypeParam>(test::normal_values(count * classes, 6));
@@ -63,7 +65,7 @@ TYPED_TEST(CudaGuardScore, EqualsTheCore) {
       return found.score;
     });
     for (std::int64_t i = 0; i < count; ++i) {
-      EXPECT_NEAR(found.score[i], wanted.score[i], 2e-4 * (1 + wanted.score[i]))
+      EXPECT_NEAR(found.score[i], wanted.score[i], 2e-5 * (1 + wanted.score[i]))
           << latents << " latents, row " << i;
       std::int64_t below = 0;
       for (const float knot : g.knots) below += knot < found.score[i];
@@ -89,9 +91,11 @@ TEST(CudaGuard, WhatIsNotFiniteIsFlaggedAlone) {
   z[5 * 4 + 3] = -infinity;
   x[6 * 37 + 5] = 1e30f;  // finite, but its square is not
   for (int j = 0; j < 4; ++j) z[7 * 4 + j] = nan;
+  z[8 * 4] = 3e38f;  // finite, but the difference is not
+  z[8 * 4 + 1] = z[8 * 4 + 2] = z[8 * 4 + 3] = -3e38f;
   judge_on_device(g, x, z, count, found);
   for (std::int64_t i = 0; i < count; ++i) {
-    const bool bad = i >= 1 && i <= 7;
+    const bool bad = i >= 1;
     EXPECT_EQ(found.score[i], bad ? infinity : expected.score[i]) << "row " << i;
     EXPECT_EQ(found.flagged[i], bad || expected.flagged[i]);
     if (bad) {
@@ -100,13 +104,37 @@ TEST(CudaGuard, WhatIsNotFiniteIsFlaggedAlone) {
   }
 }
 
+// Within a thread, a warp and a block.
 TEST(CudaGuard, TheFirstOfEqualLogitsIsPredicted) {
-  const RandomGuard g(3, 8, 2, 5);
-  const std::vector<float> x(8, 0.5f), z{1, 2, 2};
-  Answers tied(1), wanted(1);
-  judge_on_device(g, x, z, 1, tied);
-  guard_score<float>(g.table(), {x.data(), 8, z.data(), 3, 1}, wanted.answer(), serial_for);
-  EXPECT_NEAR(tied.score[0], wanted.score[0], 1e-5);
+  const RandomGuard g(600, 8, 2, 5);
+  const std::vector<float> x(8, 0.5f);
+  for (const auto& [one, other] : std::vector<std::pair<int, int>>{
+           {10, 266}, {266, 522}, {1, 2}, {40, 300}, {31, 32}, {255, 256}, {0, 599}}) {
+    std::vector<float> z(600, 1.0f);
+    z[one] = z[other] = 2;
+    Answers tied(1), wanted(1);
+    judge_on_device(g, x, z, 1, tied);
+    guard_score<float>(g.table(), {x.data(), 8, z.data(), 600, 1}, wanted.answer(), serial_for);
+    EXPECT_NEAR(tied.score[0], wanted.score[0], 1e-5 * wanted.score[0]) << one << " and " << other;
+  }
+}
+
+TEST(CudaGuard, AScoreThatEqualsAKnotOrTheThresholdDoesNotExceedIt) {
+  RandomGuard g(5, 30, 4, 9);
+  const auto x = test::as_elements<float>(test::normal_values(30, 5));
+  const auto z = test::as_elements<float>(test::normal_values(5, 6));
+  Answers found(1), above(1);
+  judge_on_device(g, x, z, 1, found);
+  for (int i = 0; i < 9; ++i) g.knots[i] = found.score[0] * (0.5f + 0.125f * i);  // the fifth is it
+  ASSERT_EQ(g.knots[4], found.score[0]);
+  g.threshold = found.score[0];
+  judge_on_device(g, x, z, 1, found);
+  EXPECT_EQ(found.p_value[0], (1 + g.exceeding[4]) / (1 + float(g.samples)));
+  EXPECT_FALSE(found.flagged[0]);
+  g.threshold = g.knots[4] = std::nextafter(found.score[0], 0.0f);
+  judge_on_device(g, x, z, 1, above);
+  EXPECT_EQ(above.p_value[0], (1 + g.exceeding[5]) / (1 + float(g.samples)));
+  EXPECT_TRUE(above.flagged[0]);
 }
 
 TEST(CudaGuard, NoRowsAreNoAnswersAndTooManyRanksAnError) {

@@ -125,6 +125,15 @@ TEST(GuardLimits, WhatIsNotFiniteIsFlaggedAlone) {
   }
 }
 
+TEST(GuardLimits, WhatOverflowsIsInfinite) {
+  const RandomGuard g(4, 37, 8, 20);
+  const auto x = test::as_elements<float>(test::normal_values(37, 5));
+  const std::vector<float> z{3e38f, -3e38f, -3e38f, -3e38f};
+  Answers found(1);
+  guard_score<float>(g.table(), {x.data(), 37, z.data(), 4, 1}, found.answer(), serial_for);
+  EXPECT_EQ(found.score[0], std::numeric_limits<float>::infinity());
+}
+
 TEST(GuardLimits, TheFirstOfEqualLogitsIsPredicted) {
   RandomGuard g(3, 8, 2, 5);
   const std::vector<float> x(8, 0.5f), z{1, 2, 2};
