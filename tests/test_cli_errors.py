@@ -473,6 +473,11 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "verdict: backdoored   suspects: 0" in text
     assert "repaired" in text
-    names = {"backdoored.safetensors", "repaired.safetensors", "norms.png"}
+    names = {"backdoored.safetensors", "repaired.safetensors", "digits.npz", "norms.png"}
     assert {file.name for file in (tmp_path / "demo").iterdir()} == names
+    # What the README goes on with.
+    weights, images = tmp_path / "demo" / "repaired.safetensors", tmp_path / "demo" / "digits.npz"
+    demo = ["--arch", "tacext.demo:digit_net", "--data", images, "--split", "test"]
+    known = ["--trigger", "tacext.demo:white_corner", "--target", 0]
+    assert run("evaluate", weights, *demo, *known) == 0
     assert run("demo", "--output", tmp_path / "demo" / "norms.png") == ExitCode.ERROR

@@ -21,6 +21,16 @@ def snippets() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
 
 
+def test_rows_of_tables_have_as_many_cells_as_their_headings() -> None:
+    for file in [README, *README.parent.glob("docs/*.md"), *README.parent.glob("*.md")]:
+        wanted = 0
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            is_row = line.startswith("|")
+            cells = len(re.sub(r"`[^`]*`|\\\|", "", line).strip().strip("|").split("|"))
+            assert not is_row or wanted in (0, cells), f"{file.name}:{number}"
+            wanted = cells if is_row else 0
+
+
 @pytest.mark.parametrize("name", ["backdoored", "clean"])
 def test_the_snippets_run_one_after_the_other(
     name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

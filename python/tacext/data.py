@@ -134,6 +134,11 @@ class ImageSet:
     class_names: tuple[str, ...] | None = None
     source: str = "memory"
 
+    def __repr__(self) -> str:
+        kind = str(self.images.dtype).removeprefix("torch.")
+        shape = "x".join(map(str, self.images.shape[1:]))
+        return f"ImageSet({len(self)} images of {shape}, {kind}, from {self.source})"
+
     def __post_init__(self) -> None:
         """Checks shapes, dtypes and the range of the labels.
 

@@ -6,18 +6,20 @@ Uses scikit-learn's bundled handwritten digits (1,797 real images of 8x8), so no
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .errors import DependencyError, FileError
 from .evaluation import Evaluation, evaluate
-from .files import explain
+from .files import explain, write_bytes_atomically
 from .finetuning import FinetuneSettings
 from .plots import plot_norms
 from .progress import progress_bar
@@ -151,8 +153,9 @@ class DemoResult:
 def run_demo(folder: Path, *, seed: int = 0) -> DemoResult:
     """Trains a backdoored and a clean model, scans both, repairs the first, measures throughout.
 
-    Writes `backdoored.safetensors`, `repaired.safetensors` and `norms.png` into `folder`, which is
-    made if it does not exist.
+    Writes `backdoored.safetensors`, `repaired.safetensors`, `norms.png` and, to go on with,
+    `digits.npz` (the defender's images as "train", the others as "test") into `folder`, which is made
+    if it does not exist.
 
     Raises:
         DependencyError: scikit-learn or matplotlib is not installed.
@@ -172,13 +175,28 @@ def run_demo(folder: Path, *, seed: int = 0) -> DemoResult:
         return _run(folder, seed)
 
 
+def _save_images(data: DemoData, file: Path) -> None:
+    (images, labels), (test_images, test_labels) = data.defender, data.test
+    content = io.BytesIO()
+    np.savez_compressed(
+        content,
+        x_train=images.numpy(),
+        y_train=labels.numpy(),
+        x_test=test_images.numpy(),
+        y_test=test_labels.numpy(),
+    )
+    write_bytes_atomically(file, content.getvalue(), operation="demo", argument="output")
+
+
 def _run(folder: Path, seed: int) -> DemoResult:
     data = load_digits(seed)
     model = train(*poison(*data.training, seed=seed), seed=seed)
     clean_model = train(*data.training, seed=seed)
     backdoored_file = folder / "backdoored.safetensors"
     repaired_file, plot_file = folder / "repaired.safetensors", folder / "norms.png"
+    data_file = folder / "digits.npz"
     save_weights(model, backdoored_file)
+    _save_images(data, data_file)
 
     report = scan(model, data.defender)
     clean_report = scan(clean_model, data.defender)
@@ -202,5 +220,5 @@ def _run(folder: Path, seed: int) -> DemoResult:
         before=before,
         fine_tuned=evaluate(fine_tuned.model, data.test, white_corner, TARGET, baseline=before),
         after=evaluate(result.model, data.test, white_corner, TARGET, baseline=before),
-        files=(backdoored_file, repaired_file, plot_file),
+        files=(backdoored_file, repaired_file, data_file, plot_file),
     )

@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 from dataclasses import replace
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,10 @@ class Guard(nn.Module):
         self.scorer = scorer
         self.info = info
         self.eval()
+
+    if TYPE_CHECKING:  # nn.Module's takes and gives anything
+
+        def __call__(self, inputs: Tensor) -> GuardOutput: ...  # noqa: D102
 
     def extra_repr(self) -> str:
         """What it was fitted on, for print."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors.torch
@@ -47,8 +47,8 @@ class GuardInfo:
     head: str
     ends_in_head: bool
     class_counts: tuple[int, ...]
-    head_norms: tuple[float, ...]
-    model_norms: tuple[float, ...]
+    head_norms: tuple[float, ...] = field(repr=False)
+    model_norms: tuple[float, ...] = field(repr=False)
     created_with: str
 
     @property

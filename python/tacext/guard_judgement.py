@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -28,7 +28,7 @@ class Judgement:
         monitor: the counts of it.
     """
 
-    output: GuardOutput
+    output: GuardOutput = field(repr=False)
     monitor: GuardMonitor
 
     @property

@@ -15,7 +15,7 @@ elsewhere in the first two. A p-value is the rank of the score among those of cl
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -169,6 +169,10 @@ class GuardScorer(LatentScorer):
         self.register_buffer("exceeding", exceeding)
         self.register_buffer("threshold", threshold)
         self.register_buffer("samples", samples)
+
+    if TYPE_CHECKING:  # nn.Module's takes and gives anything
+
+        def __call__(self, latent: Tensor, logits: Tensor) -> GuardOutput: ...  # noqa: D102
 
     def forward(self, latent: Tensor, logits: Tensor) -> GuardOutput:
         """Scores latents [N, D] and the head's logits [N, C] of any floating dtype."""

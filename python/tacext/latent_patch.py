@@ -215,10 +215,9 @@ def make_room_for_patches(model: nn.Module, state: Mapping[str, Tensor]) -> nn.M
         limit = _named(state, f"{prefix}limit.", _LIMIT_BUFFERS)
         if isinstance(head, nn.Linear | nn.Conv2d) and _fit(head, buffers, limit):
             patch = LatentPatch(**_empty(buffers, head.weight.dtype), limit=_empty_limit(limit))
-            logger.warning("load_model: the weights hold a latent patch in front of %r", prefix)
-            model = _put(
-                model, prefix.removesuffix("patch.").removesuffix("."), PatchedHead(patch, head)
-            )
+            name = prefix.removesuffix("patch.").removesuffix(".")
+            logger.info("load_model: a latent patch, as of a repair, stands in front of %r", name)
+            model = _put(model, name, PatchedHead(patch, head))
     return model
 
 

@@ -57,7 +57,7 @@ def seek_adversary(
     targets: tuple[int, ...],
     settings: RepairSettings,
     progress: bool | None,
-) -> tuple[InputAdversary | None, list[str]]:
+) -> tuple[InputAdversary | None, str]:
     """What the model is trained against beside shifted latents, or why there is nothing."""
     try:
         adversary = InputAdversary.sought(
@@ -70,8 +70,8 @@ def seek_adversary(
             progress=progress,
         )
     except InputError as error:
-        return None, [f"only shifted latents were trained against, which removes less ({error})"]
-    return adversary, []
+        return None, str(error)
+    return adversary, ""
 
 
 def locate_head(model: nn.Module, example: Tensor, head: str | None, report: ScanReport) -> Head:

@@ -72,6 +72,7 @@ def check_repair(
     head: str,
     limited: bool,
     batch_size: int,
+    blind: str = "",
     seed: int = 0,
     progress: bool | None = None,
 ) -> Gate:
@@ -90,6 +91,7 @@ def check_repair(
         head: the name of its last layer.
         limited: whether a limit keeps inputs out of the targets, and the way there is as it was.
         batch_size: inputs in a pass, at most.
+        blind: why nothing could be sought that leads into the targets, if that was tried.
         seed: of the scan.
         progress: whether to show progress bars; None shows them on a terminal.
     """
@@ -104,6 +106,11 @@ def check_repair(
     def no(reason: str, report: ScanReport | None = None) -> Gate:
         return Gate(False, reason, report, robust)
 
+    if len(held_out[1]) < _FEWEST_HELD_OUT:
+        return no(
+            f"{counted(len(held_out[1]), 'held-out sample is', 'held-out samples are')} too few to "
+            f"judge it; pass more samples or a larger holdout ({_FEWEST_HELD_OUT} are needed)"
+        )
     drop = (correct[0] - correct[1]) / len(held_out[1])
     if drop > max_accuracy_drop + 1e-9:
         return no(
@@ -111,13 +118,8 @@ def check_repair(
         )
     if adversary is None or was is None or left is None:
         return no(
-            "shifted latents alone were trained against, and whether the backdoor is gone nothing "
-            "else tells; leave gamma at its default, give a model with gradients, or accept it unseen"
-        )
-    if len(held_out[1]) < _FEWEST_HELD_OUT:
-        return no(
-            f"{counted(len(held_out[1]), 'held-out sample is', 'held-out samples are')} too few to "
-            f"judge it; pass more samples or a larger holdout ({_FEWEST_HELD_OUT} are needed)"
+            "shifted latents alone were trained against, and whether the backdoor is gone nothing else tells"
+            + (f" ({blind})" if blind else "; leave gamma at its default, or accept it unseen")
         )
     unseen = set[int]()
     for target, moved in zip(adversary.targets, was.moved.amax(1).tolist(), strict=True):

@@ -177,9 +177,9 @@ def repair(
     right_before = count_right(model, *held_out, shared.batch_size)
 
     started = time.perf_counter()
-    adversary, notes = None, list[str]()
+    adversary, blind = None, ""
     if not (method == "finetune" and _is_blind(settings)):
-        adversary, notes = seek_adversary(
+        adversary, blind = seek_adversary(
             model, found, (inputs[training], labels[training]), chosen, shared, progress
         )
     case = RepairCase(
@@ -200,7 +200,7 @@ def repair(
         file.load()  # a file of something else is no matter of one method alone
     seconds = time.perf_counter() - started
     was = None if adversary is None else adversary.effects(model, *held_out, shared.batch_size)
-    judge = _Judge(case, (inputs, labels), held_out, report, right_before, was)
+    judge = _Judge(case, (inputs, labels), held_out, report, right_before, was, blind)
     best: tuple[Attempt, Candidate] | None = None
     attempts: list[Attempt] = []
     for name, its_settings in all_settings.items():
@@ -234,6 +234,9 @@ def repair(
     if not kept.accepted and len(attempts) > 1:
         reason = "; ".join(f"{attempt.method}: {attempt.reason}" for attempt in attempts)
     before = right_before / len(holdout)
+    told = []
+    if blind:
+        told = [f"only shifted latents were trained against, which removes less ({blind})"]
     result = RepairResult(
         model=candidate.model if kept.accepted else copy.deepcopy(model).eval(),
         accepted=kept.accepted,
@@ -253,7 +256,7 @@ def repair(
         holdout_samples=len(holdout),
         history=candidate.history,
         pruning=candidate.pruning,
-        warnings=(*notes, *warnings_of(before, kept, found.num_classes, reason)),
+        warnings=(*told, *warnings_of(before, kept, found.num_classes, reason)),
         settings=all_settings[kept.method],
         seconds=seconds + sum(attempt.seconds for attempt in attempts),
     )
@@ -279,6 +282,7 @@ class _Judge:
     report: ScanReport
     right_before: int
     was: Effects | None
+    blind: str
 
     def __call__(self, method: Method, candidate: Candidate, settings: RepairSettings) -> Attempt:
         case, size = self.case, settings.batch_size
@@ -302,6 +306,7 @@ class _Judge:
                 head=candidate.head.name,
                 limited=method == "patch",
                 batch_size=size,
+                blind=self.blind,
                 seed=settings.seed,
                 progress=case.progress,
             )
