@@ -2,8 +2,9 @@
 
     python benchmarks/detection/report_comparisons.py
 
-Reads comparisons/, as `collect_comparisons.py` leaves it. Times are ratios to a thorough scan of the
-same model in the same process; the median over the models, with the range.
+Reads comparisons/, as `collect_comparisons.py` leaves it, and what the bench's evidence says of the
+same models today, judged by constants that were fitted without the model's network. Times are ratios
+to a thorough scan of the same model in the same process; the median over the models, with the range.
 """
 
 from __future__ import annotations
@@ -13,19 +14,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from calibrate import read_cases
 from collect_comparisons import COMPARATORS, COMPARISONS
-from report import share
+from report import cross_validated, share
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
 DETECTORS = ("thorough", "fast", *COMPARATORS)
+ALPHA = 0.01
 
 
 def read() -> dict[str, dict[str, Any]]:
     """What every detector said of every model, by the models' names."""
     files = [f for f in sorted(COMPARISONS.glob("*.json")) if "-adaptive_" not in f.stem]
-    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    models = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    for outcome in cross_validated(read_cases(), ALPHA, "network"):
+        if outcome.case.name in models:
+            told = {"flagged": outcome.flagged, "first": outcome.first}
+            models[outcome.case.name]["thorough"].update(told)
+    return models
 
 
 def ratios(models: Sequence[dict[str, Any]], detector: str) -> str:

@@ -17,8 +17,8 @@ from .second_look import SecondLook, evidence_of
 # below any threshold.
 _SHUFFLE_SHARE = 0.1
 
-# A p-value above alpha but below this many times alpha is no reason to call a model clean: half of
-# the single-target backdoors that the bench misses lie there, and a ninth of its clean models. The
+# A p-value above alpha but below this many times alpha is no reason to call a model clean: one of the
+# five single-target backdoors that the bench misses lies there, and six of its 45 clean models. The
 # bench that says so is the one that the factor was chosen on.
 THOROUGH_DOUBT_FACTOR = 20.0
 
