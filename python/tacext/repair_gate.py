@@ -48,8 +48,10 @@ class Gate:
             or where nothing was asked for.
         robust_accuracy: on held-out samples that carry what led into the targets, a mean over targets
             and ways; NaN where it was not measured.
-        unseen: targets of which nothing had shown that they are poisoned. A limit in front of them is
+        unseen: targets into which nothing was seen to lead inputs. A limit in front of them is
             let through all the same, as it can touch no other inputs than those taken for them.
+        norms_alone: targets whose norms, which a limit cannot move, are all that stands against a
+            limit in front of them.
     """
 
     accepted: bool
@@ -57,6 +59,7 @@ class Gate:
     report: ScanReport | None = field(repr=False)
     robust_accuracy: float
     unseen: tuple[int, ...] = ()
+    norms_alone: tuple[int, ...] = ()
 
 
 def check_repair(
@@ -164,7 +167,12 @@ def check_repair(
                 report,
             )
     accepted, reason = judge_scan(report, adversary.targets, seen, limited=limited)
-    return Gate(accepted, reason, report, robust, tuple(sorted(unseen)))
+    asked = set(adversary.targets) - set(seen) - unseen
+    alone = limited and not accepted and bool(asked)
+    if alone:
+        alone = judge_scan(report, adversary.targets, adversary.targets, limited=True)[0]
+    norms_alone = tuple(sorted(asked)) if alone else ()
+    return Gate(accepted, reason, report, robust, tuple(sorted(unseen)), norms_alone)
 
 
 def judge_scan(

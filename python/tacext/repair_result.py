@@ -36,8 +36,10 @@ class Attempt:
         seconds: of the repair, without the gate.
         limits_added: whether "auto" put limits in front of what was pruned or trained; the accuracies are
             with them, the scan without.
-        unseen: targets of which nothing had shown that they are poisoned, so that nothing shows that
-            they no longer are: a patch in front of them is a precaution.
+        unseen: targets into which nothing was seen to lead inputs, so that nothing shows that it no
+            longer does: a patch in front of them is a precaution.
+        norms_alone: targets whose norms are all that stands against a patch in front of them, which
+            cannot move them; "auto" hands it out as a precaution where it has nothing better.
     """
 
     method: Method
@@ -49,6 +51,7 @@ class Attempt:
     seconds: float
     limits_added: bool = False
     unseen: tuple[int, ...] = ()
+    norms_alone: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,8 @@ def warnings_of(before: float, kept: Attempt, num_classes: int, reason: str) -> 
         classes = "class " if len(kept.unseen) == 1 else "classes "
         classes += ", ".join(map(str, kept.unseen))
         warnings.append(
-            f"nothing had shown that anything leads into {classes}, and so nothing shows that it no longer "
-            "does: the limit in front of it is a precaution"
+            f"nothing was seen to lead inputs into {classes}, and so nothing shows that it no longer does: "
+            "the limit in front of it is a precaution"
         )
     if after < before - NOTABLE_LOSS:
         warnings.append(

@@ -115,7 +115,8 @@ def repair(
             defaults. With "auto" of any of them, whose split of the data the others share.
         max_accuracy_drop: what the repair may cost on held-out samples. One that costs more, after
             which what led into a target still does, or of which a thorough scan has doubts about a
-            target, is rolled back. None accepts whatever comes out, unseen, and needs a method.
+            target, is rolled back; but where "auto" has nothing better, and norms alone stand against a
+            patch, which cannot move them, that is handed out as a precaution. None accepts whatever comes out, unseen, and needs a method.
         head: the name of the last linear layer, where the model is too unusual to tell.
         progress: whether to show a progress bar; None shows it on a terminal.
         checkpoint: a .safetensors file in which a fine-tuning keeps its state after every epoch, and
@@ -202,6 +203,7 @@ def repair(
     was = None if adversary is None else adversary.effects(model, *held_out, shared.batch_size)
     judge = _Judge(case, (inputs, labels), held_out, report, right_before, was, blind)
     best: tuple[Attempt, Candidate] | None = None
+    precaution: tuple[Attempt, Candidate] | None = None
     attempts: list[Attempt] = []
     for name, its_settings in all_settings.items():
         try:
@@ -215,6 +217,8 @@ def repair(
         attempts.append(attempt)
         if best is None or merit_of(attempt) > merit_of(best[0]):
             best = attempt, candidate
+        if attempt.norms_alone:
+            precaution = attempt, candidate
         robust = attempt.robust_accuracy
         if attempt.accepted and not robust < right_before / len(holdout) - _NEAR:
             break
@@ -227,6 +231,12 @@ def repair(
             way_out="name one method for its error alone",
         )
     kept, candidate = best
+    if method == "auto" and not kept.accepted and precaution is not None:
+        kept, candidate = precaution
+        told = f"the best there is, though {kept.reason}: its norm is what no limit moves"
+        unseen = tuple(sorted({*kept.unseen, *kept.norms_alone}))
+        kept = replace(kept, accepted=True, reason=told, unseen=unseen)
+        attempts[[attempt.method for attempt in attempts].index(kept.method)] = kept
     if method == "auto" and kept.accepted and kept.method != "patch":
         limited, candidate = judge.limited(kept, candidate, all_settings["patch"])
         attempts[attempts.index(kept)] = kept = limited
@@ -234,9 +244,9 @@ def repair(
     if not kept.accepted and len(attempts) > 1:
         reason = "; ".join(f"{attempt.method}: {attempt.reason}" for attempt in attempts)
     before = right_before / len(holdout)
-    told = []
+    notes = []
     if blind:
-        told = [f"only shifted latents were trained against, which removes less ({blind})"]
+        notes = [f"only shifted latents were trained against, which removes less ({blind})"]
     result = RepairResult(
         model=candidate.model if kept.accepted else copy.deepcopy(model).eval(),
         accepted=kept.accepted,
@@ -256,7 +266,7 @@ def repair(
         holdout_samples=len(holdout),
         history=candidate.history,
         pruning=candidate.pruning,
-        warnings=(*told, *warnings_of(before, kept, found.num_classes, reason)),
+        warnings=(*notes, *warnings_of(before, kept, found.num_classes, reason)),
         settings=all_settings[kept.method],
         seconds=seconds + sum(attempt.seconds for attempt in attempts),
     )
@@ -319,6 +329,7 @@ class _Judge:
             gate.report,
             candidate.seconds,
             unseen=gate.unseen,
+            norms_alone=gate.norms_alone,
         )
 
     def limited(
