@@ -140,7 +140,7 @@ def call_model(
             operation,
             argument,
             expected="inputs that the model takes",
-            got=f"shape {list(inputs.shape)}, which it rejects ({explain(error)})",
+            got=f"a batch of shape {list(inputs.shape)}, which it rejects ({explain(error)})",
             way_out="check the architecture, the image size and the number of channels",
         ) from error
 
