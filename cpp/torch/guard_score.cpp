@@ -85,6 +85,27 @@ struct Answer {
         flagged(torch::stable::new_empty(latent, {latent.size(0)}, ScalarType::Bool)) {}
 };
 
+/// What tables on the CPU and on GPUs have in common.
+template <class Table>
+Table table_of(const Arguments& a) {
+  Table t{};
+  t.classes = a.classes();
+  t.latents = a.latents();
+  t.ranks = a.ranks();
+  t.knot_count = a.knot_count();
+  t.mean = const_data<float>(a.mean);
+  t.inverse_spread = const_data<float>(a.inverse_spread);
+  t.basis = const_data<float>(a.basis);
+  t.near_weight = const_data<float>(a.near_weight);
+  t.far_weight = const_data<float>(a.far_weight);
+  t.direction = const_data<float>(a.direction);
+  t.location = const_data<float>(a.location);
+  t.inverse_deviation = const_data<float>(a.inverse_deviation);
+  t.knots = const_data<float>(a.knots);
+  t.exceeding = const_data<float>(a.exceeding);
+  return t;
+}
+
 using Answers = std::tuple<Tensor, Tensor, Tensor>;
 
 Answers judge_on_cpu(const Arguments& a) {
@@ -92,22 +113,9 @@ Answers judge_on_cpu(const Arguments& a) {
   STD_TORCH_CHECK(behind >= 1, kOperation, ": samples: expected 1 or more, got ", behind,
                   "; pass those behind the p-values");
   Answer found(a.latent);
-  const GuardTable table{a.classes(),
-                         a.latents(),
-                         a.ranks(),
-                         a.knot_count(),
-                         const_data<float>(a.mean),
-                         const_data<float>(a.inverse_spread),
-                         const_data<float>(a.basis),
-                         const_data<float>(a.near_weight),
-                         const_data<float>(a.far_weight),
-                         const_data<float>(a.direction),
-                         const_data<float>(a.location),
-                         const_data<float>(a.inverse_deviation),
-                         const_data<float>(a.knots),
-                         const_data<float>(a.exceeding),
-                         *const_data<float>(a.threshold),
-                         behind};
+  auto table = table_of<GuardTable>(a);
+  table.threshold = *const_data<float>(a.threshold);
+  table.samples = behind;
   const GuardAnswer answer{mutable_data<float>(found.score), mutable_data<float>(found.p_value),
                            mutable_data<bool>(found.flagged)};
   dispatch_floating(a.latent.scalar_type(), [&](auto element) {
@@ -127,22 +135,9 @@ Answers judge_on_cuda(const Arguments& a) {
                   TACEXT_CUDA_GUARD_MOST_RANKS, " rows at most on a GPU, got ", a.ranks(),
                   "; use GuardScorer.plain, or move the tensors with .cpu()");
   Answer found(a.latent);
-  const tacext_cuda_guard_table table{a.classes(),
-                                      a.latents(),
-                                      a.ranks(),
-                                      a.knot_count(),
-                                      const_data<float>(a.mean),
-                                      const_data<float>(a.inverse_spread),
-                                      const_data<float>(a.basis),
-                                      const_data<float>(a.near_weight),
-                                      const_data<float>(a.far_weight),
-                                      const_data<float>(a.direction),
-                                      const_data<float>(a.location),
-                                      const_data<float>(a.inverse_deviation),
-                                      const_data<float>(a.knots),
-                                      const_data<float>(a.exceeding),
-                                      const_data<float>(a.threshold),
-                                      const_data<int64_t>(a.samples)};
+  auto table = table_of<tacext_cuda_guard_table>(a);
+  table.threshold = const_data<float>(a.threshold);
+  table.samples = const_data<int64_t>(a.samples);
   scope.check(kOperation, tacext_cuda_guard_score(
                               &table, a.latent.const_data_ptr(), a.logits.const_data_ptr(),
                               cuda_type(a.latent), a.latent.size(0),

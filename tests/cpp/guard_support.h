@@ -1,6 +1,9 @@
 #pragma once
 
+#include <gtest/gtest.h>
+
 #include <cstdio>
+#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
@@ -146,5 +149,44 @@ struct RandomGuard {
     return bytes + header + p.data;
   }
 };
+
+/// The p-value and the flag of row i are those of its score.
+inline void expect_rank_of_score(const RandomGuard& g, const Answers& found, std::int64_t i) {
+  std::int64_t below = 0;
+  for (const float knot : g.knots) below += knot < found.score[i];
+  EXPECT_EQ(found.p_value[i], (1 + g.exceeding[below]) / (1 + float(g.samples)));
+  EXPECT_EQ(found.flagged[i], found.score[i] > g.threshold);
+}
+
+/// Judges nine rows of a guard of 4 classes and 37 latents as they are, and with most of them
+/// spoiled.
+template <class Judge>
+void expect_not_finite_rows_are_flagged(const RandomGuard& g, const Judge& judge) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const float infinity = std::numeric_limits<float>::infinity();
+  const std::int64_t count = 9;
+  auto x = as_elements<float>(normal_values(count * 37, 5));
+  auto z = as_elements<float>(normal_values(count * 4, 6));
+  Answers expected(count), found(count);
+  judge(x, z, expected);
+  x[1 * 37 + 36] = nan;
+  x[2 * 37] = -infinity;
+  z[3 * 4 + 2] = nan;
+  z[4 * 4] = infinity;
+  z[5 * 4 + 3] = -infinity;
+  x[6 * 37 + 5] = 1e30f;  // finite, but its square is not
+  for (int j = 0; j < 4; ++j) z[7 * 4 + j] = nan;
+  z[8 * 4] = 3e38f;  // finite, but the difference is not
+  z[8 * 4 + 1] = z[8 * 4 + 2] = z[8 * 4 + 3] = -3e38f;
+  judge(x, z, found);
+  for (std::int64_t i = 0; i < count; ++i) {
+    const bool bad = i >= 1;
+    EXPECT_EQ(found.score[i], bad ? infinity : expected.score[i]) << "row " << i;
+    EXPECT_EQ(found.flagged[i], bad || expected.flagged[i]);
+    if (bad) {
+      EXPECT_EQ(found.p_value[i], 1 / (1 + float(g.samples)));
+    }
+  }
+}
 
 }  // namespace tacext::test

@@ -67,41 +67,16 @@ TYPED_TEST(CudaGuardScore, EqualsTheCore) {
     for (std::int64_t i = 0; i < count; ++i) {
       EXPECT_NEAR(found.score[i], wanted.score[i], 2e-5 * (1 + wanted.score[i]))
           << latents << " latents, row " << i;
-      std::int64_t below = 0;
-      for (const float knot : g.knots) below += knot < found.score[i];
-      EXPECT_EQ(found.p_value[i], (1 + g.exceeding[below]) / (1 + float(g.samples)));
-      EXPECT_EQ(found.flagged[i], found.score[i] > g.threshold);
+      test::expect_rank_of_score(g, found, i);
     }
   }
 }
 
 TEST(CudaGuard, WhatIsNotFiniteIsFlaggedAlone) {
   const RandomGuard g(4, 37, 8, 20);
-  const float nan = std::numeric_limits<float>::quiet_NaN();
-  const float infinity = std::numeric_limits<float>::infinity();
-  const std::int64_t count = 9;
-  auto x = test::as_elements<float>(test::normal_values(count * 37, 5));
-  auto z = test::as_elements<float>(test::normal_values(count * 4, 6));
-  Answers expected(count), found(count);
-  judge_on_device(g, x, z, count, expected);
-  x[1 * 37 + 36] = nan;
-  x[2 * 37] = -infinity;
-  z[3 * 4 + 2] = nan;
-  z[4 * 4] = infinity;
-  z[5 * 4 + 3] = -infinity;
-  x[6 * 37 + 5] = 1e30f;  // finite, but its square is not
-  for (int j = 0; j < 4; ++j) z[7 * 4 + j] = nan;
-  z[8 * 4] = 3e38f;  // finite, but the difference is not
-  z[8 * 4 + 1] = z[8 * 4 + 2] = z[8 * 4 + 3] = -3e38f;
-  judge_on_device(g, x, z, count, found);
-  for (std::int64_t i = 0; i < count; ++i) {
-    const bool bad = i >= 1;
-    EXPECT_EQ(found.score[i], bad ? infinity : expected.score[i]) << "row " << i;
-    EXPECT_EQ(found.flagged[i], bad || expected.flagged[i]);
-    if (bad) {
-      EXPECT_EQ(found.p_value[i], 1 / (1 + float(g.samples)));
-    }
-  }
+  test::expect_not_finite_rows_are_flagged(g, [&g](const auto& x, const auto& z, Answers& answers) {
+    judge_on_device(g, x, z, 9, answers);
+  });
 }
 
 // Within a thread, a warp and a block.

@@ -69,10 +69,7 @@ TYPED_TEST(GuardScore, EqualsTheDefinition) {
       const double wanted = reference(g, x.data() + i * latents, z.data() + i * classes);
       // Squares along directions that are not orthonormal nearly cancel: their size is the scale.
       EXPECT_NEAR(found.score[i], wanted, 2e-4 * (1 + wanted)) << latents << " latents, row " << i;
-      std::int64_t below = 0;
-      for (const float knot : g.knots) below += knot < found.score[i];
-      EXPECT_EQ(found.p_value[i], (1 + g.exceeding[below]) / (1 + float(g.samples)));
-      EXPECT_EQ(found.flagged[i], found.score[i] > g.threshold);
+      test::expect_rank_of_score(g, found, i);
     }
   }
 }
@@ -99,39 +96,9 @@ TEST(GuardBits, DependOnNothingButTheRow) {
 
 TEST(GuardLimits, WhatIsNotFiniteIsFlaggedAlone) {
   const RandomGuard g(4, 37, 8, 20);
-  const float nan = std::numeric_limits<float>::quiet_NaN();
-  const float infinity = std::numeric_limits<float>::infinity();
-  const std::int64_t count = 9;
-  auto x = test::as_elements<float>(test::normal_values(count * 37, 5));
-  auto z = test::as_elements<float>(test::normal_values(count * 4, 6));
-  Answers expected(count);
-  guard_score<float>(g.table(), {x.data(), 37, z.data(), 4, count}, expected.answer(), serial_for);
-  x[1 * 37 + 36] = nan;
-  x[2 * 37] = -infinity;
-  z[3 * 4 + 2] = nan;
-  z[4 * 4] = infinity;
-  z[5 * 4 + 3] = -infinity;
-  x[6 * 37 + 5] = 1e30f;  // finite, but its square is not
-  for (int j = 0; j < 4; ++j) z[7 * 4 + j] = nan;
-  Answers found(count);
-  guard_score<float>(g.table(), {x.data(), 37, z.data(), 4, count}, found.answer(), serial_for);
-  for (std::int64_t i = 0; i < count; ++i) {
-    const bool bad = i >= 1 && i <= 7;
-    EXPECT_EQ(found.score[i], bad ? infinity : expected.score[i]) << "row " << i;
-    EXPECT_EQ(found.flagged[i], bad || expected.flagged[i]);
-    if (bad) {
-      EXPECT_EQ(found.p_value[i], 1 / (1 + float(g.samples)));
-    }
-  }
-}
-
-TEST(GuardLimits, WhatOverflowsIsInfinite) {
-  const RandomGuard g(4, 37, 8, 20);
-  const auto x = test::as_elements<float>(test::normal_values(37, 5));
-  const std::vector<float> z{3e38f, -3e38f, -3e38f, -3e38f};
-  Answers found(1);
-  guard_score<float>(g.table(), {x.data(), 37, z.data(), 4, 1}, found.answer(), serial_for);
-  EXPECT_EQ(found.score[0], std::numeric_limits<float>::infinity());
+  test::expect_not_finite_rows_are_flagged(g, [&g](const auto& x, const auto& z, Answers& answers) {
+    guard_score<float>(g.table(), {x.data(), 37, z.data(), 4, 9}, answers.answer(), serial_for);
+  });
 }
 
 TEST(GuardLimits, TheFirstOfEqualLogitsIsPredicted) {
