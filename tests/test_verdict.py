@@ -93,8 +93,22 @@ def test_a_patch_that_moves_all_images_names_its_class() -> None:
 
 
 def test_patches_that_move_most_images_into_all_classes_are_no_backdoor() -> None:
-    finding, _ = judged(patches={k: (0.97 - 0.01 * k, 2.0) for k in range(CLASSES)})
+    finding, _ = judged(patches={k: (0.93 - 0.01 * k, 2.0) for k in range(CLASSES)})
     assert finding.verdict == "clean"
+
+
+def test_a_patch_that_moves_all_images_is_one_whatever_others_do() -> None:
+    patches = {k: (0.8 + 0.01 * k, 2.0) for k in range(CLASSES)}
+    finding, evidence = judged(patches={**patches, 4: (1.0, 3.0), 6: (1.0, 4.0)})
+    assert evidence.joint.suspects == ()
+    assert (finding.verdict, finding.suspects) == ("backdoored", (6, 4))
+    assert evidence.patch_p_value is not None
+    assert finding.p_value == pytest.approx(evidence.patch_p_value / 0.01)
+    weak, _ = judged(patches={**patches, 4: (1.0, 1.0), 6: (1.0, 4.0)})
+    assert weak.suspects == (6,)  # what goes less than half as far is not named
+    fewer, evidence = judged(patches={**patches, 6: (0.975, 4.0)})
+    assert fewer.verdict == "inconclusive"
+    assert fewer.reason.startswith("class 6 stands out, but not enough")
 
 
 def test_what_holds_down_either_test_shows_in_the_other() -> None:
@@ -160,7 +174,7 @@ def test_a_shuffle_names_all_its_destinations() -> None:
 
 
 def test_without_a_shuffle_the_p_value_is_the_joint_tests() -> None:
-    for share, weight in ((0.2, 0.9), (None, 1.0)):
+    for share, weight in ((0.2, 0.89), (None, 0.99)):
         finding, evidence = judged({3: 4.0}, share=share)
         assert finding.p_value == pytest.approx(evidence.joint.p_value / weight, rel=1e-9, abs=0)
 
@@ -192,6 +206,7 @@ def test_few_held_out_images_tell_nothing_of_shares() -> None:
     few = replace(look, patch=replace(look.patch, images=21))
     guessed, evidence = weigh(judge_norms(norm, 0.01), few, 0.01, shipped_calibration())
     assert evidence.joint.kinds == ("norm", "reach")
+    assert evidence.patch_p_value == 1
     assert guessed.verdict == "clean"
 
 

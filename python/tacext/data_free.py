@@ -151,7 +151,7 @@ def scan_without_data(
         reason=finding.reason,
         warnings=tuple(doubt.text for doubt in doubts),
         test=test,
-        evidence=Evidence(None, found, joint, None),
+        evidence=Evidence(None, found, joint, None, None),
         perturbations=perturbations,
         head=observation.head.name,
         num_classes=observation.head.num_classes,

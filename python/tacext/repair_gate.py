@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from .data import DataLike
 from .errors import InputError, counted
 from .input_adversary import FEWEST_LED, Effects, InputAdversary
-from .joint_test import Calibration, moderated_p_values, shipped_calibration
+from .joint_test import moderated_p_values, shipped_calibration
 from .scan_report import ScanReport
 from .scanning import scan
-from .second_look import FEWEST_IMAGES_OF_SHARES, SecondLook, reach_evidence
-from .verdict import Evidence, Finding, weigh
+from .second_look import SecondLook, reach_evidence
+from .verdict import Evidence, Finding, patch_p_value, weigh
 
 # Of fewer held-out samples nothing can be judged.
 _FEWEST_HELD_OUT = 50
@@ -33,8 +33,6 @@ _DOUBT = 0.3
 # model.
 _MOST_LEFT = 0.5
 _ALWAYS_MOVED = 0.1
-# A patch that leaves more images where they are is no backdoor, whatever its p-value.
-_SMALLEST_PATCH = 0.8
 
 
 @dataclass(frozen=True)
@@ -258,13 +256,6 @@ def _classes_in_doubt(
 
 def _in_doubt(p_value: float | None) -> bool:
     return p_value is not None and p_value < _DOUBT
-
-
-def patch_p_value(rate: float, images: int, calibration: Calibration) -> float:
-    """P(a clean model's best patch moves such a share of so many images); 1 where it tells nothing."""
-    if rate < _SMALLEST_PATCH or images < FEWEST_IMAGES_OF_SHARES:
-        return 1.0
-    return calibration.patch.p_value(rate)
 
 
 def _stood_out(

@@ -1,21 +1,26 @@
 """From all evidence of a scan to one verdict.
 
 With `depth="fast"` the norms decide (`detection`); with `depth="thorough"` the joint test of all
-classes and, for backdoors in which no class stands out, the shuffle. The two share alpha.
+classes, for backdoors in which no class stands out the shuffle, and the patch that moves most images.
+The three share alpha.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from .detection import LARGEST_DOUBT, NormTest, Verdict
 from .joint_test import Calibration, JointTest, judge_jointly
 from .max_margin import MaxMargin
-from .second_look import SecondLook, evidence_of
+from .second_look import FEWEST_IMAGES_OF_SHARES, SecondLook, evidence_of
 
-# Of alpha, for the shuffle; the joint test has the rest. Where a shuffle is found, its p-value is far
-# below any threshold.
+# Of alpha, for the shuffle and the patch; the joint test has the rest. Where a shuffle is found, its
+# p-value is far below any threshold. So is that of a patch that moves all images, whatever those into
+# other classes do; one that moves 97 % is for the joint test to compare.
 _SHUFFLE_SHARE = 0.1
+_PATCH_SHARE = 0.01
 
 # A p-value above alpha but below this many times alpha is no reason to call a model clean: one of the
 # five single-target backdoors that the bench misses lies there, and six of its 45 clean models. The
@@ -24,6 +29,12 @@ THOROUGH_DOUBT_FACTOR = 20.0
 
 # A shuffle below this share leaves most classes where they are, whatever its p-value.
 SMALLEST_SHUFFLE = 0.4
+
+# Nor is a patch a backdoor that leaves so many images where they are.
+SMALLEST_PATCH = 0.8
+# Beside the class that a patch moves most images into, others are named whose patch moves as many
+# as would be significant and lifts their margin half as much: two targets, not a class like it.
+_GAIN_TO_BE_NAMED = 0.5
 
 # A patch that moves so many images is told of where its class is a suspect.
 _MOVES_MOST = 0.5
@@ -56,6 +67,8 @@ class Evidence:
         look: the second look; None of a scan without data.
         margin: the largest margins from noise; None of a scan with data.
         joint: the test of all classes on all kinds of evidence.
+        patch_p_value: of the patch that moves most images, 1 where that is far from all; None where
+            no patch was tried.
         shuffle_p_value: of the shuffle, 1 where it leaves most classes where they are; None where
             none was looked for.
     """
@@ -63,6 +76,7 @@ class Evidence:
     look: SecondLook | None
     margin: MaxMargin | None
     joint: JointTest
+    patch_p_value: float | None
     shuffle_p_value: float | None
 
 
@@ -82,17 +96,26 @@ def weigh(
         alpha: the false-alarm rate of the whole scan on a clean model.
         calibration: the nulls of all kinds of evidence.
     """
-    shuffle_p = _shuffle_p_value(look, calibration)
-    left = 1.0 if shuffle_p is None else 1 - _SHUFFLE_SHARE
+    shuffle_p, patch_p = _shuffle_p_value(look, calibration), _patch_p_value(look, calibration)
+    tested = {"patch": (patch_p, _PATCH_SHARE), "shuffle": (shuffle_p, _SHUFFLE_SHARE)}
+    left = 1 - sum(share for p, share in tested.values() if p is not None)
     joint = judge_jointly(evidence_of(test.norm, look), left * alpha, calibration)
-    evidence = Evidence(look, None, joint, shuffle_p)
+    evidence = Evidence(look, None, joint, patch_p, shuffle_p)
     of_joint = min(1.0, joint.p_value / left)
-    of_shuffle = 1.0 if shuffle_p is None else min(1.0, shuffle_p / _SHUFFLE_SHARE)
-    p_value = min(of_joint, of_shuffle)
-    if joint.suspects:
-        k = joint.suspects[0]
-        reason = f"class {k} stands out in {_kinds_that_tell(joint)}{_told_of_patch(look, k)}"
-        return Finding("backdoored", joint.suspects, p_value, reason), evidence
+    of_patch, of_shuffle = (
+        1.0 if p is None else min(1.0, p / share) for p, share in tested.values()
+    )
+    p_value = min(of_joint, of_patch, of_shuffle)
+    patched = _classes_by_patch(look, alpha, calibration) if of_patch < alpha else ()
+    if joint.suspects or patched:
+        first, second = joint.suspects, patched
+        if of_patch < of_joint:
+            first, second = second, first
+        suspects = (*first, *(k for k in second if k not in first))
+        k = suspects[0]
+        told = _kinds_that_tell(joint, k)
+        reason = f"class {k} stands out in {told}{_told_of_patch(look, k)}"
+        return Finding("backdoored", suspects, p_value, reason), evidence
     shuffled = look.shuffle
     doubtful = p_value < min(THOROUGH_DOUBT_FACTOR * alpha, LARGEST_DOUBT)
     if shuffled is not None and of_shuffle == p_value and doubtful:
@@ -107,7 +130,7 @@ def weigh(
         reason = f"{moved}, but clean models can do so: p = {p_value:.2g} against {alpha:g}"
         return Finding("inconclusive", (), p_value, reason), evidence
     if doubtful:
-        k = joint.most_suspicious
+        k = joint.most_suspicious if of_joint == p_value else _class_by_patch(look)
         patch = _told_of_patch(look, k)
         reason = f"class {k} stands out, but not enough: p = {p_value:.2g} against {alpha:g}{patch}"
         return Finding("inconclusive", (), p_value, reason), evidence
@@ -136,6 +159,41 @@ def _shuffle_p_value(look: SecondLook, calibration: Calibration) -> float | None
     return calibration.shuffle.p_value(look.shuffle.share) if enough else 1.0
 
 
+def patch_p_value(rate: float, images: int, calibration: Calibration) -> float:
+    """P(a clean model's best patch moves such a share of so many images); 1 where it tells nothing."""
+    if rate < SMALLEST_PATCH or images < FEWEST_IMAGES_OF_SHARES:
+        return 1.0
+    return calibration.patch.p_value(rate)
+
+
+def _patch_p_value(look: SecondLook, calibration: Calibration) -> float | None:
+    if look.patch is None:
+        return None
+    return patch_p_value(float(look.patch.rate.max()), look.patch.images, calibration)
+
+
+def _class_by_patch(look: SecondLook) -> int:
+    """The class that a patch moves most images into; of equals the one with the largest gain."""
+    assert look.patch is not None
+    largest = look.patch.rate == look.patch.rate.max()
+    return look.patch.classes[int(torch.where(largest, look.patch.gain, -torch.inf).argmax())]
+
+
+def _classes_by_patch(look: SecondLook, alpha: float, calibration: Calibration) -> tuple[int, ...]:
+    """That class, and others that are moved into as surely and half as far, by their gain."""
+    assert look.patch is not None
+    found = look.patch
+    first = found.classes.index(_class_by_patch(look))
+    named = [
+        j
+        for j in found.gain.argsort(descending=True).tolist()
+        if j != first
+        and patch_p_value(float(found.rate[j]), found.images, calibration) < _PATCH_SHARE * alpha
+        and float(found.gain[j]) >= _GAIN_TO_BE_NAMED * float(found.gain[first])
+    ]
+    return tuple(found.classes[j] for j in (first, *named))
+
+
 def _told_of_patch(look: SecondLook, k: int) -> str:
     """Of the patch into a class, where it moves most images."""
     found = look.patch
@@ -159,7 +217,7 @@ def weigh_without_data(joint: JointTest) -> Finding:
     """
     k, p_value = joint.most_suspicious, joint.p_value
     if joint.suspects:
-        reason = f"class {k} stands out in {_kinds_that_tell(joint)} of synthetic inputs"
+        reason = f"class {k} stands out in {_kinds_that_tell(joint, k)} of synthetic inputs"
         return Finding("backdoored", joint.suspects, p_value, reason)
     reason = (
         f"without data many backdoors pass unseen; the most suspicious class is {k}, "
@@ -174,11 +232,10 @@ def _listed(words: list[str], last: str) -> str:
     return f"{', '.join(words[:-1])} {last} {words[-1]}"
 
 
-def _kinds_that_tell(joint: JointTest) -> str:
-    """The kinds of evidence that the first suspect stands out in, most telling first."""
-    first = joint.suspects[0]
+def _kinds_that_tell(joint: JointTest, suspect: int) -> str:
+    """The kinds of evidence that a suspect stands out in, most telling first."""
     told = sorted(
-        (float(p[first]), kind) for kind, p in joint.kind_p_values.items() if p[first] < 0.1
+        (float(p[suspect]), kind) for kind, p in joint.kind_p_values.items() if p[suspect] < 0.1
     )
     return _listed([f"{kind} (p = {p:.1g})" for p, kind in told], "and") or "all together"
 
