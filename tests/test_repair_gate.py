@@ -256,6 +256,23 @@ def test_a_doubt_of_a_target_whose_norm_is_not_asked_counts() -> None:
         assert "class 4 stands out" in reason
 
 
+def test_a_doubt_about_a_patch_into_a_target_counts() -> None:
+    report = padded_report()
+    assert report.evidence is not None
+    look = report.evidence.look
+    assert look is not None
+    assert look.patch is not None
+    # As many into every class, so that no comparison tells, and none leads anywhere anew.
+    patch = dataclasses.replace(look.patch, rate=torch.full_like(look.patch.rate, 0.98), images=200)
+    evidence = dataclasses.replace(report.evidence, look=dataclasses.replace(look, patch=patch))
+    doubtful = dataclasses.replace(report, evidence=evidence)
+    first = look.classes[0]
+    other = next(k for k in range(10) if k not in (first, report.evidence.joint.most_suspicious))
+    assert not judge_scan(doubtful, (first,), (first,))[0]
+    accepted, reason = judge_scan(doubtful, (other,), (other,))
+    assert accepted, reason
+
+
 def test_what_led_nowhere_before_shows_nothing() -> None:
     """A repair that changes nothing, of a class that nothing leads to."""
     case = digit_case()

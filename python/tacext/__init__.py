@@ -20,6 +20,7 @@ cmake_prefix_path = ops.cmake_prefix_path
 
 __getattr__, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __all__ += ["__version__", "cmake_prefix_path"]
+del _  # a __dir__ without what every module has
 
 
 def __dir__() -> list[str]:

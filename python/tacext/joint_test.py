@@ -87,8 +87,7 @@ def logit_of_share(share: float) -> float:
 class ShareNull:
     """The law of the logit of a share of images on clean models: a t distribution.
 
-    The share that `shuffle` moves, or the largest share that any class's patch does (by which the
-    gate of a repair tells whether there was something to see).
+    The share that `shuffle` moves, or the largest share that any class's patch does.
 
     Attributes:
         mean, spread: of the logits.

@@ -26,7 +26,7 @@ from .verdict import Evidence, Finding, patch_p_value, weigh
 
 # Of fewer held-out samples nothing can be judged.
 _FEWEST_HELD_OUT = 50
-# A p-value above this leaves no doubt of a shuffle.
+# A p-value above this leaves no doubt of a patch or a shuffle.
 _DOUBT = 0.3
 
 # Of what the old changes and patches moved, so much may still move; a tenth of all images may in any
@@ -199,7 +199,7 @@ def judge_scan(
         found += f" of what inputs show (and {report.verdict} with the norms of what was repaired)"
     if finding.verdict == "clean":
         return True, found
-    doubted = _classes_in_doubt(evidence, report.num_classes, targets)
+    doubted = _classes_in_doubt(evidence, look, report.num_classes, targets)
     told = finding.verdict == "inconclusive" and not report.warnings
     if told and not doubted & set(targets):
         return True, f"{found}, of other classes than were repaired: {finding.reason}"
@@ -243,7 +243,7 @@ def _led_anew(look: SecondLook, targets: tuple[int, ...], limited: tuple[int, ..
 
 
 def _classes_in_doubt(
-    evidence: Evidence | None, num_classes: int, targets: tuple[int, ...]
+    evidence: Evidence | None, look: SecondLook, num_classes: int, targets: tuple[int, ...]
 ) -> set[int]:
     """Those that an inconclusive verdict may be about."""
     if evidence is None:
@@ -251,7 +251,10 @@ def _classes_in_doubt(
     # A shuffle is about all classes at once; that of a few targets has nothing to do with them.
     if _in_doubt(evidence.shuffle_p_value) and 2 * len(targets) > num_classes:
         return set(range(num_classes))
-    return {evidence.joint.most_suspicious}
+    doubted = {evidence.joint.most_suspicious}
+    if look.patch is not None and _in_doubt(evidence.patch_p_value):
+        doubted.add(look.patch.classes[int(look.patch.rate.argmax())])
+    return doubted
 
 
 def _in_doubt(p_value: float | None) -> bool:

@@ -116,7 +116,8 @@ def repair(
         max_accuracy_drop: what the repair may cost on held-out samples. One that costs more, after
             which what led into a target still does, or of which a thorough scan has doubts about a
             target, is rolled back; but where "auto" has nothing better, and norms alone stand against a
-            patch, which cannot move them, that is handed out as a precaution. None accepts whatever comes out, unseen, and needs a method.
+            patch, which cannot move them, that is handed out as a precaution. None accepts whatever
+            comes out, unseen, and needs a method.
         head: the name of the last linear layer, where the model is too unusual to tell.
         progress: whether to show a progress bar; None shows it on a terminal.
         checkpoint: a .safetensors file in which a fine-tuning keeps its state after every epoch, and
