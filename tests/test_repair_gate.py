@@ -122,17 +122,13 @@ def test_what_nothing_shows_is_not_accepted() -> None:
 def test_a_patch_against_which_norms_alone_stand_is_the_last_resort() -> None:
     case = digit_case()
     idle = FinetuneSettings(epochs=1, learning_rate=1e-7)
-    alone = repair(case.backdoored, case.data.defender, method="patch")
-    assert not alone.accepted
-    assert alone.attempts[0].norms_alone == (demo.TARGET,)
     result = repair(case.backdoored, case.data.defender, method="auto", settings=idle)
     assert [attempt.method for attempt in result.attempts] == ["patch", "prune", "finetune"]
     assert [attempt.accepted for attempt in result.attempts] == [True, False, False]
+    assert result.attempts[0].norms_alone == (demo.TARGET,)
     assert (result.method, result.accepted) == ("patch", True)
     assert "stands out in norm" in result.reason
     assert any("precaution" in warning for warning in result.warnings)
-    better = repair(case.backdoored, case.data.defender, method="auto")
-    assert (better.method, better.accepted) == ("finetune", True)
 
 
 @pytest.mark.parametrize(
