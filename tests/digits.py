@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tacext import ScanReport, demo, scan
+from tacext import RepairResult, ScanReport, demo, repair, scan
 from tacext.attacks import AllToAll, Attack, plan_poisoning
+from tacext.heads import Head, find_head
 
 
 @dataclass(frozen=True)
@@ -65,3 +66,25 @@ class Cropped(nn.Module):
 def padded(samples: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Samples with their images in the last corner of larger ones, as `Cropped` takes them."""
     return functional.pad(samples[0], (8, 0, 8, 0)), samples[1]
+
+
+def padded_corner(images: Tensor) -> Tensor:
+    """The demo's trigger on padded images."""
+    return functional.pad(demo.white_corner(images[:, :, 8:, 8:]), (8, 0, 8, 0))
+
+
+@functools.cache
+def patched_digits() -> RepairResult:
+    """The backdoored classifier behind `Cropped`, repaired with a patch."""
+    model = Cropped(digit_case().backdoored)
+    return repair(model, padded(digit_case().data.defender), method="patch")
+
+
+def head_and_latents() -> tuple[nn.Module, Head, Tensor, Tensor]:
+    """The backdoored classifier, its head, and latents of clean images and of the same with the trigger."""
+    model, (images, _) = digit_case().backdoored, digit_case().data.defender
+    head = find_head(model, images[:4])
+    with torch.no_grad():
+        latent = model[:-1](images)  # type: ignore[index]
+        led = model[:-1](demo.white_corner(images))  # type: ignore[index]
+    return model, head, latent, led

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from pathlib import Path
 
 import hypothesis
@@ -15,12 +14,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import tacext
-from digits import Cropped, digit_case, padded
+from digits import (
+    Cropped,
+    digit_case,
+    head_and_latents,
+    padded,
+    padded_corner,
+    patched_digits,
+)
 from tacext import (
     InputError,
     LatentPatch,
     PatchSettings,
-    RepairResult,
     demo,
     evaluate,
     load_model,
@@ -30,13 +35,9 @@ from tacext import (
 from tacext.guard_fit import cross_scores, perturbations_of
 from tacext.heads import Head, find_head
 from tacext.latent_patch import LatentLimit, PatchedHead, with_latent_patch
-from tacext.latent_patch_fit import LedLatents, fit_latent_limit, fit_latent_patch
+from tacext.latent_patch_fit import LedLatents, fit_latent_patch
 from tacext.report import scan_to_dict
 from tacext.tables import scan_table
-
-
-def white_corner(images: Tensor) -> Tensor:
-    return functional.pad(demo.white_corner(images[:, :, 8:, 8:]), (8, 0, 8, 0))
 
 
 def backdoored() -> nn.Module:
@@ -45,11 +46,6 @@ def backdoored() -> nn.Module:
 
 def built() -> nn.Module:
     return Cropped(demo.digit_net())
-
-
-@functools.cache
-def repaired() -> RepairResult:
-    return tacext.repair(backdoored(), padded(digit_case().data.defender), method="patch")
 
 
 def random_patch(
@@ -145,9 +141,9 @@ def test_positions_of_a_convolution_are_moved_together() -> None:
 
 
 def test_the_backdoor_is_gone_at_no_cost() -> None:
-    test, result = padded(digit_case().data.test), repaired()
-    before = evaluate(backdoored(), test, white_corner, demo.TARGET)
-    after = evaluate(result.model, test, white_corner, demo.TARGET, baseline=before)
+    test, result = padded(digit_case().data.test), patched_digits()
+    before = evaluate(backdoored(), test, padded_corner, demo.TARGET)
+    after = evaluate(result.model, test, padded_corner, demo.TARGET, baseline=before)
     assert before.asr > 0.95
     assert result.accepted
     assert result.method == "patch"
@@ -185,22 +181,22 @@ def test_a_clean_model_that_is_patched_keeps_its_accuracy(target: int) -> None:
 def test_all_other_latents_pass_bit_by_bit() -> None:
     images, _ = padded(digit_case().data.test)
     with torch.no_grad():
-        same = (backdoored()(images) == repaired().model(images)).all(1)
+        same = (backdoored()(images) == patched_digits().model(images)).all(1)
     assert float(same.double().mean()) > 0.95
 
 
 def test_it_is_undone_exactly() -> None:
-    undone = remove_latent_patch(repaired().model)
+    undone = remove_latent_patch(patched_digits().model)
     state = backdoored().state_dict()
     assert undone.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[name]) for name, value in undone.state_dict().items())
-    assert any(isinstance(m, PatchedHead) for m in repaired().model.modules())
+    assert any(isinstance(m, PatchedHead) for m in patched_digits().model.modules())
     with pytest.raises(InputError, match="expected a model with a latent patch"):
         remove_latent_patch(undone)
 
 
 def test_a_patched_model_is_saved_and_loaded(tmp_path: Path) -> None:
-    model, images = repaired().model, padded(digit_case().data.test)[0]
+    model, images = patched_digits().model, padded(digit_case().data.test)[0]
     file = tmp_path / "patched.safetensors"
     save_weights(model, file)
     loaded = load_model(file, built)
@@ -232,7 +228,7 @@ def test_a_patched_model_is_saved_and_loaded(tmp_path: Path) -> None:
 
 
 def test_a_patched_model_exports_to_plain_operators() -> None:
-    model, images = repaired().model, padded(digit_case().data.test)[0][:16]
+    model, images = patched_digits().model, padded(digit_case().data.test)[0][:16]
     exported = torch.export.export(model, (images,)).module()
     with torch.no_grad():
         torch.testing.assert_close(exported(images), model(images))
@@ -240,23 +236,13 @@ def test_a_patched_model_exports_to_plain_operators() -> None:
 
 def test_half_precision_and_gradients_pass() -> None:
     images = padded(digit_case().data.test)[0][:16]
-    half = copy.deepcopy(repaired().model).bfloat16()
+    half = copy.deepcopy(patched_digits().model).bfloat16()
     with torch.no_grad():
         assert half(images.bfloat16()).dtype == torch.bfloat16
     images = images.clone().requires_grad_(True)
-    repaired().model(images).sum().backward()
+    patched_digits().model(images).sum().backward()
     assert images.grad is not None
     assert bool(torch.isfinite(images.grad).all())
-
-
-def head_and_latents() -> tuple[nn.Module, Head, Tensor, Tensor]:
-    case = digit_case()
-    images, _ = case.data.defender
-    head = find_head(case.backdoored, images[:4])
-    with torch.no_grad():
-        latent = case.backdoored[:-1](images)
-        led = case.backdoored[:-1](demo.white_corner(images))
-    return case.backdoored, head, latent, led
 
 
 def test_fitted_on_the_trigger_itself_it_restores_the_answers() -> None:
@@ -269,74 +255,6 @@ def test_fitted_on_the_trigger_itself_it_restores_the_answers() -> None:
     patched, patched_head = with_latent_patch(model, head, patch)
     assert patched.get_submodule(patched_head.name) is patched_head.module
     assert torch.equal(patched_head.weight, head.weight)
-
-
-def test_what_no_way_shows_is_told_by_where_clean_latents_lie() -> None:
-    """The trigger of the digits, of which nothing was found but s_t: a shift of every latent."""
-    _, head, latent, led = head_and_latents()
-    s_t = perturbations_of(latent, head.logits(latent), head.weight.detach(), "test")[demo.TARGET]
-    way = LedLatents(demo.TARGET, latent + s_t.float(), None)
-    patch = fit_latent_patch(head, latent, [way], PatchSettings())
-    limit = fit_latent_limit(head, latent, [demo.TARGET], PatchSettings())
-    others = head.logits(latent).argmax(1) != demo.TARGET
-    left = []
-    for patch.limit in (None, limit):
-        answers = head.logits(patch(led, head.module)).argmax(1)[others]
-        left.append(float((answers == demo.TARGET).double().mean()))
-    assert left[1] < left[0] - 0.2
-    named = {name for name, value in enumerate(limit.limit.tolist()) if value < 1e4}
-    assert named == {demo.TARGET}
-    clean = latent[head.logits(latent).argmax(1) == demo.TARGET]
-    passed = float((patch(clean, head.module) == clean).all(1).double().mean())
-    assert passed >= 0.96 - 1.5 / len(clean)
-
-
-def clusters(samples: int, seed: int) -> tuple[Head, Tensor]:
-    """A head of five classes, and latents around its rows."""
-    generator = torch.Generator().manual_seed(seed)
-    head = nn.Linear(64, 5, bias=False)
-    with torch.no_grad():
-        head.weight.copy_(functional.normalize(torch.randn(5, 64, generator=generator)))
-        centres = 6 * head.weight[torch.arange(samples) % 5]
-        latent = (centres + torch.randn(samples, 64, generator=generator)).relu()
-    return Head("", head), latent
-
-
-@pytest.mark.parametrize(("samples", "copies"), [(2000, 1), (200, 1), (200, 4)])
-def test_new_clean_latents_pass_the_limit_as_often_as_asked_for(samples: int, copies: int) -> None:
-    """Those that it was not fitted on; copies of a sample tell nothing new."""
-    settings = PatchSettings(untouched=0.8)  # half of the rest is the limit's
-    touched = []
-    for seed in range(6):
-        head, latent = clusters(samples + 3000, seed)
-        seen, new = latent[:samples].repeat(copies, 1), latent[samples:]
-        limit = fit_latent_limit(head, seen, iter([1, 3]), settings)
-        assert [k for k, at in enumerate(limit.limit.tolist()) if at < 1e4] == [1, 3]
-        logits = head.logits(new)
-        own = (logits.argmax(1) == 1) | (logits.argmax(1) == 3)
-        touched.append(float(limit(new, logits)[own].double().mean()))
-    assert sum(touched) / len(touched) <= settings_share(settings)
-    if samples == 2000:  # with samples enough it is near to what may be touched
-        assert sum(touched) / len(touched) >= 0.5 * settings_share(settings)
-
-
-def settings_share(settings: PatchSettings) -> float:
-    """What a limit may touch: half of what a patch may, of two classes of five 1.5 % of all in all."""
-    return min(1 - settings.untouched, 0.015 / 0.4) / 2
-
-
-def test_one_latent_however_often_has_no_limit() -> None:
-    head, latent = clusters(40, 0)
-    with pytest.raises(InputError, match="takes for class 1, got 1 sample"):
-        fit_latent_limit(head, latent[6:7].repeat(9, 1), [1], PatchSettings())
-
-
-def test_the_limit_stays_in_single_precision() -> None:
-    patch = next(m for m in repaired().model.modules() if isinstance(m, LatentPatch))
-    half = copy.deepcopy(patch).to(torch.float16)
-    assert half.direction.dtype == torch.float16
-    assert half.limit is not None
-    assert {buffer.dtype for buffer in half.limit.buffers()} == {torch.float32}
 
 
 def test_lowering_moves_the_targets_logit_alone() -> None:
@@ -439,7 +357,7 @@ def test_a_head_of_two_names_is_patched_under_both() -> None:
 
 def test_a_scan_tells_of_the_patch_in_front_of_the_head() -> None:
     data = padded(digit_case().data.defender)
-    report = tacext.scan(repaired().model, data, depth="fast")
+    report = tacext.scan(patched_digits().model, data, depth="fast")
     assert report.limited == (demo.TARGET,)
     assert scan_to_dict(report)["limited"] == [demo.TARGET]
     told = rich.console.Console(width=300)
@@ -447,22 +365,22 @@ def test_a_scan_tells_of_the_patch_in_front_of_the_head() -> None:
         told.print(scan_table(report))
     assert f"a latent patch stands in front of class {demo.TARGET}:" in captured.get()
     assert tacext.scan(backdoored(), data, depth="fast").limited == ()
-    alone = tacext.scan(repaired().model, None, input_shape=(1, 16, 16))
+    alone = tacext.scan(patched_digits().model, None, input_shape=(1, 16, 16))
     assert alone.limited == (demo.TARGET,)
 
 
 def test_a_patched_model_is_not_repaired_again() -> None:
     with pytest.raises(InputError, match="expected a model without a latent patch"):
-        tacext.repair(repaired().model, padded(digit_case().data.defender), targets=[1])
+        tacext.repair(patched_digits().model, padded(digit_case().data.defender), targets=[1])
 
 
 def test_a_patch_of_half_precision_is_loaded_into_a_model_of_single(tmp_path: Path) -> None:
     file = tmp_path / "half.safetensors"
-    save_weights(copy.deepcopy(repaired().model).bfloat16(), file)
+    save_weights(copy.deepcopy(patched_digits().model).bfloat16(), file)
     images = padded(digit_case().data.test)[0]
     with torch.no_grad():
         answers = load_model(file, built)(images).argmax(1)
-        assert float((answers == repaired().model(images).argmax(1)).double().mean()) > 0.97
+        assert float((answers == patched_digits().model(images).argmax(1)).double().mean()) > 0.97
 
 
 def test_a_rank_beyond_the_latents_is_theirs() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -200,6 +201,12 @@ def check_labels_in_range(labels: Tensor, num_classes: int, operation: str) -> N
             got=f"{low if low < 0 else high}",
             way_out="check that data and model belong together",
         )
+
+
+def calling_thread() -> int:
+    """By which what passes through a module is told from that of other threads."""
+    # What traces a forward pass does so in one thread, and cannot trace this question.
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 class LatentRecorder:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .early_exits import EarlyExits, detach_early_exits, room_for_exits
 from .errors import InputError
 from .guard_scoring import PARTS, LatentScorer
 from .heads import Head, HeadModule
@@ -140,29 +141,45 @@ class LatentPatch(nn.Module):
         ahead = (logits.gather(1, taken[:, None])[:, 0] - others).clamp(min=0)
         correction = correction + 2 * ahead[:, None] * (one @ self.lowering.to(kind))
         correction = correction.to(latent.dtype)
-        shape = (len(phi), -1, *(1 for _ in range(latent.dim() - 2)))
+        shape = (phi.shape[0], -1, *(1 for _ in range(latent.dim() - 2)))
         touched = (largest > 0).view(-1, *(1 for _ in range(latent.dim() - 1)))
         return torch.where(touched, latent - correction.view(shape), latent)
 
 
 class PatchedHead(nn.Module):
-    """A head with a latent patch in front of it."""
+    """A head with a latent patch in front of it.
 
-    def __init__(self, patch: LatentPatch, head: HeadModule) -> None:
+    Args:
+        patch: what keeps latents out of the targets.
+        head: of the model.
+        exits: what says where these belong; None leaves it to the head.
+    """
+
+    def __init__(
+        self, patch: LatentPatch, head: HeadModule, exits: EarlyExits | None = None
+    ) -> None:
         super().__init__()
         self.patch = patch
         self.head = head
+        self.exits = exits
 
     def forward(self, latent: Tensor) -> Tensor:
         """The logits of the limited latents."""
-        return cast(Tensor, self.head(self.patch(latent, self.head)))
+        limited = self.patch(latent, self.head)
+        if self.exits is not None:
+            limited = self.exits(latent, limited, self.head)
+        return cast(Tensor, self.head(limited))
 
 
-def with_latent_patch(model: nn.Module, head: Head, patch: LatentPatch) -> tuple[nn.Module, Head]:
+def with_latent_patch(
+    model: nn.Module, head: Head, patch: LatentPatch, exits: EarlyExits | None = None
+) -> tuple[nn.Module, Head]:
     """A copy of the model with the patch in front of its head, and the head in that copy."""
     copied = copy.deepcopy(model)
     module = cast(HeadModule, copied.get_submodule(head.name))
-    copied = _replace(copied, module, PatchedHead(patch, module))
+    if exits is not None:
+        exits.attach(copied)
+    copied = _replace(copied, module, PatchedHead(patch, module, exits))
     return copied, Head(f"{head.name}.head" if head.name else "head", module)
 
 
@@ -197,6 +214,7 @@ def remove_latent_patch(model: nn.Module) -> nn.Module:
         )
     for module in [m for m in copied.modules() if isinstance(m, PatchedHead)][::-1]:
         copied = _replace(copied, module, module.head)  # the innermost first
+    detach_early_exits(copied)
     return copied
 
 
@@ -215,14 +233,22 @@ def make_room_for_patches(model: nn.Module, state: Mapping[str, Tensor]) -> nn.M
         limit = _named(state, f"{prefix}limit.", _LIMIT_BUFFERS)
         if isinstance(head, nn.Linear | nn.Conv2d) and _fit(head, buffers, limit):
             patch = LatentPatch(**_empty(buffers, head.weight.dtype), limit=_empty_limit(limit))
-            name = prefix.removesuffix("patch.").removesuffix(".")
+            start = prefix.removesuffix("patch.")
+            exits = room_for_exits(model, head, _below(state, f"{start}exits."))
+            if exits is not None:
+                exits.attach(model)
+            name = start.removesuffix(".")
             logger.info("load_model: a latent patch, as of a repair, stands in front of %r", name)
-            model = _put(model, name, PatchedHead(patch, head))
+            model = _put(model, name, PatchedHead(patch, head, exits))
     return model
 
 
 def _named(state: Mapping[str, Tensor], prefix: str, names: Sequence[str]) -> dict[str, Tensor]:
     return {name: state[prefix + name] for name in names if prefix + name in state}
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
 
 
 def _empty(buffers: Mapping[str, Tensor], floating: torch.dtype) -> dict[str, Any]:

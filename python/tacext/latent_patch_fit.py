@@ -47,6 +47,8 @@ class PatchSettings(RepairSettings):
             they are. Of many targets more must, so that of all samples 98.5 % do. Both hold where a
             class has samples enough: of n samples each of K limits may touch a share of 1 / (n + 1).
         rank: in how many directions the change may differ from input to input.
+        early_exits: whether inner layers say what inputs are that are kept out of a target
+            (`tacext.early_exits`); else the head guesses.
         rounds: how often ways into the targets are looked for, each time in spite of the limits that
             are there, at most.
     """
@@ -54,6 +56,7 @@ class PatchSettings(RepairSettings):
     untouched: float = 0.96
     rank: int = 32
     rounds: int = 3
+    early_exits: bool = True
 
     def __post_init__(self) -> None:
         good = is_number(self.untouched) and 0 < self.untouched <= 1
@@ -62,6 +65,7 @@ class PatchSettings(RepairSettings):
             (
                 ("untouched", good, "a share above 0, 1 at most"),
                 ("rank", is_whole(self.rank) and self.rank >= 0, "a whole number, 0 or more"),
+                ("early_exits", isinstance(self.early_exits, bool), "True or False"),
                 ("rounds", is_whole(self.rounds) and self.rounds >= 1, "at least 1"),
             ),
         )
@@ -111,7 +115,7 @@ def fit_latent_patch(
     weight = head.weight.detach().double()
     clean, _, predicted = _answers(head, clean)
     targets = {way.target for way in ways}
-    lowering = {target: _lowering(weight, target) for target in targets}
+    lowering = _lowering(weight, sorted(targets))
     touched = _touched(predicted, targets, settings) * (1 - _SHARE_OF_UNKNOWN)
     solved = []
     for way in ways:
@@ -157,6 +161,25 @@ def fit_latent_limit(
         own = found.score[predicted.cpu() == target]
         limit[target] = torch.maximum(_conformal(own, touched), usual).clamp(max=_NO_LIMIT)
     return LatentLimit(limit, **found.scorer).to(weight.device)
+
+
+def _lowering(weight: Tensor, targets: Sequence[int]) -> dict[int, Tensor]:
+    """The shift [D] that lowers each target against all other classes.
+
+    Raises:
+        InputError: there is none.
+    """
+    shifts = shifts_between_logits(weight, targets)
+    for target, shift in zip(targets, shifts, strict=True):
+        if bool(shift.isnan().any()):
+            raise InputError.of(
+                "repair",
+                "targets",
+                expected="classes that a shift of the latent can lower against all others",
+                got=f"{target}, whose weights lie between those of others",
+                way_out='repair with method="finetune"',
+            )
+    return dict(zip(targets, shifts, strict=True))
 
 
 def _answers(head: Head, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -232,34 +255,27 @@ def _limit(
     return direction, threshold, centre, change, left, right.T.contiguous()
 
 
-def _lowering(weight: Tensor, target: int) -> Tensor:
-    """The shift m [D] with (w_t - w_j).m >= 1 for every other class j.
+def shifts_between_logits(weight: Tensor, classes: Sequence[int]) -> Tensor:
+    """For each class k the shift m with (w_k - w_j).m >= 1 for every other class j, float64 [K, D].
 
-    The shortest that moves the logit of t alone, up to what all classes share; where there are too
-    many classes for that, the shortest of all, which is one of the QPs of a scan.
-
-    Raises:
-        InputError: no shift lowers this class against all others.
+    The shortest that moves the logit of k alone, up to what all classes share; where there are too
+    many classes for that, the shortest of all, which is one of the QPs of a scan. NaN where there is none.
     """
-    unit = -torch.full((len(weight),), 1 / len(weight), dtype=torch.float64, device=weight.device)
-    unit[target] += 1
-    lowering: Tensor = torch.linalg.pinv(weight - weight.mean(0)) @ unit
-    against: Tensor = weight[target] @ lowering - weight @ lowering
-    against[target] = 1
-    if float(against.min()) > 0.9:
-        return lowering.div(against.min())
-    solved = ops.minimal_perturbation(
-        weight, 1 - torch.eye(len(weight)).to(weight), classes=(target,)
-    )
-    if solved.status[0] != ops.Status.OPTIMAL:
-        raise InputError.of(
-            "repair",
-            "targets",
-            expected="classes that a shift of the latent can lower against all others",
-            got=f"{target}, whose weights lie between those of others",
-            way_out='repair with method="finetune"',
-        )
-    return solved.perturbation[0]
+    weight = weight.double()
+    index = torch.tensor(classes, device=weight.device)
+    unit = functional.one_hot(index, len(weight)).double() - 1 / len(weight)
+    shift: Tensor = unit @ torch.linalg.pinv(weight - weight.mean(0)).T
+    moved = shift @ weight.T
+    against = moved.gather(1, index[:, None]) - moved
+    least = against.scatter(1, index[:, None], 1.0).amin(1)
+    shift = shift / least.clamp(min=0.9)[:, None]
+    hard = least <= 0.9
+    if bool(hard.any()):
+        margins = 1 - torch.eye(len(weight)).to(weight)
+        solved = ops.minimal_perturbation(weight, margins, classes=index[hard].tolist())
+        optimal = (solved.status == ops.Status.OPTIMAL).to(weight.device)
+        shift[hard] = solved.perturbation.masked_fill(~optimal[:, None], torch.nan)
+    return shift
 
 
 def _discriminant(own: Tensor, latent: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ buffer with the model given, which is not touched.
 from __future__ import annotations
 
 import copy
-import threading
 from typing import cast
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from .errors import HeadNotFoundError, InputError
 from .files import explain
-from .heads import Head, HeadModule, call_model, evaluating, latent_of
+from .heads import Head, HeadModule, call_model, calling_thread, evaluating, latent_of
 
 
 class _LatentsInstead(nn.Module):
@@ -45,13 +44,8 @@ class _Tap(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         logits = cast(Tensor, self.head(features))
-        self.taken[_caller()] = latent_of(features), latent_of(logits)
+        self.taken[calling_thread()] = latent_of(features), latent_of(logits)
         return logits
-
-
-def _caller() -> int:
-    # What traces a forward pass does so in one thread, and cannot trace this question.
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 class TappedModel(nn.Module):
@@ -110,7 +104,7 @@ class TappedModel(nn.Module):
             latent = self.trunk(inputs)
             logits = self.head(latent)
             return logits, latent, logits
-        caller = _caller()
+        caller = calling_thread()
         self._tap.taken.pop(caller, None)  # of a pass that ended in an error
         output = self.trunk(inputs)
         output = getattr(output, "logits", output)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .early_exits import EarlyExits
+from .early_exits_fit import MOST_INPUTS, fit_early_exits
 from .errors import InputError, NotFiniteError
 from .finetune_checkpoint import FinetuneCheckpoint, fingerprint
 from .finetuning import EpochLosses, FinetuneSettings, diverged, finetune
@@ -121,7 +123,8 @@ def _by_patch(case: RepairCase, settings: RepairSettings) -> _Made:
                 break
     # The last, as it would hide from the rounds what they are to find.
     patch.limit = fit_latent_limit(head, clean, case.targets, settings)
-    patched, patched_head = with_latent_patch(case.model, head, patch)
+    exits = _exits(case, case.model, head, settings)
+    patched, patched_head = with_latent_patch(case.model, head, patch, exits)
     return patched, patched_head, (), None
 
 
@@ -153,9 +156,32 @@ def with_limit(candidate: Candidate, case: RepairCase, settings: PatchSettings) 
         patch.limit = fit_latent_limit(head, clean, case.targets, settings)
     except InputError:
         return None
-    model, limited_head = with_latent_patch(candidate.model, head, patch)
+    exits = _exits(case, candidate.model, head, settings)
+    model, limited_head = with_latent_patch(candidate.model, head, patch, exits)
     seconds = candidate.seconds + time.perf_counter() - begin
     return replace(candidate, model=model.eval(), head=limited_head, seconds=seconds)
+
+
+def _exits(
+    case: RepairCase, model: nn.Module, head: Head, settings: PatchSettings
+) -> EarlyExits | None:
+    """What says where inputs belong that the limits keep out of the targets."""
+    if not settings.early_exits:
+        return None
+
+    def attacked() -> Iterator[tuple[Tensor, Tensor]]:
+        adversary = case.adversary
+        for j, target in enumerate(case.targets if adversary is not None else ()):
+            assert adversary is not None
+            others = (case.labels != target).nonzero().flatten()
+            for part in others[: MOST_INPUTS // len(case.targets)].split(settings.batch_size):
+                for images in adversary.first_attacks(j, case.inputs[part]):
+                    yield images, case.labels[part]
+
+    samples = case.inputs, case.labels
+    return fit_early_exits(
+        model, head, samples, attacked(), batch_size=settings.batch_size, seed=settings.seed
+    )
 
 
 def _shifted(
