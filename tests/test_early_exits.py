@@ -101,6 +101,7 @@ def test_touched_latents_go_where_the_exits_say(positions: tuple[int, int] | Non
     for i in range(0, 20, 2):
         scores = sum(e(seen[i]) for e, seen in zip(layers.values(), features, strict=True))
         assert isinstance(scores, Tensor)
+        scores = scores + logits(after[i]).log_softmax(0)
         scores[logits(before[i]).argmax()] = -torch.inf
         told = int(scores.argmax())
         if told == 2:

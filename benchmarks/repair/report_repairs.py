@@ -5,7 +5,8 @@
 
 A win is a model on which the DER of METHOD is more than a point above that of another removal, a
 loss the opposite. Times are of the processor; the ratio is to METHOD on the same model, the median
-over the models. Last come the rows that miss a goal: an ASR, a drop of ACC, or a distance of RA and
+over the models. "RA, clean models" is what clean models of the same network and data make of the images
+with the trigger, where that was measured (`read_by_clean_models.py`). Last come the rows that miss a goal: an ASR, a drop of ACC, or a distance of RA and
 ACC above the limits.
 """
 
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).resolve().parent / "results"
+CLEAN_MODELS = RESULTS / "clean_models.json"  # of read_by_clean_models.py
 POINT = 0.01  # of DER; less is a draw
 COMPARATORS = ("fine-tuning", "ft-sam", "nad", "anp", "clp", "i-bau", "fst")
 
@@ -117,8 +119,9 @@ def by_attack(rows: Sequence[Row], against: str) -> Table:
     """A line for each attack and method, and for all attacks together."""
     table = Table(
         "attack", "method", "models", "ASR", "worst", "ACC lost", "worst", "RA", "RA - ACC",
-        "DER", "seconds", "time", box=MARKDOWN,
+        "RA, clean models", "DER", "seconds", "time", box=MARKDOWN,
     )  # fmt: skip
+    twins = json.loads(CLEAN_MODELS.read_text("utf-8")) if CLEAN_MODELS.exists() else {}
     groups = {attack: [r for r in rows if r.attack == attack] for attack in _attacks(rows)}
     for attack, group in (groups | {"all": list(rows)}).items():
         for method in _methods(group):
@@ -126,6 +129,7 @@ def by_attack(rows: Sequence[Row], against: str) -> Table:
             if not of_it:
                 table.add_row(attack, method, "0")
                 continue
+            by_twins = [twins[r.model]["ra"] for r in of_it if r.model in twins]
             ratios = [r.seconds / max(o.seconds, 1e-9) for o, r in _pairs(group, method, against)]
             table.add_row(
                 attack,
@@ -137,6 +141,7 @@ def by_attack(rows: Sequence[Row], against: str) -> Table:
                 f"{max(r.drop for r in of_it):+.3f}",
                 f"{mean(r.ra for r in of_it):.3f}",
                 f"{mean(r.gap for r in of_it):.3f}",
+                f"{mean(by_twins):.3f}" if by_twins else "-",
                 f"{mean(r.der for r in of_it):.3f}",
                 f"{mean(r.seconds for r in of_it):.0f}",
                 f"{median(ratios):.2g}" if ratios else "-",

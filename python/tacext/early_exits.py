@@ -93,9 +93,10 @@ class EarlyExits(nn.Module):
 
         phi'' = phi' + 2 max(0, max_j z_j(phi') - z_c(phi')) m_c
 
-    c is the class of the highest sum of the exits' scores, apart from the one that the latent was
-    taken for before the patch, and m_c a shift with (w_c - w_j).m_c >= 1 for every other class j: c
-    gets as far ahead as it was behind. Where an exit has no note of the pass, latents stay as they are.
+    c is the class of the highest sum of the exits' scores and of the head's, log softmax(z(phi')), apart
+    from the class that the latent was taken for before the patch. m_c is a shift with (w_c - w_j).m_c >= 1
+    for every other class j: c gets as far ahead as it was behind. Where an exit has no note of the
+    pass, latents stay as they are.
 
     Args:
         exits: by the name of the layer.
@@ -150,6 +151,7 @@ class EarlyExits(nn.Module):
             functional.linear(latent_of(latent).to(kind), weight, bias)
             for latent in (before, after)
         )
+        scores = scores + logits.log_softmax(1)
         told = scores.scatter(1, taken.argmax(1, keepdim=True), -torch.inf).argmax(1, keepdim=True)
         others = logits.scatter(1, told, -torch.inf).amax(1, keepdim=True)
         behind = (others - logits.gather(1, told)).clamp(min=0)
