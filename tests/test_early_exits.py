@@ -15,10 +15,16 @@ from torch.nn import functional
 import tacext
 from digits import Cropped, digit_case, padded, padded_corner, patched_digits
 from tacext import Guard, InputError, PatchSettings, demo, evaluate, load_model, save_weights
-from tacext.early_exits import MOST_FEATURES, EarlyExit, EarlyExits, LayerNote, pooled
+from tacext.early_exits import MOST_FEATURES, EarlyExit, EarlyExits, LayerHook, pooled
 from tacext.early_exits_fit import MOST_EXITS, fit_early_exits, layers_to_look_at
 from tacext.heads import find_head
-from tacext.latent_patch import PatchedHead, remove_latent_patch
+from tacext.latent_patch import (
+    LatentPatch,
+    PatchedHead,
+    remove_latent_patch,
+    with_latent_patch,
+)
+from tacext.latent_patch_fit import shifts_between_logits
 
 
 def patched_head(model: nn.Module) -> PatchedHead:
@@ -32,7 +38,7 @@ def exits_of(model: nn.Module) -> EarlyExits:
 
 
 def hooks_of(model: nn.Module) -> int:
-    return sum(isinstance(h, LayerNote) for m in model.modules() for h in m._forward_hooks.values())
+    return sum(isinstance(h, LayerHook) for m in model.modules() for h in m._forward_hooks.values())
 
 
 def triggered() -> tuple[Tensor, Tensor]:
@@ -45,21 +51,20 @@ def triggered() -> tuple[Tensor, Tensor]:
 def test_maps_are_averaged_over_quarters(shape: tuple[int, int]) -> None:
     maps = torch.randn(3, 6, *shape, generator=torch.Generator().manual_seed(0))
     expected = functional.adaptive_avg_pool2d(maps.relu(), 2)  # [N, C, 2, 2]
-    features = pooled(maps)
+    features = pooled(nn.Conv2d(1, 1, 1), maps)
     assert features is not None
     torch.testing.assert_close(features, expected.permute(0, 2, 3, 1).flatten(1))
 
 
 def test_what_is_too_wide_is_averaged_or_left_out() -> None:
     maps = torch.rand(2, MOST_FEATURES // 4 + 1, 3, 3, dtype=torch.float64)
-    features = pooled(maps)
+    features = pooled(nn.Conv2d(1, 1, 1), maps)
     assert features is not None
     torch.testing.assert_close(features, maps.mean((2, 3)).float())
-    assert pooled(torch.rand(2, MOST_FEATURES + 1, 3, 3)) is None
-    assert pooled(torch.rand(2, MOST_FEATURES + 1)) is None
-    assert pooled(torch.rand(2, 3, 4, 5, 6)) is None
+    for shape in ((MOST_FEATURES + 1, 3, 3), (MOST_FEATURES + 1,), (3, 4, 5, 6), ()):
+        assert pooled(nn.Conv2d(1, 1, 1), torch.rand(2, *shape)) is None
     tokens = torch.randn(2, 5, 7)
-    features = pooled(tokens)
+    features = pooled(nn.Linear(1, 1), tokens)
     assert features is not None
     torch.testing.assert_close(features, torch.cat([tokens.mean(1), tokens.max(1).values], 1))
 
@@ -84,11 +89,12 @@ def test_touched_latents_go_where_the_exits_say(positions: tuple[int, int] | Non
     }
     raising = torch.linalg.pinv(weight - weight.mean(0)).T.contiguous()
     raising[2] = 0  # a class that cannot be raised
-    exits = EarlyExits(layers, raising)
+    known = torch.tensor([True, True, True, False])
+    exits = EarlyExits(layers, known, raising)
     assert exits.names == ("block.0", "block.1")
     features = torch.randn(2, 20, 5, generator=generator)
-    for exit_, seen in zip(layers.values(), features, strict=True):
-        exit_.note(head, (), functional.pad(seen, (0, 0)))
+    for number, seen in enumerate(features):
+        LayerHook(exits.notes, number)(head, (), seen)
     moved = exits(before, after, head).detach()
     assert exits(before, after, head) is after  # no note of a second pass: nothing is said
     assert torch.equal(moved[1::2], before[1::2])
@@ -101,10 +107,13 @@ def test_touched_latents_go_where_the_exits_say(positions: tuple[int, int] | Non
     for i in range(0, 20, 2):
         scores = sum(e(seen[i]) for e, seen in zip(layers.values(), features, strict=True))
         assert isinstance(scores, Tensor)
-        scores = scores + logits(after[i]).log_softmax(0)
-        scores[logits(before[i]).argmax()] = -torch.inf
+        scores = scores + logits(after[i])
+        banned = int(logits(before[i]).argmax())
+        scores[[banned, 3]] = -torch.inf
         told = int(scores.argmax())
-        if told == 2:
+        guessed = logits(after[i])
+        guessed[banned] = -torch.inf
+        if told == 2 or int(guessed.argmax()) == 3:
             assert torch.equal(moved[i], after[i])
             continue
         was, now = logits(after[i]), logits(moved[i])
@@ -149,13 +158,16 @@ def test_they_can_be_left_out() -> None:
 
 
 def test_the_model_given_is_left_without_hooks() -> None:
-    model = Cropped(digit_case().backdoored)
+    model = Cropped(digit_case().backdoored).train()
+    state = copy.deepcopy(model.state_dict())
     head = find_head(model, padded(digit_case().data.test)[0][:4])
-    before = hooks_of(model)
     samples = padded(digit_case().data.defender)
     exits = fit_early_exits(model, head, samples, [], batch_size=64, seed=0)
     assert exits is not None
-    assert hooks_of(model) == before == 0
+    assert hooks_of(model) == 0
+    assert model.training
+    assert all(torch.equal(v, state[n]) for n, v in model.state_dict().items())
+    model.eval()  # as the others have it
     assert hooks_of(patched_digits().model) == len(exits_of(patched_digits().model).names) > 1
     undone = remove_latent_patch(patched_digits().model)
     assert hooks_of(undone) == 0
@@ -191,11 +203,11 @@ def test_the_discriminant_is_fishers() -> None:
     within += 0.1 * within.diagonal().mean() * np.eye(7)
     expected = np.linalg.solve(within, means.T).T
     scores = z @ expected.T - 0.5 * (expected * means).sum(1)
-    exit_ = exits._exits()[0]
+    exit_ = next(iter(exits.layers.values()))
     found = exit_(torch.from_numpy(x).float()).numpy()
     np.testing.assert_allclose(found[:, :3], scores, rtol=1e-3, atol=1e-3)
-    assert float(found[:, 3].max()) < -1e8
-    assert float((found.argmax(1) == y).mean()) > 0.9
+    assert exits.known.tolist() == [True, True, True, False]
+    assert float((found[:, :3].argmax(1) == y).mean()) > 0.9
 
 
 class Unusual(nn.Module):
@@ -207,35 +219,43 @@ class Unusual(nn.Module):
         self.twice = nn.Conv2d(4, 4, 3, padding=1)
         self.never = nn.Conv2d(4, 4, 1)
         self.values = nn.Conv2d(4, 4, 1)  # a name that nn.ModuleDict keeps for itself
+        self.channels_last = nn.Linear(4, 4)
         self.add_module("with/slash", nn.Conv2d(4, 4, 1))
         self.across = nn.Linear(4, 4)
         self.fused = nn.Linear(4, 4)
+        self.aux, self.planes = nn.Linear(4, 2), nn.Linear(25, 2)
+        self.behind = nn.Linear(3, 3)
         self.last = nn.Linear(4, 6)
         self.fc = nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.values(self.twice(self.twice(self.first(x)).relu()))
         x = self.get_submodule("with/slash")(x)
+        x = self.channels_last(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        self.aux(x[: len(x) // 2].mean((2, 3)))  # of some inputs alone
+        self.planes(x.transpose(0, 1).flatten(2))  # three channels are no three inputs
         tokens = x.flatten(2).transpose(1, 2)
         tokens = self.across(tokens.transpose(0, 1)).transpose(0, 1)  # positions first
         tokens = self.fused(tokens)
         if self.fused._forward_hooks:  # as where torch has a kernel for all of it, without hooks
             tokens = tokens * (1 + 1e-6)
-        return self.fc(self.last(tokens.mean(1)))  # type: ignore[no-any-return]
+        logits = self.fc(self.last(tokens.mean(1)))
+        self.behind(logits)
+        return logits  # type: ignore[no-any-return]
 
 
 def test_layers_are_those_that_can_be_looked_at_unnoticed() -> None:
     torch.manual_seed(0)
     model, images = Unusual().eval(), torch.rand(40, 1, 5, 5)
     head = find_head(model, images[:4])
-    names = layers_to_look_at(model, head, images[:3])
-    assert names == ("first", "last")
+    names = layers_to_look_at(model, head, images)
+    assert names == ("first", "values", "channels_last", "last")
 
 
 def test_so_many_layers_are_looked_at_evenly() -> None:
     model = nn.Sequential(*[nn.Linear(5, 5) for _ in range(12)], nn.Linear(5, 3)).eval()
     inputs = torch.rand(9, 5)
-    names = layers_to_look_at(model, find_head(model, inputs), inputs[:3])
+    names = layers_to_look_at(model, find_head(model, inputs), inputs)
     assert names == ("0", "3", "6", "8", "11")
     assert len(names) == MOST_EXITS
 
@@ -265,10 +285,10 @@ def test_a_copy_looks_at_its_own_layers() -> None:
             parameter.mul_(0.0)
         copied(images)
         assert torch.equal(model(images), expected)
-    taken = [exit_.note.taken for exit_ in exits_of(model)._exits()]
-    own = [exit_.note.taken for exit_ in exits_of(copied)._exits()]
-    assert all(a is not b for a, b in zip(taken, own, strict=True))
-    assert all(not note for note in [*taken, *own])  # every pass takes its notes with it
+    notes, own = exits_of(model).notes, exits_of(copied).notes
+    assert notes is not own
+    assert notes.taken == own.taken == {}  # every pass takes its notes with it
+    assert exits_of(copy.deepcopy(model)).notes.taken == {}
 
 
 def test_threads_do_not_mix_their_notes() -> None:
@@ -300,6 +320,9 @@ def test_exported_and_compiled_they_say_the_same() -> None:
         torch.testing.assert_close(exported(images), expected)
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(images), expected)
+        inner = copy.deepcopy(model)
+        inner.model[0].compile(backend="eager")  # type: ignore[index,operator]
+        torch.testing.assert_close(inner(images), expected)
 
 
 def test_a_guard_beside_them_leaves_the_answers() -> None:
@@ -332,26 +355,209 @@ def test_they_are_saved_and_loaded(tmp_path: Path) -> None:
         assert torch.equal(loaded(images), model(images))
     assert hooks_of(loaded) == hooks_of(model)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    raising = next(n for n in state if n.endswith("exits.raising"))
-    weight = next(n for n in state if ".exits.layers." in n and n.endswith(".weight"))
+    raising, known = (
+        next(n for n in state if n.endswith(f"exits.{part}")) for part in ("raising", "known")
+    )
+    weight = next(n for n in state if ".exits.layers.0:" in n and n.endswith(".weight"))
     bias = weight.removesuffix("weight") + "bias"
     without = {n: v for n, v in state.items() if ".exits." not in n}
     save_weights(without, file)  # as from before there were any
     assert patched_head(load_model(file, built)).exits is None
+
+    def renamed(new: str) -> dict[str, Tensor]:
+        layer = weight.removesuffix(".weight").rpartition(".")[2]
+        return {n.replace(layer, new): v for n, v in state.items()}
+
     for damaged in (
         {n: v for n, v in state.items() if n != raising},
+        {n: v for n, v in state.items() if n != known},
         {n: v for n, v in state.items() if n != bias},
-        without | {raising: state[raising]},
+        {n: v for n, v in state.items() if n not in (weight, bias)},  # no number 0
+        without | {raising: state[raising], known: state[known]},
         state | {raising: state[raising][:, :5].clone()},
         state | {raising: state[raising].to(torch.int64)},
+        state | {known: state[known].to(torch.uint8)},
+        state | {known: state[known][:5].clone()},
         state | {weight: state[weight][0].clone()},
         state | {weight: state[weight][:5].clone()},
+        state | {weight: state[weight][:, :5].clone()},
         state | {bias: state[bias][:5].clone()},
+        state | {weight: state[weight][:5].clone(), bias: state[bias][:5].clone()},
         state | {weight: state[weight].to(torch.int32)},
         state | {bias.replace("bias", "more"): state[bias]},
-        state | {weight: state[weight][:, :5].clone()},
-        {n.replace("exits.layers.", "exits.layers.no/"): v for n, v in state.items()},
+        renamed("0:no/layer"),
+        renamed("0:model/19"),  # the head
+        renamed("0:"),
+        renamed("0"),
+        renamed(":values"),
+        renamed("-1:model/0"),
+        renamed("7:model/0"),
+        renamed("1:model/0"),  # two of one number
+        renamed("0:model/0:0"),
     ):
         save_weights(damaged, file)
         with pytest.raises(InputError, match="load_model: arch: expected"):
             load_model(file, built)
+
+
+def trained(inner: nn.Module, inputs: Tensor, labels: Tensor) -> nn.Module:
+    """Inner layers as they are, and a head of four classes that is trained."""
+    model = nn.Sequential(inner, nn.Linear(8, 4))
+    optimizer = torch.optim.Adam(model[1].parameters(), 0.1)
+    for _ in range(60):
+        optimizer.zero_grad()
+        functional.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def touched_everywhere(
+    model: nn.Module, samples: tuple[Tensor, Tensor], target: int
+) -> tuple[nn.Module, nn.Module]:
+    """With exits, and without, behind limits that touch whatever is taken for the target."""
+    head = find_head(model, samples[0][:4])
+    width = head.latent_dim
+    lowering = shifts_between_logits(head.weight.detach(), [target]).float()
+    nothing = torch.zeros(1, width)
+    patch = LatentPatch(
+        nothing, torch.tensor([-1.0]), nothing, nothing, torch.zeros(1, width, 1),
+        torch.zeros(1, 1, width), lowering, torch.tensor([target]),
+    )  # fmt: skip
+    exits = fit_early_exits(model, head, samples, [], batch_size=64, seed=0)
+    assert exits is not None
+    return with_latent_patch(model, head, patch, exits)[0], with_latent_patch(model, head, patch)[0]
+
+
+def blobs() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.arange(240) % 4
+    inputs = torch.randn(240, 8, generator=generator) + 2 * functional.one_hot(labels, 8)
+    return inputs, labels
+
+
+@torch.enable_grad()
+def test_a_class_that_exits_have_not_seen_is_left_to_the_head() -> None:
+    torch.manual_seed(0)
+    inputs, labels = blobs()
+    model = trained(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), inputs, labels)
+    seen = labels != 3
+    exits, plain = touched_everywhere(model, (inputs[seen], labels[seen]), 0)
+    with torch.no_grad():
+        answers, without = exits(inputs).argmax(1), plain(inputs).argmax(1)
+        said = model(inputs).argmax(1)
+    hidden = (said == 0) & (without == 3)  # taken for the target, and class 3 next
+    assert int(hidden.sum()) >= 3
+    assert bool((answers[hidden] == 3).all())
+    assert bool((answers[said != 0] == said[said != 0]).all())
+
+
+def test_notes_are_of_this_pass_alone() -> None:
+    """Whatever happened before: another batch, an error half way, a layer behind the head."""
+
+    class Failing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.fails = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x).relu()
+            if self.fails:
+                raise RuntimeError("half way")
+            return self.b(x).tanh()  # type: ignore[no-any-return]
+
+    torch.manual_seed(1)
+    inputs, labels = blobs()
+    inner = Failing()
+    with torch.enable_grad():
+        model = trained(inner, inputs, labels)
+    exits, plain = touched_everywhere(model, (inputs, labels), 0)
+    body = exits[0]  # type: ignore[index]
+    batch, other = inputs[:120], inputs[120:]
+    with torch.no_grad():
+        expected = exits(batch)
+        assert not torch.equal(expected, plain(batch))
+        body.fails = True
+        with pytest.raises(RuntimeError, match="half way"):
+            exits(other)
+        body.fails = False
+        assert torch.equal(exits(batch), expected)
+        body(other)  # inner layers alone
+        assert torch.equal(exits(batch), expected)
+        latent = body(batch)
+        body(other[:50])  # notes of a batch of another size
+        assert torch.equal(exits[1](latent), plain(batch))  # type: ignore[index]
+        assert torch.equal(exits[1](latent), plain(batch))  # type: ignore[index]
+        copied = copy.deepcopy(exits)
+        assert exits_of(copied).notes.taken == {}
+    features = exits_of(exits).notes
+    exits(batch.clone().requires_grad_(True)).sum().backward()
+    body(batch.clone().requires_grad_(True))
+    assert not any(note.requires_grad for note in features.take().values())
+
+
+def test_what_follows_a_layer_does_not_change_its_note() -> None:
+    torch.manual_seed(2)
+    inputs, labels = blobs()
+    with torch.enable_grad():
+        model = trained(nn.Sequential(nn.Linear(8, 8), nn.Sigmoid()), inputs, labels)
+    in_place = copy.deepcopy(model)
+    in_place[0][1] = InPlaceSigmoid()  # type: ignore[index,operator]
+    found = []
+    for each in (model, in_place):
+        head = find_head(each, inputs[:4])
+        found.append(fit_early_exits(each, head, (inputs, labels), [], batch_size=64, seed=0))
+    states = [exits.state_dict() for exits in found if exits is not None]
+    assert all(torch.equal(v, states[1][n]) for n, v in states[0].items())
+
+
+class InPlaceSigmoid(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sigmoid_()
+
+
+def test_layers_that_some_passes_leave_out_or_that_overflow_are_dropped() -> None:
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.always, self.seldom = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.huge = nn.Linear(8, 8)
+            with torch.no_grad():
+                self.huge.weight.fill_(torch.finfo(torch.float32).max)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.huge(x)
+            if len(x) != 48:  # the last batch
+                self.seldom(x)
+            return self.always(x).tanh()  # type: ignore[no-any-return]
+
+    torch.manual_seed(3)
+    inputs, labels = blobs()
+    with torch.enable_grad():
+        model = trained(Router(), inputs, labels)
+    head = find_head(model, inputs[:4])
+    assert layers_to_look_at(model, head, inputs) == ("0.huge", "0.seldom", "0.always")
+    exits = fit_early_exits(model, head, (inputs, labels), [], batch_size=64, seed=0)
+    assert exits is not None
+    assert exits.names == ("0.always",)
+
+
+def test_they_stay_in_single_precision() -> None:
+    half = copy.deepcopy(exits_of(patched_digits().model)).half()
+    assert {b.dtype for b in half.layers.buffers()} == {torch.float32}
+    assert half.raising.dtype == torch.float16
+
+
+def test_behind_data_parallel_they_are_saved_for_the_plain_model(tmp_path: Path) -> None:
+    data, images = padded(digit_case().data.defender), triggered()[0]
+    wrapped = nn.DataParallel(Cropped(digit_case().backdoored), device_ids=[])
+    result = tacext.repair(
+        wrapped, data, targets=[0], method="patch", max_accuracy_drop=None, progress=False
+    )
+    assert not any("module" in name for name in exits_of(result.model).names)
+    file = tmp_path / "parallel.safetensors"
+    save_weights(result.model, file)
+    loaded = load_model(file, lambda: Cropped(demo.digit_net()))
+    assert exits_of(loaded).names == exits_of(result.model).names
+    with torch.no_grad():
+        assert torch.equal(loaded(images), result.model(images))

@@ -8,6 +8,7 @@ compute, so a model keeps its structure and its arithmetic, and every other inpu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import cast
 
@@ -15,23 +16,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .heads import HeadModule, calling_thread, latent_of
+from .heads import COMPILED, PREFIXES, HeadModule, calling_thread, latent_of
+from .single_precision import SinglePrecision
 
-# Layers have names with dots, and modules may not: a slash stands for each.
-_DOT, _SLASH = ".", "/"
 # Of wider layers the mean over all positions is taken, or nothing.
 MOST_FEATURES = 2048
+# Layers have names with dots, and modules may not: a slash stands for each. The number says which comes
+# first in a pass.
+_KEY = re.compile(r"layers\.(?P<number>\d{1,4}):(?P<layer>[^.:]+)\.(?P<part>weight|bias)")
 
 
-def pooled(output: Tensor) -> Tensor | None:
-    """What an exit sees of a layer's output: [N, F], F at most `MOST_FEATURES`; None where it can't.
+def pooled(layer: nn.Module, output: Tensor) -> Tensor | None:
+    """What an exit sees of a layer's output: float32 [N, F], F at most `MOST_FEATURES`.
 
-    Of maps [N, C, H, W] the positive part, averaged over each quarter; over all where that is too
-    wide. Of tokens [N, T, C] mean and maximum.
+    Of maps [N, C, H, W], or [N, H, W, C] of an nn.Linear, the positive part, averaged over each quarter;
+    over all where that is too wide. Of tokens [N, T, C] mean and maximum. None of anything else.
     """
     if output.dim() == 4:
-        positive, (height, width) = output.relu(), output.shape[2:]
-        if 4 * output.shape[1] > MOST_FEATURES:
+        maps = output.permute(0, 3, 1, 2) if isinstance(layer, nn.Linear) else output
+        positive, (height, width) = maps.relu(), maps.shape[2:]
+        if 4 * maps.shape[1] > MOST_FEATURES:
             features = positive.mean((2, 3))
         else:
             quarters = [
@@ -46,27 +50,66 @@ def pooled(output: Tensor) -> Tensor | None:
         features = output
     else:
         return None
-    return features.float() if features.shape[1] <= MOST_FEATURES else None
+    if features.shape[1] > MOST_FEATURES:
+        return None
+    return features.to(torch.float32, copy=True)  # what follows may write into the output
 
 
-class LayerNote:
-    """A forward hook that takes a note of what a layer computes, one for every thread."""
+def _widths(layer: nn.Module | None) -> tuple[int, ...]:
+    """How many features `pooled` may make of the output of a layer."""
+    if isinstance(layer, nn.Conv2d):
+        return (layer.out_channels * (4 if 4 * layer.out_channels <= MOST_FEATURES else 1),)
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, 2 * layer.out_features, 4 * layer.out_features
+    return ()
+
+
+def layer_named(model: nn.Module, name: str) -> nn.Module | None:
+    """A layer of a model, or of the one that DataParallel or torch.compile has wrapped."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return next((modules[p + name] for p in ("", *PREFIXES) if p + name in modules), None)
+
+
+class LayerNotes:
+    """What the layers that are looked at compute in a pass, by their number; of every thread by itself.
+
+    The first layer begins a new pass, and notes are taken once: none is left of a pass that ended in an
+    error, and a layer behind the head has none. A copy begins without any.
+    """
 
     def __init__(self) -> None:
-        self.taken: dict[int, Tensor] = {}
+        self.taken: dict[int, dict[int, Tensor]] = {}
 
-    def __call__(self, _module: nn.Module, _inputs: object, output: object) -> None:
+    def __reduce__(self) -> tuple[type[LayerNotes], tuple[()]]:
+        return LayerNotes, ()
+
+    def add(self, number: int, features: Tensor | None) -> None:
+        """Of one layer."""
+        caller = calling_thread()
+        if number == 0:
+            self.taken[caller] = {}
+        if features is not None and caller in self.taken:
+            self.taken[caller][number] = features
+
+    def take(self) -> dict[int, Tensor]:
+        """Those of this thread's last pass."""
+        caller = calling_thread()
+        return self.taken.pop(caller if caller in self.taken else COMPILED, {})
+
+
+class LayerHook:
+    """A forward hook that takes the note of a layer."""
+
+    def __init__(self, notes: LayerNotes, number: int) -> None:
+        self.notes, self.number = notes, number
+
+    def __call__(self, layer: nn.Module, _inputs: object, output: object) -> None:
         """As `register_forward_hook` wants it."""
-        features = pooled(output.detach()) if isinstance(output, Tensor) else None
-        if features is not None:
-            self.taken[calling_thread()] = features
-
-    def take(self) -> Tensor | None:
-        """The features [N, F] of this thread's last pass, once."""
-        return self.taken.pop(calling_thread(), None)
+        features = pooled(layer, output.detach()) if isinstance(output, Tensor) else None
+        self.notes.add(self.number, features)
 
 
-class EarlyExit(nn.Module):
+class EarlyExit(SinglePrecision):
     """A linear classifier on an inner layer.
 
     Args:
@@ -81,11 +124,10 @@ class EarlyExit(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
-        self.note = LayerNote()
 
     def forward(self, features: Tensor) -> Tensor:
         """The scores [N, C] of features [N, F], in float32."""
-        return functional.linear(features, self.weight.float(), self.bias.float())
+        return functional.linear(features.to(self.weight.device), self.weight, self.bias)
 
 
 class EarlyExits(nn.Module):
@@ -93,40 +135,46 @@ class EarlyExits(nn.Module):
 
         phi'' = phi' + 2 max(0, max_j z_j(phi') - z_c(phi')) m_c
 
-    c is the class of the highest sum of the exits' scores and of the head's, log softmax(z(phi')), apart
-    from the class that the latent was taken for before the patch. m_c is a shift with (w_c - w_j).m_c >= 1
-    for every other class j: c gets as far ahead as it was behind. Where an exit has no note of the
-    pass, latents stay as they are.
+    c is the class of the highest sum of the exits' scores and the head's logits z(phi'), apart from
+    the class that the latent was taken for before the patch. m_c is a shift with (w_c - w_j).m_c >= 1
+    for every other class j: c gets as far ahead as it was behind. Latents stay as they are where an
+    exit has no note of the pass, and where the head says a class that the exits have never seen.
 
     Args:
-        exits: by the name of the layer.
+        exits: by the name of the layer, in the order of a pass.
+        known: bool [C], the classes that the exits have seen.
         raising: m, [C, D]; zeros for a class that cannot be raised above all others.
     """
 
+    known: Tensor
     raising: Tensor
 
-    def __init__(self, exits: Mapping[str, EarlyExit], raising: Tensor) -> None:
+    def __init__(self, exits: Mapping[str, EarlyExit], known: Tensor, raising: Tensor) -> None:
         super().__init__()
-        self.layers = nn.ModuleDict({n.replace(_DOT, _SLASH): e for n, e in exits.items()})
+        self.layers = nn.ModuleDict(
+            {f"{i}:{name.replace('.', '/')}": e for i, (name, e) in enumerate(exits.items())}
+        )
+        self.register_buffer("known", known)
         self.register_buffer("raising", raising)
+        self.notes = LayerNotes()
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of the layers that they look at."""
-        return tuple(name.replace(_SLASH, _DOT) for name in self.layers)
+        return tuple(key.partition(":")[2].replace("/", ".") for key in self.layers)
 
     def attach(self, model: nn.Module) -> None:
         """Has the layers of a model take their notes."""
-        for name, exit_ in zip(self.names, self._exits(), strict=True):
-            model.get_submodule(name).register_forward_hook(exit_.note)
-
-    def _exits(self) -> list[EarlyExit]:
-        return cast(list[EarlyExit], list(self.layers.values()))
+        for number, name in enumerate(self.names):
+            layer = layer_named(model, name)
+            assert layer is not None  # the exits were made for this model
+            layer.register_forward_hook(LayerHook(self.notes, number))
 
     def _scores(self, rows: int) -> Tensor | None:
-        notes = [exit_.note.take() for exit_ in self._exits()]  # all of them, or some would linger
+        notes = self.notes.take()
         scores = None
-        for exit_, features in zip(self._exits(), notes, strict=True):
+        for number, exit_ in enumerate(cast(list[EarlyExit], list(self.layers.values()))):
+            features = notes.get(number)
             if features is None or features.shape != (rows, exit_.weight.shape[1]):
                 return None
             found = exit_(features)
@@ -151,51 +199,60 @@ class EarlyExits(nn.Module):
             functional.linear(latent_of(latent).to(kind), weight, bias)
             for latent in (before, after)
         )
-        scores = scores + logits.log_softmax(1)
-        told = scores.scatter(1, taken.argmax(1, keepdim=True), -torch.inf).argmax(1, keepdim=True)
+        banned = taken.argmax(1, keepdim=True)
+        guessed = logits.scatter(1, banned, -torch.inf).argmax(1)
+        scores = (scores + logits).masked_fill(~self.known, -torch.inf)
+        told = scores.scatter(1, banned, -torch.inf).argmax(1, keepdim=True)
         others = logits.scatter(1, told, -torch.inf).amax(1, keepdim=True)
         behind = (others - logits.gather(1, told)).clamp(min=0)
         shift = (2 * behind * self.raising.to(kind)[told[:, 0]]).to(after.dtype)
-        touched = (before != after).flatten(1).any(1)
+        asked = (before != after).flatten(1).any(1) & self.known[guessed]
         shape = (after.shape[0], -1, *(1 for _ in range(after.dim() - 2)))
-        return torch.where(touched.view(shape), after + shift.view(shape), after)
+        return torch.where(asked.view(shape), after + shift.view(shape), after)
 
 
 def detach_early_exits(model: nn.Module) -> None:
     """Takes the hooks off its layers."""
     for module in model.modules():
         for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, LayerNote):
+            if isinstance(hook, LayerHook):
                 del module._forward_hooks[key]
 
 
 def room_for_exits(
     model: nn.Module, head: HeadModule, buffers: Mapping[str, Tensor]
 ) -> EarlyExits | None:
-    """Exits for the values of a state, by their names in it; None where they do not fit the model."""
-    raising, exits = buffers.get("raising"), {}
-    names = [key.removesuffix(".weight") for key in buffers if key.endswith(".weight")]
-    if raising is None or 2 * len(names) + 1 != len(buffers) or not names:
-        return None
-    layers = dict(model.named_modules())
-    for name in names:
-        weight, bias = buffers[f"{name}.weight"], buffers.get(f"{name}.bias")
-        layer = name.removeprefix("layers.").replace(_SLASH, _DOT)
-        if bias is None or weight.dim() != 2 or weight.shape[1] not in _widths(layers.get(layer)):
+    """Exits for the buffers of a state, by their names in it; None where they do not fit the model."""
+    known, raising = buffers.get("known"), buffers.get("raising")
+    found: dict[int, dict[str, Tensor]] = {}
+    names: dict[int, str] = {}
+    for name, buffer in buffers.items():
+        if name in ("known", "raising"):
+            continue
+        key = _KEY.fullmatch(name)
+        if key is None or not buffer.is_floating_point():
             return None
-        if bias.shape != weight.shape[:1] or len(bias) != len(head.weight):
+        number = int(key["number"])
+        if names.setdefault(number, key["layer"]) != key["layer"]:
             return None
-        exits[layer] = EarlyExit(torch.empty_like(weight).float(), torch.empty_like(bias).float())
-    floating = all(buffer.is_floating_point() for buffer in buffers.values())
-    if not floating or raising.shape != head.weight.shape[:2]:
+        found.setdefault(number, {})[key["part"]] = buffer
+    if known is None or raising is None or sorted(found) != list(range(len(found))) or not found:
         return None
-    return EarlyExits(exits, torch.empty_like(raising, dtype=head.weight.dtype))
-
-
-def _widths(layer: nn.Module | None) -> tuple[int, ...]:
-    """How many features `pooled` may make of the output of a layer."""
-    if isinstance(layer, nn.Conv2d):
-        return (layer.out_channels * (4 if 4 * layer.out_channels <= MOST_FEATURES else 1),)
-    if isinstance(layer, nn.Linear):
-        return layer.out_features, 2 * layer.out_features
-    return ()
+    exits = {}
+    for number in range(len(found)):
+        name, parts = names[number].replace("/", "."), found[number]
+        layer = layer_named(model, name)
+        if len(parts) != 2 or layer is head or name in exits or parts["weight"].dim() != 2:
+            return None
+        classes, width = parts["weight"].shape
+        if width not in _widths(layer) or parts["bias"].shape != (classes,):
+            return None
+        if classes != len(head.weight):
+            return None
+        exits[name] = EarlyExit(torch.empty(classes, width), torch.empty(classes))
+    if known.shape != (len(head.weight),) or known.dtype != torch.bool:
+        return None
+    if raising.shape != head.weight.shape[:2] or not raising.is_floating_point():
+        return None
+    empty = torch.empty_like(raising, dtype=head.weight.dtype)
+    return EarlyExits(exits, torch.empty_like(known), empty)

@@ -8,15 +8,16 @@ are mixed with another image, lie behind a square, or under smooth noise. All ke
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .differentiable import InputBox
-from .early_exits import EarlyExit, EarlyExits, LayerNote, pooled
-from .heads import Head, evaluating, run_model
+from .early_exits import EarlyExit, EarlyExits, LayerHook, LayerNotes, pooled
+from .heads import PREFIXES, Head, evaluating, run_model
 from .latent_patch_fit import shifts_between_logits
 
 # Layers looked at, evenly spaced: with three the right class came back less often, with all no more often.
@@ -25,10 +26,8 @@ MOST_EXITS = 5
 MOST_INPUTS = 2000
 # The covariance within classes is shrunk by this share towards a sphere, in units of the features' spread.
 SHRINKAGE = 0.1
-# Inputs that tell which layers can be looked at.
-_EXAMPLES = 3
-# Scores of a class without samples.
-_NEVER = -1e9
+# So many inputs tell which layers can be looked at; of one number it might be that of the channels.
+_EXAMPLES = (3, 2)
 
 
 def fit_early_exits(
@@ -54,10 +53,10 @@ def fit_early_exits(
         EarlyExits, to be attached to a copy of the model; None where no layer can be looked at.
     """
     inputs, labels = (part[:MOST_INPUTS] for part in samples)
-    names = layers_to_look_at(model, head, inputs[:_EXAMPLES])
-    if not names:
-        return None
-    statistics = [_ClassStatistics(head.num_classes) for _ in names]
+    statistics = {
+        name: _ClassStatistics(head.num_classes) for name in layers_to_look_at(model, head, inputs)
+    }
+    names = list(statistics)
     spoil = _spoilers(InputBox.around(inputs), torch.Generator().manual_seed(seed))
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -68,75 +67,102 @@ def fit_early_exits(
         yield from attacked
 
     with evaluating(model), torch.no_grad(), _taking_notes(model, names) as notes:
-        for x, y in batches():
+        for x, y in batches() if names else ():
             run_model(model, x, "repair")
-            for note, known in zip(notes, statistics, strict=True):
-                features = note.take()
-                assert features is not None  # the layer was chosen for it
-                known.add(features, y)
-    exits = {name: known.discriminant() for name, known in zip(names, statistics, strict=True)}
+            found = notes.take()
+            for number, name in enumerate(names):
+                features = found.get(number)
+                if features is None or len(features) != len(x):
+                    statistics.pop(name, None)  # another way through the model, or other rows
+                elif name in statistics:
+                    statistics[name].add(features, y)
+    solved = {name: known.discriminant() for name, known in statistics.items()}
+    exits = {_bare(model, name): exit_ for name, exit_ in solved.items() if exit_ is not None}
+    if not exits:
+        return None
+    seen = next(iter(statistics.values())).seen
     raising = shifts_between_logits(head.weight.detach(), range(head.num_classes))
-    found = EarlyExits(exits, raising.nan_to_num(nan=0.0).to(head.weight))
-    return found.to(head.weight.device)
+    made = EarlyExits(exits, seen, raising.nan_to_num(nan=0.0).to(head.weight))
+    return made.to(head.weight.device)
+
+
+def _bare(model: nn.Module, name: str) -> str:
+    """The name of a layer without what DataParallel or torch.compile put in front of all names."""
+    for prefix in PREFIXES:
+        if all(n.startswith(prefix) for n, _ in model.named_parameters()):
+            return name.removeprefix(prefix)
+    return name
 
 
 def layers_to_look_at(model: nn.Module, head: Head, example: Tensor) -> tuple[str, ...]:
     """Names of convolutions and linear layers before the head, in the order of a pass.
 
-    Each is called once, once for every input, and to look at it changes no bit of the output. (Torch's
-    own transformer layers, for one, leave their fused kernels where a hook is.)
+    Each is called once, with a row for every input, and to look at it changes no bit of the output.
+    (Torch's own transformer layers, for one, leave their fused kernels where a hook is.)
     """
-    outputs: list[tuple[str, object]] = []
-
-    def noting(name: str) -> Callable[[nn.Module, object, object], None]:
-        return lambda _module, _inputs, output: outputs.append((name, output))
-
     candidates = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear)
-        and module is not head.module
-        and not isinstance(module, torch.jit.ScriptModule)
-        and "/" not in name
-        and not hasattr(nn.ModuleDict(), name)  # the names that it keeps for itself
+        and (module is head.module or not re.search("[/:]", name))
     }
+    last = next(name for name, module in candidates.items() if module is head.module)
+    usable = list(candidates)
     with evaluating(model), torch.no_grad():
-        expected = run_model(model, example, "repair")
-        handles = [m.register_forward_hook(noting(name)) for name, m in candidates.items()]
-        try:
-            run_model(model, example, "repair")
-        finally:
-            for handle in handles:
-                handle.remove()
-        called = [name for name, _ in outputs]
-        usable = [
-            name
-            for name, output in outputs
-            if called.count(name) == 1
-            and isinstance(output, Tensor)
-            and output.is_floating_point()
-            and len(output) == len(example)
-            and pooled(output) is not None
-        ]
-
-        def unseen(names: Iterable[str]) -> bool:
-            with _taking_notes(model, names):
-                return torch.equal(run_model(model, example, "repair"), expected)
-
-        if not unseen(usable):
-            usable = [name for name in usable if unseen([name])]
+        for rows in _EXAMPLES:
+            x = example[:rows]
+            expected = run_model(model, x, "repair")
+            outputs = _outputs(model, x, candidates)
+            called = [name for name, _ in outputs]
+            before = outputs[: called.index(last)] if last in called else []
+            good = {
+                name
+                for name, output in before
+                if called.count(name) == 1
+                and isinstance(output, Tensor)
+                and output.is_floating_point()
+                and output.dim() > 0
+                and len(output) == len(x)
+                and pooled(candidates[name], output) is not None
+            }
+            usable = [name for name in called if name in good and name in usable]
+            if not _unnoticed(model, x, expected, usable):
+                usable = [name for name in usable if _unnoticed(model, x, expected, [name])]
     if len(usable) > MOST_EXITS:
         usable = [usable[i] for i in torch.linspace(0, len(usable) - 1, MOST_EXITS).round().int()]
     return tuple(usable)
 
 
-@contextlib.contextmanager
-def _taking_notes(model: nn.Module, names: Iterable[str]) -> Iterator[list[LayerNote]]:
-    notes, handles = [], []
+def _outputs(
+    model: nn.Module, x: Tensor, modules: Mapping[str, nn.Module]
+) -> list[tuple[str, object]]:
+    """What each of these modules returns in a pass, in the order in which they are called."""
+    found: list[tuple[str, object]] = []
+
+    def noting(name: str) -> Callable[[nn.Module, object, object], None]:
+        return lambda _module, _inputs, output: found.append((name, output))
+
+    handles = [module.register_forward_hook(noting(name)) for name, module in modules.items()]
     try:
-        for name in names:
-            notes.append(LayerNote())
-            handles.append(model.get_submodule(name).register_forward_hook(notes[-1]))
+        run_model(model, x, "repair")
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _unnoticed(model: nn.Module, x: Tensor, expected: Tensor, names: Sequence[str]) -> bool:
+    with _taking_notes(model, names):
+        return torch.equal(run_model(model, x, "repair"), expected)
+
+
+@contextlib.contextmanager
+def _taking_notes(model: nn.Module, names: Iterable[str]) -> Iterator[LayerNotes]:
+    notes, handles = LayerNotes(), []
+    try:
+        for number, name in enumerate(names):
+            hook = LayerHook(notes, number)
+            handles.append(model.get_submodule(name).register_forward_hook(hook))
         yield notes
     finally:
         for handle in handles:
@@ -164,10 +190,19 @@ class _ClassStatistics:
         self._sum += own.T @ rows
         self._squares += rows.T @ rows
 
-    def discriminant(self) -> EarlyExit:
-        """Fisher's linear one, all classes as likely: what it scores are log-likelihoods."""
-        assert self._origin is not None
-        total, known = self._count.sum(), self._count > 0
+    @property
+    def seen(self) -> Tensor:
+        """The classes that there were samples of, bool [C]."""
+        return self._count > 0
+
+    def discriminant(self) -> EarlyExit | None:
+        """Fisher's linear one, all classes as likely: what it scores are log-likelihoods.
+
+        Zero for classes without samples; None where features were not finite.
+        """
+        if self._origin is None or not bool(torch.isfinite(self._squares).all()):
+            return None
+        total, known = self._count.sum(), self.seen
         mean = self._sum.sum(0) / total
         means = self._sum / self._count.clamp(min=1)[:, None]
         spread = (self._squares.diagonal() / total - mean.square()).clamp(min=0).sqrt()
@@ -181,8 +216,8 @@ class _ClassStatistics:
         bias = -0.5 * (weight * away).sum(1)
         weight = weight / spread
         bias = bias - weight @ (mean + self._origin)
-        bias = torch.where(known, bias, _NEVER)
-        return EarlyExit((weight * known[:, None]).float(), bias.float())
+        found = EarlyExit((weight * known[:, None]).float(), (bias * known).float())
+        return found if all(bool(torch.isfinite(b).all()) for b in found.buffers()) else None
 
 
 def _spoilers(box: InputBox, generator: torch.Generator) -> list[Callable[[Tensor], Tensor]]:

@@ -14,15 +14,15 @@ elsewhere in the first two. A p-value is the rank of the score among those of cl
 """
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import ops
 from .errors import InputError, counted
+from .single_precision import SinglePrecision
 
 PARTS = ("near", "far", "aligned", "margin")
 
@@ -49,7 +49,7 @@ class GuardOutput(NamedTuple):
 pytree._register_namedtuple(GuardOutput, serialized_type_name="tacext.GuardOutput")
 
 
-class LatentScorer(nn.Module):
+class LatentScorer(SinglePrecision):
     """Scores latents against clean ones of the class that they are taken for; knows no model.
 
     The buffers stay float32 whatever the module is converted to, and all is computed in float32.
@@ -113,16 +113,6 @@ class LatentScorer(nn.Module):
         # What is not a number is no clean input.
         finite = torch.isfinite(score) & torch.isfinite(logits).all(1)
         return torch.where(finite, score, torch.inf)
-
-    @torch.jit.unused
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in self._buffers.items():
-            before = kept[name]
-            if buffer is not None and before is not None and buffer.dtype != before.dtype:
-                self._buffers[name] = before.to(buffer.device)
-        return self
 
 
 class GuardScorer(LatentScorer):

@@ -21,6 +21,9 @@ from .files import explain
 
 HeadModule = nn.Linear | nn.Conv2d
 
+# What DataParallel and torch.compile put in front of the names of what they wrap.
+PREFIXES = ("module.", "_orig_mod.")
+
 
 @dataclass(frozen=True)
 class Head:
@@ -203,10 +206,13 @@ def check_labels_in_range(labels: Tensor, num_classes: int, operation: str) -> N
         )
 
 
+# By which what compiled code has noted is known: what traces a pass cannot ask for the thread.
+COMPILED = 0
+
+
 def calling_thread() -> int:
     """By which what passes through a module is told from that of other threads."""
-    # What traces a forward pass does so in one thread, and cannot trace this question.
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+    return COMPILED if torch.compiler.is_compiling() else threading.get_ident()
 
 
 class LatentRecorder:

@@ -175,6 +175,8 @@ def _exits(
             assert adversary is not None
             others = (case.labels != target).nonzero().flatten()
             for part in others[: MOST_INPUTS // len(case.targets)].split(settings.batch_size):
+                if not len(part):
+                    continue
                 for images in adversary.first_attacks(j, case.inputs[part]):
                     yield images, case.labels[part]
 

@@ -23,6 +23,7 @@ from torch.nn.parameter import is_lazy
 
 from .errors import FileError, InputError, TacextError
 from .files import StrPath, atomic_write, explain
+from .heads import PREFIXES
 from .latent_patch import make_room_for_patches
 from .user_code import load_factory
 
@@ -31,7 +32,6 @@ __all__ = ["load_factory", "load_model", "load_state_dict", "save_weights"]
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
 LARGEST_HARMLESS = 2**20  # bytes that compressed code and names may grow to
-PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
 ASK = "ask the publisher for safetensors, or for torch.save(model.state_dict(), path)"
 
 
