@@ -90,7 +90,7 @@ def test_touched_latents_go_where_the_exits_say(positions: tuple[int, int] | Non
     raising = torch.linalg.pinv(weight - weight.mean(0)).T.contiguous()
     raising[2] = 0  # a class that cannot be raised
     known = torch.tensor([True, True, True, False])
-    exits = EarlyExits(layers, known, raising)
+    exits = EarlyExits(layers, known, torch.tensor(2.0), raising)
     assert exits.names == ("block.0", "block.1")
     features = torch.randn(2, 20, 5, generator=generator)
     for number, seen in enumerate(features):
@@ -107,7 +107,7 @@ def test_touched_latents_go_where_the_exits_say(positions: tuple[int, int] | Non
     for i in range(0, 20, 2):
         scores = sum(e(seen[i]) for e, seen in zip(layers.values(), features, strict=True))
         assert isinstance(scores, Tensor)
-        scores = scores + logits(after[i])
+        scores = scores + 2 * logits(after[i])
         banned = int(logits(before[i]).argmax())
         scores[[banned, 3]] = -torch.inf
         told = int(scores.argmax())
@@ -355,8 +355,9 @@ def test_they_are_saved_and_loaded(tmp_path: Path) -> None:
         assert torch.equal(loaded(images), model(images))
     assert hooks_of(loaded) == hooks_of(model)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    raising, known = (
-        next(n for n in state if n.endswith(f"exits.{part}")) for part in ("raising", "known")
+    raising, known, votes = (
+        next(n for n in state if n.endswith(f"exits.{part}"))
+        for part in ("raising", "known", "votes")
     )
     weight = next(n for n in state if ".exits.layers.0:" in n and n.endswith(".weight"))
     bias = weight.removesuffix("weight") + "bias"
@@ -371,9 +372,12 @@ def test_they_are_saved_and_loaded(tmp_path: Path) -> None:
     for damaged in (
         {n: v for n, v in state.items() if n != raising},
         {n: v for n, v in state.items() if n != known},
+        {n: v for n, v in state.items() if n != votes},
         {n: v for n, v in state.items() if n != bias},
         {n: v for n, v in state.items() if n not in (weight, bias)},  # no number 0
-        without | {raising: state[raising], known: state[known]},
+        without | {n: state[n] for n in (raising, known, votes)},
+        state | {votes: state[votes][None].clone()},
+        state | {votes: state[votes].to(torch.int64)},
         state | {raising: state[raising][:, :5].clone()},
         state | {raising: state[raising].to(torch.int64)},
         state | {known: state[known].to(torch.uint8)},
@@ -428,8 +432,8 @@ def touched_everywhere(
     return with_latent_patch(model, head, patch, exits)[0], with_latent_patch(model, head, patch)[0]
 
 
-def blobs() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(3)
+def blobs(seed: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(240) % 4
     inputs = torch.randn(240, 8, generator=generator) + 2 * functional.one_hot(labels, 8)
     return inputs, labels
@@ -540,6 +544,29 @@ def test_layers_that_some_passes_leave_out_or_that_overflow_are_dropped() -> Non
     exits = fit_early_exits(model, head, (inputs, labels), [], batch_size=64, seed=0)
     assert exits is not None
     assert exits.names == ("0.always",)
+
+
+@pytest.mark.parametrize(("blurred", "votes"), [(False, 1.0), (True, 4.0)])
+def test_a_head_that_is_right_more_often_has_more_votes(blurred: bool, votes: float) -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+            nn.init.eye_(self.layer.weight)
+            if blurred:  # an exit sees nothing here that tells classes apart
+                nn.init.zeros_(self.layer.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 0.01 * self.layer(x)  # type: ignore[no-any-return]
+
+    torch.manual_seed(5)
+    inputs, labels = blobs()
+    with torch.enable_grad():
+        model = trained(Inner(), inputs, labels)
+    head = find_head(model, inputs[:4])
+    exits = fit_early_exits(model, head, blobs(4), [], batch_size=64, seed=0)
+    assert exits is not None
+    assert float(exits.votes) == votes
 
 
 def test_they_stay_in_single_precision() -> None:

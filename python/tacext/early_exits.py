@@ -88,13 +88,14 @@ class LayerNotes:
         caller = calling_thread()
         if number == 0:
             self.taken[caller] = {}
+        elif COMPILED in (caller, *self.taken):  # a part of the model is compiled by itself
+            self.taken.setdefault(caller, {})
         if features is not None and caller in self.taken:
             self.taken[caller][number] = features
 
     def take(self) -> dict[int, Tensor]:
         """Those of this thread's last pass."""
-        caller = calling_thread()
-        return self.taken.pop(caller if caller in self.taken else COMPILED, {})
+        return self.taken.pop(COMPILED, {}) | self.taken.pop(calling_thread(), {})
 
 
 class LayerHook:
@@ -135,26 +136,31 @@ class EarlyExits(nn.Module):
 
         phi'' = phi' + 2 max(0, max_j z_j(phi') - z_c(phi')) m_c
 
-    c is the class of the highest sum of the exits' scores and the head's logits z(phi'), apart from
-    the class that the latent was taken for before the patch. m_c is a shift with (w_c - w_j).m_c >= 1
+    c is the class of the highest sum of the exits' scores and v times the head's logits z(phi'), apart
+    from the class that the latent was taken for before the patch. m_c is a shift with (w_c - w_j).m_c >= 1
     for every other class j: c gets as far ahead as it was behind. Latents stay as they are where an
     exit has no note of the pass, and where the head says a class that the exits have never seen.
 
     Args:
         exits: by the name of the layer, in the order of a pass.
         known: bool [C], the classes that the exits have seen.
+        votes: v, float32 [].
         raising: m, [C, D]; zeros for a class that cannot be raised above all others.
     """
 
     known: Tensor
+    votes: Tensor
     raising: Tensor
 
-    def __init__(self, exits: Mapping[str, EarlyExit], known: Tensor, raising: Tensor) -> None:
+    def __init__(
+        self, exits: Mapping[str, EarlyExit], known: Tensor, votes: Tensor, raising: Tensor
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleDict(
             {f"{i}:{name.replace('.', '/')}": e for i, (name, e) in enumerate(exits.items())}
         )
         self.register_buffer("known", known)
+        self.register_buffer("votes", votes)
         self.register_buffer("raising", raising)
         self.notes = LayerNotes()
 
@@ -201,7 +207,7 @@ class EarlyExits(nn.Module):
         )
         banned = taken.argmax(1, keepdim=True)
         guessed = logits.scatter(1, banned, -torch.inf).argmax(1)
-        scores = (scores + logits).masked_fill(~self.known, -torch.inf)
+        scores = (scores + self.votes.to(kind) * logits).masked_fill(~self.known, -torch.inf)
         told = scores.scatter(1, banned, -torch.inf).argmax(1, keepdim=True)
         others = logits.scatter(1, told, -torch.inf).amax(1, keepdim=True)
         behind = (others - logits.gather(1, told)).clamp(min=0)
@@ -223,11 +229,11 @@ def room_for_exits(
     model: nn.Module, head: HeadModule, buffers: Mapping[str, Tensor]
 ) -> EarlyExits | None:
     """Exits for the buffers of a state, by their names in it; None where they do not fit the model."""
-    known, raising = buffers.get("known"), buffers.get("raising")
+    known, votes, raising = (buffers.get(name) for name in ("known", "votes", "raising"))
     found: dict[int, dict[str, Tensor]] = {}
     names: dict[int, str] = {}
     for name, buffer in buffers.items():
-        if name in ("known", "raising"):
+        if name in ("known", "votes", "raising"):
             continue
         key = _KEY.fullmatch(name)
         if key is None or not buffer.is_floating_point():
@@ -236,7 +242,9 @@ def room_for_exits(
         if names.setdefault(number, key["layer"]) != key["layer"]:
             return None
         found.setdefault(number, {})[key["part"]] = buffer
-    if known is None or raising is None or sorted(found) != list(range(len(found))) or not found:
+    if known is None or votes is None or raising is None or not found:
+        return None
+    if sorted(found) != list(range(len(found))):
         return None
     exits = {}
     for number in range(len(found)):
@@ -252,7 +260,9 @@ def room_for_exits(
         exits[name] = EarlyExit(torch.empty(classes, width), torch.empty(classes))
     if known.shape != (len(head.weight),) or known.dtype != torch.bool:
         return None
+    if votes.shape != () or not votes.is_floating_point():
+        return None
     if raising.shape != head.weight.shape[:2] or not raising.is_floating_point():
         return None
     empty = torch.empty_like(raising, dtype=head.weight.dtype)
-    return EarlyExits(exits, torch.empty_like(known), empty)
+    return EarlyExits(exits, torch.empty_like(known), torch.tensor(1.0), empty)

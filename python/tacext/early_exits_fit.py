@@ -26,6 +26,11 @@ MOST_EXITS = 5
 MOST_INPUTS = 2000
 # The covariance within classes is shrunk by this share towards a sphere, in units of the features' spread.
 SHRINKAGE = 0.1
+# On this share of the clean inputs exits are compared with the model, before they are fitted on all. Where
+# they are right as often, up to the second share, the head's logits have one vote beside them.
+_TRIED = 0.2
+_AS_GOOD = 0.02
+VOTES_OF_A_BETTER_HEAD = 4.0
 # So many inputs tell which layers can be looked at; of one number it might be that of the channels.
 _EXAMPLES = (3, 2)
 
@@ -57,33 +62,74 @@ def fit_early_exits(
         name: _ClassStatistics(head.num_classes) for name in layers_to_look_at(model, head, inputs)
     }
     names = list(statistics)
+    if not names:
+        return None
     spoil = _spoilers(InputBox.around(inputs), torch.Generator().manual_seed(seed))
+    kept = len(labels) - round(_TRIED * len(labels))
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for x, y in zip(inputs.split(batch_size), labels.split(batch_size), strict=True):
+    def spoiled(part: slice) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in zip(
+            inputs[part].split(batch_size), labels[part].split(batch_size), strict=True
+        ):
             yield x, y
-            for spoiled in spoil:
-                yield spoiled(x), y
-        yield from attacked
+            for spoiler in spoil:
+                yield spoiler(x), y
 
     with evaluating(model), torch.no_grad(), _taking_notes(model, names) as notes:
-        for x, y in batches() if names else ():
-            run_model(model, x, "repair")
+
+        def see(x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            """The model's answers, and what the layers that are left compute."""
+            answers = run_model(model, x, "repair").argmax(1).cpu()
             found = notes.take()
             for number, name in enumerate(names):
-                features = found.get(number)
-                if features is None or len(features) != len(x):
+                if number not in found or len(found[number]) != len(x):
                     statistics.pop(name, None)  # another way through the model, or other rows
-                elif name in statistics:
+            return answers, {n: found[i] for i, n in enumerate(names) if n in statistics}
+
+        def learn(batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+            for x, y in batches:
+                for name, features in see(x)[1].items():
                     statistics[name].add(features, y)
-    solved = {name: known.discriminant() for name, known in statistics.items()}
-    exits = {_bare(model, name): exit_ for name, exit_ in solved.items() if exit_ is not None}
+
+        learn(spoiled(slice(kept)))
+        trial = _solved(statistics)
+        votes = _votes(see, trial, inputs[kept:].split(batch_size), labels[kept:])
+        learn(spoiled(slice(kept, None)))
+        learn(attacked)
+    exits = {_bare(model, name): exit_ for name, exit_ in _solved(statistics).items()}
     if not exits:
         return None
     seen = next(iter(statistics.values())).seen
     raising = shifts_between_logits(head.weight.detach(), range(head.num_classes))
-    made = EarlyExits(exits, seen, raising.nan_to_num(nan=0.0).to(head.weight))
-    return made.to(head.weight.device)
+    raising = raising.nan_to_num(nan=0.0).to(head.weight)
+    return EarlyExits(exits, seen, torch.tensor(votes), raising).to(head.weight.device)
+
+
+def _solved(statistics: Mapping[str, _ClassStatistics]) -> dict[str, EarlyExit]:
+    found = {name: known.discriminant() for name, known in statistics.items()}
+    return {name: exit_ for name, exit_ in found.items() if exit_ is not None}
+
+
+def _votes(
+    see: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]],
+    exits: Mapping[str, EarlyExit],
+    batches: Iterable[Tensor],
+    labels: Tensor,
+) -> float:
+    """How much the head's logits count beside exits that have not seen these clean inputs.
+
+    The head is not to be trusted with an input that carries a trigger; but exits that read clean images
+    worse than the model does are no better judges.
+    """
+    right_model = right_exits = 0
+    for x, y in zip(batches, labels.cpu().split([len(x) for x in batches]), strict=True):
+        answers, features = see(x)
+        right_model += int((answers == y).sum())
+        scores = [exits[name](f.cpu()) for name, f in features.items() if name in exits]
+        if scores:
+            right_exits += int((torch.stack(scores).sum(0).argmax(1) == y).sum())
+    worse = right_exits < right_model - _AS_GOOD * len(labels)
+    return VOTES_OF_A_BETTER_HEAD if worse else 1.0
 
 
 def _bare(model: nn.Module, name: str) -> str:
