@@ -15,8 +15,9 @@ from torch.nn import functional
 import tacext
 from digits import Cropped, digit_case, padded, padded_corner, patched_digits
 from tacext import Guard, InputError, PatchSettings, demo, evaluate, load_model, save_weights
+from tacext.differentiable import InputBox
 from tacext.early_exits import MOST_FEATURES, EarlyExit, EarlyExits, LayerHook, pooled
-from tacext.early_exits_fit import MOST_EXITS, fit_early_exits, layers_to_look_at
+from tacext.early_exits_fit import MOST_EXITS, _spoilers, fit_early_exits, layers_to_look_at
 from tacext.heads import find_head
 from tacext.latent_patch import (
     LatentPatch,
@@ -567,6 +568,35 @@ def test_a_head_that_is_right_more_often_has_more_votes(blurred: bool, votes: fl
     exits = fit_early_exits(model, head, blobs(4), [], batch_size=64, seed=0)
     assert exits is not None
     assert float(exits.votes) == votes
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 9, 14)])
+def test_spoiled_images_are_images_of_the_same_kind(shape: tuple[int, int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = 2 * torch.rand(50, *shape, generator=generator) - 1  # brighter and darker than [0, 1]
+    box = InputBox.around(images)
+    mixed, covered, clouded = (spoil(images) for spoil in _spoilers(box, generator))
+    for spoiled in (mixed, covered, clouded):
+        assert spoiled.shape == images.shape
+        assert torch.equal(box.clamp(spoiled), spoiled)
+        changed = (spoiled != images).flatten(1).any(1).double().mean()
+        assert float(changed) > 0.9
+    assert float((mixed - images).abs().max()) <= 0.3 * 2 + 1e-6
+    touched = (covered != images).any(1)  # [N, H, W]
+    side = round(0.25 * min(shape[1:]))
+    for one in touched:
+        rows, columns = one.any(1).nonzero().flatten(), one.any(0).nonzero().flatten()
+        if len(rows):
+            assert int(rows[-1] - rows[0]) < side
+            assert int(columns[-1] - columns[0]) < side
+    # Smooth noise: neighbours move alike.
+    grain = (clouded - images)[: len(images) // 4]
+    near = (grain[..., 1:] - grain[..., :-1]).abs().mean()
+    assert float(near) < float(grain.abs().mean())
+
+
+def test_inputs_that_are_no_images_are_not_spoiled() -> None:
+    assert _spoilers(InputBox.unit((8,)), torch.Generator()) == []
 
 
 def test_they_stay_in_single_precision() -> None:
