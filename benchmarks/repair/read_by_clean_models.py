@@ -22,11 +22,13 @@ from repair_cases import names, of_the_zoo
 FILE = RESULTS / "clean_models.json"
 
 
-def read_by_clean_models(name: str, data: Path, zoo: Path) -> dict[str, float]:
-    """The mean accuracy of all usable clean twins on clean and on triggered images."""
+def read_by_clean_models(name: str, data: Path, zoo: Path) -> dict[str, float] | None:
+    """The mean accuracy of all usable clean twins on clean and on triggered images; None without any."""
     case = of_the_zoo(name, data, zoo, seed=0)
     start = f"{case.dataset}-{case.network}-clean-"
     twins = names(zoo, None, clean=True, only=[start])
+    if not twins:
+        return None
     found = [
         evaluation
         for twin in twins
@@ -50,8 +52,10 @@ def main() -> None:
     for name in names(options.zoo, None, clean=False, only=[""]):
         if not (RESULTS / name).is_dir():  # nothing was repaired
             continue
-        found[name] = read_by_clean_models(name, options.data, options.zoo)
-        print(name, found[name], flush=True)
+        read = read_by_clean_models(name, options.data, options.zoo)
+        if read is not None:
+            found[name] = read
+        print(name, read, flush=True)
     FILE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

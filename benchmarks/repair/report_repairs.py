@@ -6,7 +6,7 @@
 A win is a model on which the DER of METHOD is more than a point above that of another removal, a
 loss the opposite. Times are of the processor; the ratio is to METHOD on the same model, the median
 over the models. "RA, clean models" is what clean models of the same network and data make of the images
-with the trigger, where that was measured (`read_by_clean_models.py`). Last come the rows that miss a goal: an ASR, a drop of ACC, or a distance of RA and
+with the trigger, in brackets of how many models where not of all (`read_by_clean_models.py`). Last come the rows that miss a goal: an ASR, a drop of ACC, or a distance of RA and
 ACC above the limits.
 """
 
@@ -141,12 +141,18 @@ def by_attack(rows: Sequence[Row], against: str) -> Table:
                 f"{max(r.drop for r in of_it):+.3f}",
                 f"{mean(r.ra for r in of_it):.3f}",
                 f"{mean(r.gap for r in of_it):.3f}",
-                f"{mean(by_twins):.3f}" if by_twins else "-",
+                _of_some(by_twins, len(of_it)),
                 f"{mean(r.der for r in of_it):.3f}",
                 f"{mean(r.seconds for r in of_it):.0f}",
                 f"{median(ratios):.2g}" if ratios else "-",
             )
     return table
+
+
+def _of_some(values: Sequence[float], of: int) -> str:
+    if not values:
+        return "-"
+    return f"{mean(values):.3f}" + ("" if len(values) == of else f" ({len(values)})")
 
 
 def _attacks(rows: Sequence[Row]) -> list[str]:
