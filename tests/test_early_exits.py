@@ -463,13 +463,13 @@ def test_notes_are_of_this_pass_alone() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
-            self.fails = False
+            self.fails = self.skips = False
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.a(x).relu()
             if self.fails:
                 raise RuntimeError("half way")
-            return self.b(x).tanh()  # type: ignore[no-any-return]
+            return (x if self.skips else self.b(x)).tanh()  # type: ignore[no-any-return]
 
     torch.manual_seed(1)
     inputs, labels = blobs()
@@ -493,6 +493,10 @@ def test_notes_are_of_this_pass_alone() -> None:
         body(other[:50])  # notes of a batch of another size
         assert torch.equal(exits[1](latent), plain(batch))  # type: ignore[index]
         assert torch.equal(exits[1](latent), plain(batch))  # type: ignore[index]
+        body(other)
+        body.skips = plain[0].skips = True  # type: ignore[index,union-attr]
+        assert torch.equal(exits(batch), plain(batch))  # no note of the layer left out is at hand
+        body.skips = False
         copied = copy.deepcopy(exits)
         assert exits_of(copied).notes.taken == {}
     features = exits_of(exits).notes
