@@ -5,9 +5,10 @@
 
 A win is a model on which the DER of METHOD is more than a point above that of another removal, a
 loss the opposite. Times are of the processor; the ratio is to METHOD on the same model, the median
-over the models. "RA, clean models" is what clean models of the same network and data make of the images
-with the trigger, in brackets of how many models where not of all (`read_by_clean_models.py`). Last come the rows that miss a goal: an ASR, a drop of ACC, or a distance of RA and
-ACC above the limits.
+over the models. "RA, clean models" is what clean models of the same network and data make of the
+images with the trigger, in brackets of how many models where not of all (`read_by_clean_models.py`).
+Last come the rows that miss a goal: an ASR, a drop of ACC, or a distance of RA and ACC above the
+limits.
 """
 
 from __future__ import annotations
