@@ -6,18 +6,17 @@ import copy
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 import tacext
+from blobs import blobs, trained
 from digits import Cropped, digit_case, padded, padded_corner, patched_digits
 from tacext import Guard, InputError, PatchSettings, demo, evaluate, load_model, save_weights
-from tacext.differentiable import InputBox
 from tacext.early_exits import MOST_FEATURES, EarlyExit, EarlyExits, LayerHook, pooled
-from tacext.early_exits_fit import MOST_EXITS, _spoilers, fit_early_exits, layers_to_look_at
+from tacext.early_exits_fit import fit_early_exits
 from tacext.heads import find_head
 from tacext.latent_patch import (
     LatentPatch,
@@ -174,109 +173,6 @@ def test_the_model_given_is_left_without_hooks() -> None:
     assert hooks_of(undone) == 0
 
 
-def test_the_discriminant_is_fishers() -> None:
-    """Against one that is written out, on the same features."""
-
-    class Flat(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(6, 7)
-            self.fc = nn.Linear(7, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.fc(self.inner(x).tanh())  # type: ignore[no-any-return]
-
-    torch.manual_seed(0)
-    model = Flat()
-    labels = torch.arange(300) % 3  # of four classes one has no samples
-    inputs = torch.randn(300, 6) + 3 * functional.one_hot(labels, 6)
-    head = find_head(model, inputs[:4])
-    exits = fit_early_exits(model, head, (inputs, labels), [], batch_size=37, seed=0)
-    assert exits is not None
-    assert exits.names == ("inner",)
-    with torch.no_grad():
-        x = model.inner(inputs).double().numpy()
-        y = labels.numpy()
-    spread = x.std(0)
-    z = (x - x.mean(0)) / spread
-    means = np.stack([z[y == k].mean(0) for k in range(3)])
-    within = (z - means[y]).T @ (z - means[y]) / len(z)
-    within += 0.1 * within.diagonal().mean() * np.eye(7)
-    expected = np.linalg.solve(within, means.T).T
-    scores = z @ expected.T - 0.5 * (expected * means).sum(1)
-    exit_ = next(iter(exits.layers.values()))
-    found = exit_(torch.from_numpy(x).float()).numpy()
-    np.testing.assert_allclose(found[:, :3], scores, rtol=1e-3, atol=1e-3)
-    assert exits.known.tolist() == [True, True, True, False]
-    assert float((found[:, :3].argmax(1) == y).mean()) > 0.9
-
-
-class Unusual(nn.Module):
-    """With layers that an exit cannot look at, and some that it can."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(1, 4, 3, padding=1)
-        self.twice = nn.Conv2d(4, 4, 3, padding=1)
-        self.never = nn.Conv2d(4, 4, 1)
-        self.values = nn.Conv2d(4, 4, 1)  # a name that nn.ModuleDict keeps for itself
-        self.channels_last = nn.Linear(4, 4)
-        self.add_module("with/slash", nn.Conv2d(4, 4, 1))
-        self.across = nn.Linear(4, 4)
-        self.fused = nn.Linear(4, 4)
-        self.aux, self.planes = nn.Linear(4, 2), nn.Linear(25, 2)
-        self.behind = nn.Linear(3, 3)
-        self.last = nn.Linear(4, 6)
-        self.fc = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.values(self.twice(self.twice(self.first(x)).relu()))
-        x = self.get_submodule("with/slash")(x)
-        x = self.channels_last(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        self.aux(x[: len(x) // 2].mean((2, 3)))  # of some inputs alone
-        self.planes(x.transpose(0, 1).flatten(2))  # three channels are no three inputs
-        tokens = x.flatten(2).transpose(1, 2)
-        tokens = self.across(tokens.transpose(0, 1)).transpose(0, 1)  # positions first
-        tokens = self.fused(tokens)
-        if self.fused._forward_hooks:  # as where torch has a kernel for all of it, without hooks
-            tokens = tokens * (1 + 1e-6)
-        logits = self.fc(self.last(tokens.mean(1)))
-        self.behind(logits)
-        return logits  # type: ignore[no-any-return]
-
-
-def test_layers_are_those_that_can_be_looked_at_unnoticed() -> None:
-    torch.manual_seed(0)
-    model, images = Unusual().eval(), torch.rand(40, 1, 5, 5)
-    head = find_head(model, images[:4])
-    names = layers_to_look_at(model, head, images)
-    assert names == ("first", "values", "channels_last", "last")
-
-
-def test_so_many_layers_are_looked_at_evenly() -> None:
-    model = nn.Sequential(*[nn.Linear(5, 5) for _ in range(12)], nn.Linear(5, 3)).eval()
-    inputs = torch.rand(9, 5)
-    names = layers_to_look_at(model, find_head(model, inputs), inputs)
-    assert names == ("0", "3", "6", "8", "11")
-    assert len(names) == MOST_EXITS
-
-
-def test_a_model_of_one_layer_has_none() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    images, labels = digit_case().data.defender
-    head = find_head(model, images[:4])
-    assert fit_early_exits(model, head, (images, labels), [], batch_size=64, seed=0) is None
-
-
-def test_the_same_seed_gives_the_same_exits() -> None:
-    model, data = digit_case().backdoored, digit_case().data.defender
-    head = find_head(model, data[0][:4])
-    found = [fit_early_exits(model, head, data, [], batch_size=64, seed=s) for s in (0, 0, 1)]
-    states = [exits.state_dict() for exits in found if exits is not None]
-    assert all(torch.equal(v, states[1][n]) for n, v in states[0].items())
-    assert not all(torch.equal(v, states[2][n]) for n, v in states[0].items())
-
-
 def test_a_copy_looks_at_its_own_layers() -> None:
     model, (images, _) = patched_digits().model, triggered()
     copied = copy.deepcopy(model)
@@ -405,17 +301,6 @@ def test_they_are_saved_and_loaded(tmp_path: Path) -> None:
             load_model(file, built)
 
 
-def trained(inner: nn.Module, inputs: Tensor, labels: Tensor) -> nn.Module:
-    """Inner layers as they are, and a head of four classes that is trained."""
-    model = nn.Sequential(inner, nn.Linear(8, 4))
-    optimizer = torch.optim.Adam(model[1].parameters(), 0.1)
-    for _ in range(60):
-        optimizer.zero_grad()
-        functional.cross_entropy(model(inputs), labels).backward()
-        optimizer.step()
-    return model.eval()
-
-
 def touched_everywhere(
     model: nn.Module, samples: tuple[Tensor, Tensor], target: int
 ) -> tuple[nn.Module, nn.Module]:
@@ -431,13 +316,6 @@ def touched_everywhere(
     exits = fit_early_exits(model, head, samples, [], batch_size=64, seed=0)
     assert exits is not None
     return with_latent_patch(model, head, patch, exits)[0], with_latent_patch(model, head, patch)[0]
-
-
-def blobs(seed: int = 3) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(240) % 4
-    inputs = torch.randn(240, 8, generator=generator) + 2 * functional.one_hot(labels, 8)
-    return inputs, labels
 
 
 @torch.enable_grad()
@@ -503,104 +381,6 @@ def test_notes_are_of_this_pass_alone() -> None:
     exits(batch.clone().requires_grad_(True)).sum().backward()
     body(batch.clone().requires_grad_(True))
     assert not any(note.requires_grad for note in features.take().values())
-
-
-def test_what_follows_a_layer_does_not_change_its_note() -> None:
-    torch.manual_seed(2)
-    inputs, labels = blobs()
-    with torch.enable_grad():
-        model = trained(nn.Sequential(nn.Linear(8, 8), nn.Sigmoid()), inputs, labels)
-    in_place = copy.deepcopy(model)
-    in_place[0][1] = InPlaceSigmoid()  # type: ignore[index,operator]
-    found = []
-    for each in (model, in_place):
-        head = find_head(each, inputs[:4])
-        found.append(fit_early_exits(each, head, (inputs, labels), [], batch_size=64, seed=0))
-    states = [exits.state_dict() for exits in found if exits is not None]
-    assert all(torch.equal(v, states[1][n]) for n, v in states[0].items())
-
-
-class InPlaceSigmoid(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.sigmoid_()
-
-
-def test_layers_that_some_passes_leave_out_or_that_overflow_are_dropped() -> None:
-    class Router(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.always, self.seldom = nn.Linear(8, 8), nn.Linear(8, 8)
-            self.huge = nn.Linear(8, 8)
-            with torch.no_grad():
-                self.huge.weight.fill_(torch.finfo(torch.float32).max)
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.huge(x)
-            if len(x) != 48:  # the last batch
-                self.seldom(x)
-            return self.always(x).tanh()  # type: ignore[no-any-return]
-
-    torch.manual_seed(3)
-    inputs, labels = blobs()
-    with torch.enable_grad():
-        model = trained(Router(), inputs, labels)
-    head = find_head(model, inputs[:4])
-    assert layers_to_look_at(model, head, inputs) == ("0.huge", "0.seldom", "0.always")
-    exits = fit_early_exits(model, head, (inputs, labels), [], batch_size=64, seed=0)
-    assert exits is not None
-    assert exits.names == ("0.always",)
-
-
-@pytest.mark.parametrize(("blurred", "votes"), [(False, 1.0), (True, 4.0)])
-def test_a_head_that_is_right_more_often_has_more_votes(blurred: bool, votes: float) -> None:
-    class Inner(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(8, 8)
-            nn.init.eye_(self.layer.weight)
-            if blurred:  # an exit sees nothing here that tells classes apart
-                nn.init.zeros_(self.layer.weight)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + 0.01 * self.layer(x)  # type: ignore[no-any-return]
-
-    torch.manual_seed(5)
-    inputs, labels = blobs()
-    with torch.enable_grad():
-        model = trained(Inner(), inputs, labels)
-    head = find_head(model, inputs[:4])
-    exits = fit_early_exits(model, head, blobs(4), [], batch_size=64, seed=0)
-    assert exits is not None
-    assert float(exits.votes) == votes
-
-
-@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 9, 14)])
-def test_spoiled_images_are_images_of_the_same_kind(shape: tuple[int, int, int]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    images = 2 * torch.rand(50, *shape, generator=generator) - 1  # brighter and darker than [0, 1]
-    box = InputBox.around(images)
-    mixed, covered, clouded = (spoil(images) for spoil in _spoilers(box, generator))
-    for spoiled in (mixed, covered, clouded):
-        assert spoiled.shape == images.shape
-        assert torch.equal(box.clamp(spoiled), spoiled)
-        changed = (spoiled != images).flatten(1).any(1).double().mean()
-        assert float(changed) > 0.9
-    assert float((mixed - images).abs().max()) <= 0.3 * 2 + 1e-6
-    touched = (covered != images).any(1)  # [N, H, W]
-    side = round(0.25 * min(shape[1:]))
-    for one in touched:
-        rows, columns = one.any(1).nonzero().flatten(), one.any(0).nonzero().flatten()
-        if len(rows):
-            assert int(rows[-1] - rows[0]) < side
-            assert int(columns[-1] - columns[0]) < side
-    # Smooth noise: neighbours move alike.
-    grain = (clouded - images)[: len(images) // 4]
-    near = (grain[..., 1:] - grain[..., :-1]).abs().mean()
-    assert float(near) < float(grain.abs().mean())
-
-
-def test_inputs_that_are_no_images_are_not_spoiled() -> None:
-    assert _spoilers(InputBox.unit((8,)), torch.Generator()) == []
 
 
 def test_they_stay_in_single_precision() -> None:
