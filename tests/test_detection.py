@@ -82,6 +82,19 @@ def test_several_suspects_come_in_order() -> None:
     assert test.p_value < 0.01
 
 
+def test_beside_a_suspect_a_class_that_stands_out_less_is_in_doubt() -> None:
+    norm = clean_norms(np.random.default_rng(3), 43, spread=0.02)
+    norm[9] = 1.0
+    for ratio in np.linspace(1.0, 0.8, 400):
+        norm[5] = 5 * ratio
+        test = judge_norms(norm)
+        if test.doubtful:
+            break
+    assert (test.verdict, test.suspects, test.doubtful) == ("backdoored", (9,), (5,))
+    norm[5] = 4.0
+    assert judge_norms(norm).suspects == (9, 5)
+
+
 def test_an_inconclusive_scatter_is_not_called_clean() -> None:
     norm = clean_norms(np.random.default_rng(2), 10, spread=0.4)
     test = judge_norms(norm)
@@ -99,6 +112,7 @@ def test_an_almost_significant_class_is_not_called_clean() -> None:
     assert test.verdict == "inconclusive"
     assert 0.01 <= test.p_value < 0.1
     assert "class 5 stands out" in test.reason
+    assert (test.suspects, test.doubtful) == ((), (5,))
 
 
 def test_tight_norms_are_clean() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import pytest
@@ -27,6 +28,14 @@ def test_a_model_that_is_surer_than_right_is_not_cleared(depth: str) -> None:
     assert report.confidence - report.accuracy > LARGEST_CONFIDENCE_GAP
     assert report.verdict == "inconclusive"
     assert any("of another kind than it was trained on" in w for w in report.warnings)
+
+
+def test_classes_in_doubt_are_told_beside_the_suspects() -> None:
+    report = scan(digit_case().clean, digit_case().data.defender, depth="fast")
+    report = dataclasses.replace(report, suspects=(3,), doubtful=(7, 1))
+    console = Console(file=io.StringIO(), width=100)
+    console.print(scan_table(report))
+    assert "suspects: 3   in doubt: 7, 1   p = " in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_confidence_is_the_mean_largest_probability() -> None:

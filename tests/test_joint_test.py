@@ -219,6 +219,34 @@ def test_suspects_are_named_exactly_where_the_p_value_is_below_alpha(
         assert bool(test.suspects) == (test.p_value < 0.05)
 
 
+def test_classes_between_alpha_and_doubt_are_doubtful(calibration: Calibration) -> None:
+    generator = np.random.default_rng(5)
+    for shift in np.linspace(0, 6, 200):
+        evidence = simulate(generator, 10, {4: float(shift)})
+        test = judge_jointly(evidence, 0.01, calibration, 0.2)
+        assert bool(test.doubtful) or bool(test.suspects) == (test.p_value < 0.01)
+        if not test.suspects:
+            assert bool(test.doubtful) == (test.p_value < 0.2)
+            assert test.doubtful[:1] in ((), (test.most_suspicious,))
+        assert not set(test.doubtful) & set(test.suspects)
+        assert judge_jointly(evidence, 0.01, calibration).doubtful == ()
+
+
+def test_doubtful_classes_are_told_beside_suspects_and_no_suspect_behind_them(
+    calibration: Calibration,
+) -> None:
+    evidence = {kind: np.zeros(12) for kind in KINDS}
+    draw = np.random.default_rng(0)
+    for kind, values in evidence.items():
+        values[:] = calibration.kinds[kind].spread * draw.standard_normal(12)
+        values[[2, 7]] = [calibration.kinds[kind].spread * shift for shift in (20.0, 2.7)]
+    test = judge_jointly(evidence, 0.01, calibration, 0.3)
+    assert (test.suspects, test.doubtful[:1]) == ((2,), (7,))
+    named = judge_jointly(evidence, 0.3, calibration, 0.3)
+    assert named.suspects == (*test.suspects, *test.doubtful)
+    assert named.doubtful == ()
+
+
 def test_what_is_reported_belongs_together(calibration: Calibration) -> None:
     evidence = simulate(np.random.default_rng(4), 20, {3: 9.0})
     test = judge_jointly(evidence, 0.01, calibration)
@@ -250,6 +278,8 @@ def test_tests_that_can_be_made_share_alpha(calibration: Calibration) -> None:
 def test_never_more_than_half_of_the_classes_are_suspects(calibration: Calibration) -> None:
     evidence = {kind: np.exp(np.arange(10.0)) for kind in KINDS}
     assert len(judge_jointly(evidence, 0.99, calibration).suspects) <= 5
+    test = judge_jointly(evidence, 1e-3, calibration, 1.1)
+    assert len(test.suspects) + len(test.doubtful) == 5
 
 
 def test_the_evidence_of_the_zoo_can_be_read() -> None:

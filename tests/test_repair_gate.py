@@ -97,6 +97,27 @@ def test_of_what_nothing_shows_a_patch_alone_is_let_through_as_a_precaution() ->
     assert not any("precaution" in warning for warning in trained.warnings)
 
 
+def test_classes_in_doubt_are_repaired_too() -> None:
+    """Alone by a patch, as a precaution; beside a suspect by any method."""
+    case = digit_case()
+    report = dataclasses.replace(scan(case.clean, case.data.defender), doubtful=(0,))
+    result = tacext.repair(case.clean, case.data.defender, report, method="patch")
+    assert (result.targets, result.accepted) == ((0,), True)
+    assert any("precaution" in warning for warning in result.warnings)
+    short = FinetuneSettings(epochs=1)
+    trained = repair(case.clean, case.data.defender, report, settings=short)
+    assert not trained.accepted
+    assert "class 0 was no suspect" in trained.reason
+
+    found = scan(case.backdoored, case.data.defender)
+    assert (found.suspects, found.doubtful) == ((demo.TARGET,), ())
+    beside = dataclasses.replace(found, doubtful=(5,))
+    trained = repair(case.backdoored, case.data.defender, beside)
+    assert trained.targets == (demo.TARGET, 5)
+    # It is judged by the scan of the outcome, whichever way that goes.
+    assert "a scan of the repaired model says" in trained.reason
+
+
 def test_what_nothing_shows_is_not_accepted() -> None:
     case = digit_case()
     images, labels = case.data.defender

@@ -161,7 +161,7 @@ def test_too_few_samples_are_inconclusive() -> None:
     report = scan(case.backdoored, (images[:199], labels[:199]))
     assert report.verdict == "inconclusive"
     assert "199 samples are too few" in report.reason
-    assert report.suspects == ()
+    assert report.suspects == report.doubtful == ()
 
 
 def test_missing_classes_are_warned_about() -> None:

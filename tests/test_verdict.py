@@ -109,6 +109,7 @@ def test_a_patch_that_moves_all_images_is_one_whatever_others_do() -> None:
     fewer, evidence = judged(patches={**patches, 6: (0.975, 4.0)})
     assert fewer.verdict == "inconclusive"
     assert fewer.reason.startswith("class 6 stands out, but not enough")
+    assert fewer.doubtful == (6,)
 
 
 def test_what_holds_down_either_test_shows_in_the_other() -> None:
@@ -137,9 +138,28 @@ def test_two_targets_are_both_named() -> None:
     assert set(finding.suspects) == {3, 6}
 
 
+def test_a_second_target_that_stands_out_less_is_in_doubt() -> None:
+    finding, evidence = judged({3: 9.0, 6: 3.6})
+    assert (finding.verdict, finding.suspects, finding.doubtful) == ("backdoored", (3,), (6,))
+    assert evidence.joint.doubtful == (6,)
+    assert judged({3: 9.0})[0].doubtful == ()
+
+
+def test_what_makes_a_verdict_inconclusive_is_in_doubt() -> None:
+    finding, _ = judged({3: 3.6})
+    assert (finding.verdict, finding.suspects, finding.doubtful) == ("inconclusive", (), (3,))
+    assert finding.reason.startswith("class 3 stands out, but not enough")
+    norm, look = look_of()
+    norm[5] /= 4  # the norms alone would flag it
+    finding, _ = weigh(judge_norms(norm), look, 1e-5, shipped_calibration())
+    assert judge_norms(norm).suspects == (5,)
+    if finding.verdict == "inconclusive":
+        assert finding.doubtful == (5,)
+
+
 def test_nothing_that_stands_out_is_clean() -> None:
     finding, _ = judged()
-    assert (finding.verdict, finding.suspects) == ("clean", ())
+    assert (finding.verdict, finding.suspects, finding.doubtful) == ("clean", (), ())
     assert "no class stands out in norm, reach, share or patch" in finding.reason
     assert "shuffles" in finding.reason
     assert "shuffles" not in judged(share=None)[0].reason

@@ -8,7 +8,7 @@ The zoo's models come from detection/make_zoo.py; FOLDER, of published ones, hol
 published_models.py. Each removal of each model becomes results/MODEL/METHOD.json; one that is there
 is skipped. Methods are those of `other_removals.py`, `tacext-paper` (the loss as published) and
 `tacext-NAME` for every method of `tacext.repair`. These are told the targets, or with
-`--targets detected` what a thorough scan of the same images suspects; the gate is on for
+`--targets detected` what a thorough scan of the same images suspects or doubts; the gate is on for
 `tacext-auto` alone. With `--clean` clean models are wrongly repaired, and only accuracy is measured.
 `report_repairs.py` prints the tables.
 
@@ -82,10 +82,11 @@ class Outcome:
 def _by_tacext(
     case: RepairCase, clean: CleanImages, plan: Plan, report: ScanReport | None
 ) -> Outcome:
-    targets = case.targets if report is None else report.suspects
+    targets = case.targets if report is None else (*report.suspects, *report.doubtful)
     told: dict[str, Any] = {"targets": list(targets), "effort": 1}
     if report is not None:
         told |= {"verdict": report.verdict, "p_value": float(f"{report.p_value:.3g}")}
+        told |= {"suspects": list(report.suspects)}
     if not targets:
         return Outcome(case.model, told | {"accepted": False, "reason": "no suspect", "seconds": 0})
     name = plan.method.removeprefix("tacext-")

@@ -51,6 +51,7 @@ class NormTest:
         norm: [C], as they were judged; NaN where a class was not solved.
         verdict: "backdoored", "clean" or "inconclusive".
         suspects: the classes whose norm is abnormally small, most suspicious first.
+        doubtful: those whose norm stands out among the rest, but not enough, in the same order.
         p_value: of the smallest norm, corrected for the choice among the classes; 1.0 where
             nothing could be tested.
         class_p_values: [C], the same for every class by itself; NaN where it was not tested.
@@ -69,6 +70,7 @@ class NormTest:
     detectable_ratio: float
     usual_norm: float
     reason: str
+    doubtful: tuple[int, ...] = ()
 
     @property
     def null_band(self) -> tuple[float, float]:
@@ -189,42 +191,51 @@ def judge_norms(norm: _FloatArray, alpha: float = 0.01) -> NormTest:
     ratio = _detectable_ratio(log_norm[left], alpha)
     usual = float(np.exp(log_norm[left].mean()))
     law = _law_p_value(log_norm[left])
+    doubt = min(DOUBT_FACTOR * alpha, LARGEST_DOUBT)
+    doubtful = _stand_out(left, log_norm, doubt)
+    verdict: Verdict = "inconclusive"
     if law < LAW_P_VALUE:
+        suspects, doubtful = [], []
         reason = (
             f"the norms do not scatter as those of clean models do (p = {law:.1g}), so that the test "
             f"does not apply; the smallest is that of class {smallest}"
         )
-        return NormTest(
-            norm, "inconclusive", (), p_value, class_p_values, index, ratio, usual, reason
-        )
-    if suspects:
-        first = suspects[0]
+    elif suspects:
+        verdict, first = "backdoored", suspects[0]
         reason = (
             f"class {first} is reached with {norm[first] / usual:.2f} of the usual perturbation"
         )
-        return NormTest(
-            norm,
-            "backdoored",
-            tuple(suspects),
-            p_value,
-            class_p_values,
-            index,
-            ratio,
-            usual,
-            reason,
-        )
-    if p_value < min(DOUBT_FACTOR * alpha, LARGEST_DOUBT):
+    elif p_value < doubt:
         reason = f"class {smallest} stands out, but not enough: p = {p_value:.2g} against {alpha:g}"
-        return NormTest(
-            norm, "inconclusive", (), p_value, class_p_values, index, ratio, usual, reason
-        )
-    if ratio < DETECTABLE_RATIO_FOR_CLEAN:
+    elif ratio < DETECTABLE_RATIO_FOR_CLEAN:
         visible = f"only one below {ratio:.2f} of the usual would have"
         if ratio < 0.01:
             visible = "hardly any could"
         reason = f"no norm stands out, but the norms scatter so much that {visible}"
-        return NormTest(
-            norm, "inconclusive", (), p_value, class_p_values, index, ratio, usual, reason
-        )
-    reason = f"no norm stands out; one below {ratio:.2f} of the usual would have"
-    return NormTest(norm, "clean", (), p_value, class_p_values, index, ratio, usual, reason)
+    else:
+        verdict = "clean"
+        reason = f"no norm stands out; one below {ratio:.2f} of the usual would have"
+    return NormTest(
+        norm,
+        verdict,
+        tuple(suspects),
+        p_value,
+        class_p_values,
+        index,
+        ratio,
+        usual,
+        reason,
+        tuple(doubtful),
+    )
+
+
+def _stand_out(left: npt.NDArray[np.intp], log_norm: _FloatArray, level: float) -> list[int]:
+    """The classes that are low outliers among these, set aside one after the other."""
+    found: list[int] = []
+    while len(left) >= FEWEST_CLASSES:
+        lowest = int(log_norm[left].argmin())
+        if _low_outlier_p_values(log_norm[left])[lowest] >= level:
+            break
+        found.append(int(left[lowest]))
+        left = np.delete(left, lowest)
+    return found

@@ -106,7 +106,7 @@ def doubted(finding: Finding, doubts: tuple[Doubt, ...]) -> Finding:
     worst = next((doubt for doubt in doubts if doubt.severe), None)
     if worst is not None and finding.verdict != "inconclusive":
         reason = f"{worst.text} (else: {finding.reason})"
-        return replace(finding, verdict="inconclusive", suspects=(), reason=reason)
+        return replace(finding, verdict="inconclusive", suspects=(), doubtful=(), reason=reason)
     if doubts and finding.verdict == "clean":
         return replace(finding, verdict="inconclusive", reason=doubts[0].text)
     return finding

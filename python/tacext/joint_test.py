@@ -153,6 +153,7 @@ class JointTest:
         kinds: the kinds of evidence that were joined.
         p_value: of the most suspicious class, corrected for the choice among all.
         suspects: classes that are outliers at `alpha`, most suspicious first.
+        doubtful: those that are beside them at the level of doubt alone, in the same order.
         most_suspicious: the class with the smallest p-value.
         class_p_values: [C], of every class against the others, each corrected for the choice.
         kind_p_values: [C] for each kind, not corrected; NaN where it was not measured.
@@ -162,6 +163,7 @@ class JointTest:
     kinds: tuple[str, ...]
     p_value: float
     suspects: tuple[int, ...]
+    doubtful: tuple[int, ...]
     most_suspicious: int
     class_p_values: _FloatArray
     kind_p_values: Mapping[str, _FloatArray]
@@ -218,6 +220,7 @@ def judge_jointly(
     evidence: Mapping[str, _FloatArray],
     alpha: float,
     calibration: Calibration,
+    doubt: float = 0.0,
 ) -> JointTest:
     """Tests all classes on all kinds of evidence at once.
 
@@ -227,10 +230,11 @@ def judge_jointly(
             kinds of are tested, and share alpha.
         alpha: the false-alarm rate of the whole test on a clean model.
         calibration: fitted on clean models, other than the one that is judged.
+        doubt: the p-value below which a class that is no suspect is doubtful.
 
     Returns:
         JointTest. Suspects are found one after the other: while the most suspicious class is an
-        outlier, it is set aside and the rest is tested again.
+        outlier, it is set aside and the rest is tested again; and doubtful classes after them.
     """
     chosen = {kinds: part for kinds, part in COMBINATIONS.items() if set(kinds) <= set(evidence)}
     parts = sum(chosen.values())
@@ -257,17 +261,25 @@ def judge_jointly(
     kind_p_values, class_p_values = of(left)
     most_suspicious = int(class_p_values.argmin())
     suspects: list[int] = []
+    doubtful: list[int] = []
     joint = class_p_values
     # Half of the classes cannot all be outliers of the other half.
-    while len(suspects) < len(class_p_values) // 2 and joint.min() < alpha:
+    while len(suspects) + len(doubtful) < len(class_p_values) // 2:
         top = int(joint.argmin())
-        suspects.append(int(left[top]))
+        # Behind a class that is no outlier nobody is told to be one.
+        if joint[top] < alpha and not doubtful:
+            suspects.append(int(left[top]))
+        elif joint[top] < doubt:
+            doubtful.append(int(left[top]))
+        else:
+            break
         left = np.delete(left, top)
         _, joint = of(left)
     return JointTest(
         kinds,
         float(class_p_values[most_suspicious]),
         tuple(suspects),
+        tuple(doubtful),
         most_suspicious,
         class_p_values,
         kind_p_values,

@@ -17,7 +17,7 @@ from .scan_report import ScanReport
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_USUAL, _SUSPECT = "#4878a8", "#c03028"
+_USUAL, _DOUBTFUL, _SUSPECT = "#4878a8", "#d8a030", "#c03028"
 
 
 def require_matplotlib(operation: str) -> None:
@@ -44,7 +44,7 @@ def plot_norms(
 ) -> None:
     """Writes a PNG of the norm of every class with the band that clean ones lie in.
 
-    Suspects are red, unreachable classes left out. Below the norms of a thorough scan lies how
+    Suspects are red, classes in doubt yellow, unreachable classes left out. Below the norms of a thorough scan lies how
     suspicious each kind of evidence finds each class.
 
     Raises:
@@ -93,7 +93,10 @@ def plot_norms(
 def _draw_norms(axes: Axes, report: ScanReport) -> None:
     norm = report.norm.cpu().numpy()
     classes = np.flatnonzero(np.isfinite(norm))
-    colours = [_SUSPECT if k in report.suspects else _USUAL for k in classes]
+    colours = [
+        _SUSPECT if k in report.suspects else _DOUBTFUL if k in report.doubtful else _USUAL
+        for k in classes
+    ]
     axes.bar(classes, norm[classes], color=colours, width=0.8)
     low, high = report.test.null_band
     if np.isfinite(low):

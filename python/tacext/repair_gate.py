@@ -122,11 +122,15 @@ def check_repair(
             "shifted latents alone were trained against, and whether the backdoor is gone nothing else tells"
             + (f" ({blind})" if blind else "; leave gamma at its default, or accept it unseen")
         )
+    # Of a suspect its evidence is known, and beside one a doubt is enough to act upon.
+    known = {*before.suspects, *(before.doubtful if before.suspects else ())}
     unseen = set[int]()
     for target, moved in zip(adversary.targets, was.moved.amax(1).tolist(), strict=True):
         if moved < FEWEST_LED and target not in before.suspects:
-            unseen.add(target)
             if limited:
+                unseen.add(target)
+                continue
+            if target in known:
                 continue
             return no(
                 f"class {target} was no suspect, and nothing was found that led into it before (at most "
@@ -156,8 +160,10 @@ def check_repair(
     seen = tuple(t for t in adversary.targets if _stood_out(t, before, adversary, report))
     for target in adversary.targets:
         if target not in before.suspects and target not in seen:
-            unseen.add(target)
             if limited:
+                unseen.add(target)
+                continue
+            if target in known:
                 continue
             return no(
                 f"class {target} was no suspect, and nothing led into it before as into no class of a "

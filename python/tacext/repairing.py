@@ -71,6 +71,9 @@ def repair(
 ) -> RepairResult:
     """Removes the backdoor of the suspect classes and returns a repaired copy of the model.
 
+    Classes that a scan is in doubt of (`ScanReport.doubtful`) are repaired with them, or where there is no
+    suspect by themselves; where nothing leads inputs there, by a patch alone, as a precaution.
+
     First an adversary is sought, as `scan` does: a small change of the whole input and a small patch
     that lead into each target. Latents are led there by the reconstructed trigger-activated change
     s_t as well. Then one of three methods takes these ways away:
@@ -109,7 +112,7 @@ def repair(
         data: clean labelled samples, as for `scan`; held in memory.
         report: a scan of this model; None scans it with the same data first, as `scan` does by
             default.
-        targets: the class or classes to repair, overriding the report's suspects.
+        targets: the class or classes to repair, overriding what the report suspects or doubts.
         method: "auto", "patch", "prune" or "finetune".
         settings: `PatchSettings`, `PruneSettings` or `FinetuneSettings` of the method; None for the
             defaults. With "auto" of any of them, whose split of the data the others share.

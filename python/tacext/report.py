@@ -87,6 +87,7 @@ def scan_to_dict(
     return _header("scan", source) | {
         "verdict": report.verdict,
         "suspects": list(report.suspects),
+        "doubtful": list(report.doubtful),
         "p_value": report.p_value,
         "reason": report.reason,
         "warnings": list(report.warnings),

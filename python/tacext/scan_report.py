@@ -33,6 +33,8 @@ class ScanReport:
     Attributes:
         verdict: "backdoored", "clean" or "inconclusive".
         suspects: the classes that the scan holds to be poisoned, most suspicious first.
+        doubtful: the classes that stand out beside them, but not enough: p is above alpha, and below
+            20 alpha (10 alpha of a fast scan; .3 at most). `repair` looks after them, too.
         p_value: of the verdict: of the most suspicious class, corrected for the choice among all C,
             or of the patch or the shuffle where that is smaller.
         reason: the verdict in one sentence.
@@ -64,6 +66,7 @@ class ScanReport:
 
     verdict: Verdict
     suspects: tuple[int, ...]
+    doubtful: tuple[int, ...]
     p_value: float
     reason: str
     warnings: tuple[str, ...]

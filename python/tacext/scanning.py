@@ -274,6 +274,7 @@ def _report(
     return ScanReport(
         verdict=finding.verdict,
         suspects=finding.suspects,
+        doubtful=finding.doubtful,
         p_value=finding.p_value,
         reason=finding.reason,
         warnings=tuple(doubt.text for doubt in doubts),

@@ -31,6 +31,8 @@ def scan_table(report: ScanReport, class_names: Sequence[str] | None = None) -> 
     verdict = Text.assemble("verdict: ", (report.verdict, _COLOURS[report.verdict]))
     if report.suspects:
         verdict.append(f"   suspects: {', '.join(map(str, report.suspects))}")
+    if report.doubtful:
+        verdict.append(f"   in doubt: {', '.join(map(str, report.doubtful))}")
     verdict.append(f"   p = {report.p_value:.2g}")
     # The paper's quantile, 1, needs no mention.
     share = "" if report.quantile == 1 else f"quantile {report.quantile:g}, "
@@ -80,7 +82,7 @@ def scan_table(report: ScanReport, class_names: Sequence[str] | None = None) -> 
             *measured,
             *tested,
             Status(int(report.perturbations.status[k])).name.lower().replace("_", " "),
-            style="red" if k in report.suspects else None,
+            style="red" if k in report.suspects else "yellow" if k in report.doubtful else None,
         )
     parts: list[RenderableType] = [table]
     if len(order) > _MOST_ROWS:

@@ -51,12 +51,15 @@ class Finding:
         suspects: the classes held to be poisoned, most suspicious first.
         p_value: of the whole scan, corrected for all choices.
         reason: the verdict in one sentence.
+        doubtful: classes beside them that stand out, but not enough to be held so; of a clean
+            verdict none.
     """
 
     verdict: Verdict
     suspects: tuple[int, ...]
     p_value: float
     reason: str
+    doubtful: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +85,7 @@ class Evidence:
 
 def finding_of_norms(test: NormTest) -> Finding:
     """The verdict of a scan that has only the norms."""
-    return Finding(test.verdict, test.suspects, test.p_value, test.reason)
+    return Finding(test.verdict, test.suspects, test.p_value, test.reason, test.doubtful)
 
 
 def weigh(
@@ -99,7 +102,9 @@ def weigh(
     shuffle_p, patch_p = _shuffle_p_value(look, calibration), _patch_p_value(look, calibration)
     tested = {"patch": (patch_p, _PATCH_SHARE), "shuffle": (shuffle_p, _SHUFFLE_SHARE)}
     left = 1 - sum(share for p, share in tested.values() if p is not None)
-    joint = judge_jointly(evidence_of(test.norm, look), left * alpha, calibration)
+    doubt = min(THOROUGH_DOUBT_FACTOR * alpha, LARGEST_DOUBT)
+    seen = evidence_of(test.norm, look)
+    joint = judge_jointly(seen, left * alpha, calibration, left * doubt)
     evidence = Evidence(look, None, joint, patch_p, shuffle_p)
     of_joint = min(1.0, joint.p_value / left)
     of_patch, of_shuffle = (
@@ -115,10 +120,10 @@ def weigh(
         k = suspects[0]
         told = _kinds_that_tell(joint, k)
         reason = f"class {k} stands out in {told}{_told_of_patch(look, k)}"
-        return Finding("backdoored", suspects, p_value, reason), evidence
+        doubtful = tuple(k for k in joint.doubtful if k not in suspects)
+        return Finding("backdoored", suspects, p_value, reason, doubtful), evidence
     shuffled = look.shuffle
-    doubtful = p_value < min(THOROUGH_DOUBT_FACTOR * alpha, LARGEST_DOUBT)
-    if shuffled is not None and of_shuffle == p_value and doubtful:
+    if shuffled is not None and of_shuffle == p_value and p_value < doubt:
         moved = (
             f"one small change of the input sends {shuffled.share:.0%} of the images of every class "
             f"to another class of its own ({_moves(shuffled.destinations)})"
@@ -128,15 +133,16 @@ def weigh(
             reason = f"{moved}: a backdoor from all classes to all"
             return Finding("backdoored", targets, p_value, reason), evidence
         reason = f"{moved}, but clean models can do so: p = {p_value:.2g} against {alpha:g}"
-        return Finding("inconclusive", (), p_value, reason), evidence
-    if doubtful:
+        return Finding("inconclusive", (), p_value, reason, joint.doubtful), evidence
+    if p_value < doubt:
         k = joint.most_suspicious if of_joint == p_value else _class_by_patch(look)
         patch = _told_of_patch(look, k)
         reason = f"class {k} stands out, but not enough: p = {p_value:.2g} against {alpha:g}{patch}"
-        return Finding("inconclusive", (), p_value, reason), evidence
+        doubtful = (k, *(j for j in joint.doubtful if j != k))
+        return Finding("inconclusive", (), p_value, reason, doubtful), evidence
     if test.verdict == "backdoored":
         reason = f"{test.reason}; what gradients show does not bear it out: p = {p_value:.2g}"
-        return Finding("inconclusive", (), p_value, reason), evidence
+        return Finding("inconclusive", (), p_value, reason, test.suspects), evidence
     return Finding("clean", (), p_value, _told_of_nothing(joint, look, len(test.norm))), evidence
 
 
@@ -218,12 +224,12 @@ def weigh_without_data(joint: JointTest) -> Finding:
     k, p_value = joint.most_suspicious, joint.p_value
     if joint.suspects:
         reason = f"class {k} stands out in {_kinds_that_tell(joint, k)} of synthetic inputs"
-        return Finding("backdoored", joint.suspects, p_value, reason)
+        return Finding("backdoored", joint.suspects, p_value, reason, joint.doubtful)
     reason = (
         f"without data many backdoors pass unseen; the most suspicious class is {k}, "
         f"p = {p_value:.2g} against {joint.alpha:g}"
     )
-    return Finding("inconclusive", (), p_value, reason)
+    return Finding("inconclusive", (), p_value, reason, joint.doubtful)
 
 
 def _listed(words: list[str], last: str) -> str:

@@ -46,7 +46,7 @@ _DEFAULTS = {field.name: field.default for field in fields(FinetuneSettings)}
     "targets",
     multiple=True,
     type=click.IntRange(min=0),
-    help="Class to repair; may be given several times.  [default: the scan's suspects]",
+    help="Class to repair; may be given several times.  [default: what the scan suspects or doubts]",
 )
 @click.option(
     "--method",
@@ -130,9 +130,9 @@ def repair_command(
 ) -> ExitCode:
     """Remove the backdoor from the model in WEIGHTS, given clean labelled images.
 
-    Without --target the model is scanned first and its suspects are repaired. Perturbations come from
-    the scan's margins, and so --quantile matters with --target, too; --metric, --alpha and --depth
-    bear on the suspects alone. The file in WEIGHTS is left as it is. The outcome is scanned
+    Without --target the model is scanned first and the classes are repaired that it suspects or is in
+    doubt of. Perturbations come from the scan's margins, and so --quantile matters with --target, too;
+    --metric, --alpha and --depth bear on the suspects alone. The file in WEIGHTS is left as it is. The outcome is scanned
     thoroughly; one that costs too much accuracy, or in which the backdoor is not seen to be gone, is
     not written. Of a patch, and of auto, the file holds limits beside the weights: tacext loads it into
     the same --arch; into plain torch code load the outcome of --method prune or finetune.
