@@ -20,11 +20,12 @@ from tacext.joint_test import (
     Calibration,
     JointNull,
     KindNull,
-    ShareNull,
+    NormalNull,
     calibration_from_json,
     joint_p_values,
     joint_scores,
     judge_jointly,
+    logit_of_share,
     moderated_p_values,
     shipped_calibration,
 )
@@ -56,7 +57,10 @@ def simulate(
 
 
 def case_of(evidence: Evidence, shuffle: float) -> calibrate.Case:
-    return calibrate.Case("clean", "clean", "resnet", "cifar10", (), evidence, shuffle, shuffle, {})
+    lead = 2 * logit_of_share(shuffle) + 1
+    return calibrate.Case(
+        "clean", "clean", "resnet", "cifar10", (), evidence, shuffle, shuffle, lead, {}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +157,8 @@ def test_the_fit_finds_the_constants_that_made_the_models(calibration: Calibrati
     assert calibration.models == 400
     assert calibration.shuffle.mean == pytest.approx(-1.5, abs=0.06)
     assert calibration.shuffle.spread == pytest.approx(0.4, rel=0.1)
+    assert calibration.source.mean == pytest.approx(-2.0, abs=0.12)
+    assert calibration.source.spread == pytest.approx(0.8, rel=0.1)
     again = calibration_from_json(calibrate.to_json(calibration))
     for name, null in calibration.joint.items():
         assert again.joint[name].shape == pytest.approx(null.shape, rel=1e-3)
@@ -169,15 +175,15 @@ def test_the_largest_of_gamma_draws_gives_their_law_back() -> None:
     assert null.shape == pytest.approx(2.5, rel=0.15)
 
 
-def test_shares_of_clean_models_are_as_rare_as_they_are() -> None:
-    null = ShareNull(mean=-1.5, spread=0.4, models=45)
+def test_numbers_of_clean_models_are_as_rare_as_they_are() -> None:
+    null = NormalNull(mean=-1.5, spread=0.4, models=45)
     generator = np.random.default_rng(7)
-    shares = 1 / (1 + np.exp(1.5 - 0.4 * generator.standard_normal(4000)))
-    p_values = np.array([null.p_value(share) for share in shares])
+    numbers = -1.5 + 0.4 * generator.standard_normal(4000)
+    p_values = np.array([null.p_value(number) for number in numbers])
     assert (p_values < 0.05).mean() == pytest.approx(0.05, abs=0.012)
-    assert null.p_value(0.98) < 1e-9
-    assert 0 < null.p_value(1.0) < 1e-6
-    assert null.p_value(0.0) > 0.999
+    assert null.p_value(logit_of_share(0.98)) < 1e-9
+    assert 0 < null.p_value(logit_of_share(1.0)) < 1e-6
+    assert null.p_value(logit_of_share(0.0)) > 0.999
 
 
 @pytest.mark.parametrize("kinds", COMBINATIONS)

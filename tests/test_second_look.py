@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from digits import digit_case
-from tacext import InputError, second_look
+from tacext import InputError, sample_keeper, second_look
 from tacext.heads import find_head
 from tacext.reach import BUDGETS
+from tacext.sample_keeper import MOST_SAMPLES, SampleKeeper
 from tacext.second_look import (
     MOST_CLASSES,
-    MOST_SAMPLES,
-    SampleKeeper,
     SecondLook,
     classes_to_look_at,
     evidence_of,
@@ -57,7 +56,7 @@ def test_few_samples_are_all_kept_and_large_ones_within_the_memory(
 ) -> None:
     few, _ = keep(torch.arange(5.0)[:, None], torch.arange(5), 2)
     assert sorted(few.flatten().tolist()) == [0, 1, 2, 3, 4]
-    monkeypatch.setattr(second_look, "MOST_BYTES", 4000)
+    monkeypatch.setattr(sample_keeper, "MOST_BYTES", 4000)
     some, _ = keep(torch.zeros(500, 100), torch.zeros(500, dtype=torch.int64), 50)
     assert len(some) == 10
     assert len(SampleKeeper().samples()[1]) == 0

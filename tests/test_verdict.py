@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from tacext.detection import judge_norms
-from tacext.joint_test import ShareNull, shipped_calibration
+from tacext.joint_test import NormalNull, shipped_calibration
 from tacext.patch_reach import PatchReach
 from tacext.reach import Reach
 from tacext.second_look import SecondLook
 from tacext.shuffle import Shuffle
+from tacext.source_patch import SourcePatch
 from tacext.verdict import Evidence, Finding, weigh
 
 CLASSES = 10
@@ -24,6 +25,7 @@ def look_of(
     share: float | None = 0.2,
     seed: int = 0,
     patches: dict[int, tuple[float, float]] | None = None,
+    led: SourcePatch | None = None,
 ) -> tuple[np.ndarray, SecondLook]:  # type: ignore[type-arg]
     """Norms and a second look of a model whose classes in `suspicious` are so many spreads off.
 
@@ -55,6 +57,7 @@ def look_of(
         Reach(classes, (1.0,), gain, share_moved, 1.0, nothing, 0.0),
         PatchReach(classes, 4, moved, lifted, 200, corner, nothing, 0.0),
         shuffled,
+        led,
         0.0,
     )
     return np.exp(1 - draw("norm")), look
@@ -65,8 +68,9 @@ def judged(
     share: float | None = 0.2,
     alpha: float = 0.01,
     patches: dict[int, tuple[float, float]] | None = None,
+    led: SourcePatch | None = None,
 ) -> tuple[Finding, Evidence]:
-    norm, look = look_of(suspicious, share, patches=patches)
+    norm, look = look_of(suspicious, share, patches=patches, led=led)
     return weigh(judge_norms(norm, alpha), look, alpha, shipped_calibration())
 
 
@@ -157,6 +161,45 @@ def test_what_makes_a_verdict_inconclusive_is_in_doubt() -> None:
         assert finding.doubtful == (5,)
 
 
+def led_by(share: float, kept: float, images: int = 20) -> SourcePatch:
+    """A patch that sends so many images of class 5 to class 7 and leaves so many others."""
+    return SourcePatch(5, 7, share, images, kept, 200, 4, (28, 28), torch.zeros(0), 0.0)
+
+
+def test_a_patch_that_leads_one_class_astray_names_its_target() -> None:
+    finding, evidence = judged(led=led_by(1.0, 0.99))
+    assert (finding.verdict, finding.suspects) == ("backdoored", (7,))
+    assert evidence.source_p_value is not None
+    assert finding.p_value == pytest.approx(evidence.source_p_value / 0.03)
+    assert finding.reason == (
+        "a patch of 4x4 pixels at row 28, column 28 sends 100% of the other images of class 5 to class "
+        "7, and leaves 99% of those of other classes where they are: a backdoor of single classes"
+    )
+    both, _ = judged({3: 9.0}, led=led_by(1.0, 0.99))
+    assert set(both.suspects) == {3, 7}
+    with_it, without = judged({3: 4.0}, led=led_by(0.5, 0.5)), judged({3: 4.0})
+    assert with_it[0].p_value == pytest.approx(without[0].p_value * 0.89 / 0.86, abs=0)
+
+
+def test_one_that_leads_not_far_enough_ahead_is_in_doubt() -> None:
+    found = [judged(led=led_by(1.0, float(kept)))[0] for kept in np.linspace(0.5, 1, 101)]
+    order = ["clean", "inconclusive", "backdoored"]
+    verdicts = [order.index(finding.verdict) for finding in found]
+    assert verdicts == sorted(verdicts)
+    assert set(verdicts) == {0, 1, 2}
+    doubtful = [finding for finding in found if finding.verdict == "inconclusive"]
+    assert all("but not surely enough" in finding.reason for finding in doubtful)
+    assert {finding.doubtful for finding in doubtful} == {(7,)}
+
+
+def test_one_that_leaves_most_of_its_class_or_is_known_from_few_images_is_nothing() -> None:
+    for led in (led_by(0.45, 1.0), led_by(1.0, 1.0, images=3)):
+        finding, evidence = judged(led=led)
+        assert evidence.source_p_value == 1
+        assert finding.verdict == "clean"
+        assert "no patch leads one class astray" in finding.reason
+
+
 def test_nothing_that_stands_out_is_clean() -> None:
     finding, _ = judged()
     assert (finding.verdict, finding.suspects, finding.doubtful) == ("clean", (), ())
@@ -212,7 +255,7 @@ def test_a_class_that_stands_out_comes_before_a_shuffle() -> None:
 
 
 def test_a_small_shuffle_is_no_backdoor_however_rare() -> None:
-    rare = replace(shipped_calibration(), shuffle=ShareNull(mean=-3.0, spread=0.1, models=45))
+    rare = replace(shipped_calibration(), shuffle=NormalNull(mean=-3.0, spread=0.1, models=45))
     for share, verdict in ((0.39, "clean"), (0.41, "backdoored")):
         norm, look = look_of(share=share)
         assert weigh(judge_norms(norm), look, 0.01, rare)[0].verdict == verdict

@@ -24,7 +24,7 @@ from tacext.joint_test import (
     Calibration,
     JointNull,
     KindNull,
-    ShareNull,
+    NormalNull,
     calibration_from_json,
     joint_scores,
     logit_of_share,
@@ -36,10 +36,11 @@ from tacext.second_look import (
     reach_evidence,
     share_evidence,
 )
+from tacext.source_patch import SourcePatch
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence"
 TABLE = Path(__file__).resolve().parents[2] / "python" / "tacext" / "calibration.json"
-VERSION = 5
+VERSION = 6
 
 # The norms that the constants are fitted on: those of a scan by default.
 NORM = "standardized 1 2500"
@@ -65,6 +66,7 @@ class Case:
     evidence: dict[str, _FloatArray]
     shuffle: float | None
     patch: float | None
+    source: float | None
     raw: dict[str, Any]
 
 
@@ -85,8 +87,12 @@ def read_case(file: Path, norm: str = NORM) -> Case:
         evidence["prototype"] = norm_evidence(np.array(raw["prototype_norm"]))
     shuffled = raw["shuffle"]["share"] if raw["shuffle"] else None
     patched = max(raw["patch"]["rate"]) if "patch" in raw else None
+    led = raw.get("source")
+    source = led and SourcePatch(**(led | {"pattern": None})).log_odds_ratio
     targets = tuple(raw["targets"])
-    return Case(file.stem, attack, network, dataset, targets, evidence, shuffled, patched, raw)
+    return Case(
+        file.stem, attack, network, dataset, targets, evidence, shuffled, patched, source, raw
+    )
 
 
 def read_cases() -> list[Case]:
@@ -124,11 +130,11 @@ def fit_joint(largest: _FloatArray, classes: _FloatArray) -> JointNull:
     return JointNull(float(shape), float(scale), len(largest))
 
 
-def fit_share(shares: Sequence[float]) -> ShareNull:
-    """Mean and spread of the logits."""
-    logits = np.array([logit_of_share(share) for share in shares])
-    spread = max(float(logits.std(ddof=1)), _SMALLEST_SPREAD)
-    return ShareNull(float(logits.mean()), spread, len(logits))
+def fit_normal(numbers: Sequence[float]) -> NormalNull:
+    """Their mean and spread."""
+    values = np.array(numbers)
+    spread = max(float(values.std(ddof=1)), _SMALLEST_SPREAD)
+    return NormalNull(float(values.mean()), spread, len(values))
 
 
 def fit(cases: Sequence[Case]) -> Calibration:
@@ -150,15 +156,17 @@ def fit(cases: Sequence[Case]) -> Calibration:
         ]
         classes = np.array([float(len(e["norm"])) for e in complete])
         joint[chosen] = fit_joint(np.array(largest), classes)
-    shuffled = [case.shuffle for case in cases if case.shuffle is not None]
-    patched = [case.patch for case in cases if case.patch is not None]
-    return Calibration(VERSION, len(cases), kinds, joint, fit_share(shuffled), fit_share(patched))
+    shuffled = [logit_of_share(case.shuffle) for case in cases if case.shuffle is not None]
+    patched = [logit_of_share(case.patch) for case in cases if case.patch is not None]
+    led = [case.source for case in cases if case.source is not None]
+    others = (fit_normal(numbers) for numbers in (shuffled, patched, led))
+    return Calibration(VERSION, len(cases), kinds, joint, *others)
 
 
 def to_json(calibration: Calibration) -> str:
     """As `calibration_from_json` reads it."""
 
-    def rounded(null: KindNull | JointNull | ShareNull) -> dict[str, float]:
+    def rounded(null: KindNull | JointNull | NormalNull) -> dict[str, float]:
         return {name: float(f"{value:.4g}") for name, value in vars(null).items()}
 
     table = {
@@ -169,6 +177,7 @@ def to_json(calibration: Calibration) -> str:
         "joint": {"+".join(name): rounded(null) for name, null in calibration.joint.items()},
         "shuffle": rounded(calibration.shuffle),
         "patch": rounded(calibration.patch),
+        "source": rounded(calibration.source),
     }
     text = json.dumps(table, indent=1)
     assert calibration_from_json(text).models == calibration.models

@@ -30,7 +30,9 @@ from tacext.data_free import observe_prototypes
 from tacext.differentiable import InputBox
 from tacext.heads import find_head
 from tacext.observation import Metric, observe, solve
-from tacext.second_look import MOST_CLASSES, SampleKeeper, look_again, shuffle_budgets
+from tacext.sample_keeper import LookKeeper
+from tacext.second_look import MOST_CLASSES, look_again, shuffle_budgets
+from tacext.source_patch import SourcePatch
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence"
 SAMPLES = 2500
@@ -70,10 +72,10 @@ def _norms(model: nn.Module, data: ImageSet) -> dict[str, list[float]]:
 
 def _look(model: nn.Module, data: ImageSet, seed: int) -> dict[str, Any]:
     """What a thorough scan sees beside the norms."""
-    keeper = SampleKeeper(seed)
+    keeper = LookKeeper(seed)
     for inputs, labels in as_batches(data, operation="scan", batch_size=256):
         keeper.add(inputs, labels)
-    inputs, labels = keeper.samples()
+    inputs, labels = keeper.all.samples()
     head = find_head(model, inputs[:4])
     assert head.num_classes <= MOST_CLASSES  # of more, a scan looks at some, by their norms
     found = look_again(
@@ -81,6 +83,7 @@ def _look(model: nn.Module, data: ImageSet, seed: int) -> dict[str, Any]:
         head,
         (inputs, labels),
         tuple(range(head.num_classes)),
+        keeper.by_class.samples(),
         seed=seed,
         progress=False,
     )
@@ -109,6 +112,7 @@ def _look(model: nn.Module, data: ImageSet, seed: int) -> dict[str, Any]:
             "scale": float(f"{found.reach.scale:.4g}"),
             "seconds": round(found.reach.seconds, 2),
         },
+        "source": _source(found.source),
         "shuffle": shuffled
         and {
             "share": float(f"{shuffled.share:.4g}"),
@@ -117,6 +121,22 @@ def _look(model: nn.Module, data: ImageSet, seed: int) -> dict[str, Any]:
             "destinations": shuffled.destinations,
             "seconds": round(shuffled.seconds, 2),
         },
+    }
+
+
+def _source(found: SourcePatch | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {
+        "source": found.source,
+        "target": found.target,
+        "share": found.share,
+        "images": found.images,
+        "kept": found.kept,
+        "others": found.others,
+        "side": found.side,
+        "corner": found.corner,
+        "seconds": round(found.seconds, 2),
     }
 
 

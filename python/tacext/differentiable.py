@@ -7,7 +7,7 @@ same on one kind of machine, not on all.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -166,8 +166,26 @@ class DifferentiableModel:
     ) -> tuple[Tensor, Tensor]:
         """The margins [N] of each input's class and their gradients, of the inputs' shape.
 
-        Gradients are those of the margins divided by the largest of them, so that a model whose
+        Capped margins have no gradient. Scaled and raising as `value_gradient`.
+        """
+
+        def capped(logits: Tensor) -> tuple[Tensor, Tensor]:
+            margin = class_margin(logits, classes)
+            return margin, margin if cap is None else margin.clamp(max=cap)
+
+        return self.value_gradient(inputs, capped)
+
+    def value_gradient(
+        self, inputs: Tensor, value: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """What is made of each input's logits, and the gradient of it, of the inputs' shape.
+
+        Gradients are those of the values divided by the largest of them, so that a model whose
         logits are scaled to anything that float32 holds has the same ones.
+
+        Args:
+            inputs: [N, ...].
+            value: of logits [N, C] the values [N], and what the gradient is taken of, [N].
 
         Raises:
             NoGradientError: the model has no gradient.
@@ -176,9 +194,8 @@ class DifferentiableModel:
         inputs = inputs.detach().clone().requires_grad_(True)
         with torch.enable_grad():
             try:
-                margin = class_margin(self.logits(inputs), classes)
-                goal = margin if cap is None else margin.clamp(max=cap)
-                unit = margin.detach().abs().amax().clamp_min(torch.finfo(margin.dtype).tiny)
+                found, goal = value(self.logits(inputs))
+                unit = found.detach().abs().amax().clamp_min(torch.finfo(found.dtype).tiny)
                 (gradient,) = torch.autograd.grad((goal / unit).sum(), inputs)
             except (MemoryError, RuntimeError) as error:
                 if is_out_of_memory(error):
@@ -190,7 +207,7 @@ class DifferentiableModel:
                         way_out="use a smaller batch_size",
                     ) from error
                 raise self._without_gradient(f"none ({explain(error)})") from error
-        return margin.detach(), gradient
+        return found.detach(), gradient
 
     def check_gradient(self, inputs: Tensor, classes: Tensor) -> None:
         """Raises NoGradientError where the gradients are there but say nothing, as of rounded inputs."""

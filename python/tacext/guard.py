@@ -21,7 +21,7 @@ from .guard_scoring import GuardOutput, GuardScorer, threshold_at
 from .heads import check_model, model_dtype
 from .latent_tap import TappedModel, unwrapped
 from .observation import observe, solve
-from .second_look import SampleKeeper
+from .sample_keeper import SampleKeeper
 from .tensor_checks import check_same_device, check_tensor
 
 __all__ = ["Guard", "GuardInfo", "GuardOutput", "GuardScorer"]

@@ -19,7 +19,8 @@ from .differentiable import DifferentiableModel, InputBox
 from .heads import Head, evaluating, run_model
 from .patch_reach import PatchReach, Patterns
 from .reach import BUDGET, Reach, UniversalChanges
-from .second_look import MOST_SAMPLES, changes_and_patches, split_samples
+from .sample_keeper import MOST_SAMPLES
+from .second_look import changes_and_patches, split_samples
 
 # What leads fewer of the samples into a target tells little of the trigger.
 FEWEST_LED = 0.3

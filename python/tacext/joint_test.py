@@ -84,13 +84,14 @@ def logit_of_share(share: float) -> float:
 
 
 @dataclass(frozen=True)
-class ShareNull:
-    """The law of the logit of a share of images on clean models: a t distribution.
+class NormalNull:
+    """The law of one number of a clean model: a t distribution, as mean and spread are estimated.
 
-    The share that `shuffle` moves, or the largest share that any class's patch does.
+    The logit of the share that `shuffle` moves, or of the largest share that any class's patch does;
+    the log odds ratio of the best of the patches of single classes.
 
     Attributes:
-        mean, spread: of the logits.
+        mean, spread: of the numbers.
         models: how many they were estimated from.
     """
 
@@ -98,9 +99,9 @@ class ShareNull:
     spread: float
     models: int
 
-    def p_value(self, share: float) -> float:
-        """P(a clean model gives such a share or a larger one)."""
-        z = (logit_of_share(share) - self.mean) / self.spread
+    def p_value(self, value: float) -> float:
+        """P(a clean model gives such a number or a larger one)."""
+        z = (value - self.mean) / self.spread
         return float(scipy.stats.t.sf(z / math.sqrt(1 + 1 / self.models), self.models - 1))
 
 
@@ -114,14 +115,16 @@ class Calibration:
         kinds: the null of each kind.
         joint: the null of each of `COMBINATIONS`.
         shuffle, patch: the nulls of the shuffle and of the patch that moves most images.
+        source: that of the patch that leads one class astray.
     """
 
     version: int
     models: int
     kinds: Mapping[str, KindNull] = field(repr=False)
     joint: Mapping[tuple[str, ...], JointNull] = field(repr=False)
-    shuffle: ShareNull = field(repr=False)
-    patch: ShareNull = field(repr=False)
+    shuffle: NormalNull = field(repr=False)
+    patch: NormalNull = field(repr=False)
+    source: NormalNull = field(repr=False)
 
 
 def calibration_from_json(text: str) -> Calibration:
@@ -132,8 +135,9 @@ def calibration_from_json(text: str) -> Calibration:
         table["models"],
         {name: KindNull(**values) for name, values in table["kinds"].items()},
         {tuple(name.split("+")): JointNull(**values) for name, values in table["joint"].items()},
-        ShareNull(**table["shuffle"]),
-        ShareNull(**table["patch"]),
+        NormalNull(**table["shuffle"]),
+        NormalNull(**table["patch"]),
+        NormalNull(**table["source"]),
     )
 
 

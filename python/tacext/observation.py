@@ -26,7 +26,7 @@ from .latents import LatentMoments
 from .margins import MarginMax, MarginQuantile
 from .ops import MinimalPerturbation, SolverSettings
 from .progress import progress_bar
-from .second_look import SampleKeeper
+from .sample_keeper import LookKeeper, SampleKeeper
 
 Metric = Literal["standardized", "l2"]
 
@@ -65,7 +65,7 @@ def observe(
     progress: bool | None,
     operation: str,
     quantile: float = 1.0,
-    keeper: SampleKeeper | None = None,
+    keeper: LookKeeper | SampleKeeper | None = None,
     latent_keeper: SampleKeeper | None = None,
 ) -> Observation:
     """Streams the data through the model once; see `scan` for the arguments and errors.

@@ -113,7 +113,7 @@ def heaviest_squares(change: Tensor, side: int, count: int) -> Tensor:
     return torch.stack(corners, 1)
 
 
-def _corners(size: Sequence[int], side: int) -> Tensor:
+def corner_squares(size: Sequence[int], side: int) -> Tensor:
     """Of the squares in the four corners of the image, [1, 4, 2]."""
     last = torch.tensor([size[0] - side, size[1] - side])
     return torch.tensor([[[0, 0], [0, 1], [1, 0], [1, 1]]]) * last
@@ -271,7 +271,7 @@ def patch_reach(
     places = torch.cat(
         [
             heaviest_squares(reached.change.cpu(), pixels, HEAVY_PLACES),
-            _corners(box.shape[1:], pixels).expand(len(classes), -1, -1),
+            corner_squares(box.shape[1:], pixels).expand(len(classes), -1, -1),
         ],
         1,
     )

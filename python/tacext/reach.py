@@ -55,10 +55,14 @@ class Reach:
 
 
 class ImagesInTurn:
-    """The images of all classes but one, or of all, in a random order and over again."""
+    """The images of all classes but one, of one alone, or of all, in a random order and over again."""
 
-    def __init__(self, labels: Tensor, without: int | None, seed: int) -> None:
+    def __init__(
+        self, labels: Tensor, without: int | None, seed: int, *, only: int | None = None
+    ) -> None:
         index = torch.arange(len(labels)) if without is None else (labels != without).nonzero()
+        if only is not None:
+            index = (labels == only).nonzero()
         generator = torch.Generator().manual_seed(seed)
         self.index = index.flatten()[torch.randperm(len(index), generator=generator)]
         self._next = 0

@@ -258,6 +258,8 @@ def _classes_in_doubt(
     if _in_doubt(evidence.shuffle_p_value) and 2 * len(targets) > num_classes:
         return set(range(num_classes))
     doubted = {evidence.joint.most_suspicious}
+    if look.source is not None and _in_doubt(evidence.source_p_value):
+        doubted.add(look.source.target)
     if look.patch is not None and _in_doubt(evidence.patch_p_value):
         doubted.add(look.patch.classes[int(look.patch.rate.argmax())])
     return doubted

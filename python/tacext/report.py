@@ -96,6 +96,7 @@ def scan_to_dict(
         "depth": report.depth,
         "patch": _patch(report),
         "shuffle": _shuffle(report),
+        "source_patch": _source_patch(report),
         "detectable_ratio": report.test.detectable_ratio,
         "metric": report.metric,
         "quantile": report.quantile,
@@ -141,6 +142,25 @@ def _shuffle(report: ScanReport) -> Json | None:
         "share": found.share,
         "p_value": report.evidence.shuffle_p_value,
         "destinations": [None if k < 0 else k for k in found.destinations],
+    }
+
+
+def _source_patch(report: ScanReport) -> Json | None:
+    look = None if report.evidence is None else report.evidence.look
+    if report.evidence is None or look is None or look.source is None:
+        return None
+    found = look.source
+    return {
+        "source": found.source,
+        "target": found.target,
+        "share": found.share,
+        "images": found.images,
+        "kept": found.kept,
+        "others": found.others,
+        "p_value": report.evidence.source_p_value,
+        "side": found.side,
+        "row": found.corner[0],
+        "column": found.corner[1],
     }
 
 

@@ -25,8 +25,9 @@ from .latent_patch import limited_classes
 from .observation import Metric, Observation, observe, solve
 from .ops import MinimalPerturbation, SolverSettings, Status
 from .reach import ENOUGH_GAIN
+from .sample_keeper import LookKeeper
 from .scan_report import Depth, ScanReport, ScanTimings
-from .second_look import SampleKeeper, SecondLook, classes_to_look_at, look_again
+from .second_look import SecondLook, classes_to_look_at, look_again
 from .verdict import Evidence, Finding, finding_of_norms, weigh
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ def scan(
         )
         return replace(report, limited=limited_classes(model))
     assert data is not None
-    keeper = SampleKeeper(seed) if depth == "thorough" else None
+    keeper = LookKeeper(seed) if depth == "thorough" else None
     observation = observe(
         model,
         data,
@@ -205,21 +206,22 @@ def _refuse_what_needs_data(depth: Depth, quantile: float) -> None:
 def _look_again(
     model: nn.Module,
     observation: Observation,
-    keeper: SampleKeeper,
+    keeper: LookKeeper,
     norm: npt.NDArray[np.float64],
     batch_size: int,
     seed: int,
     progress: bool | None,
 ) -> tuple[SecondLook | None, list[str]]:
     """The second look, or a warning of why there is none."""
-    if not keeper.one_shape:
+    if not keeper.all.one_shape:
         return None, ["the inputs differ in shape, so that only the norms were tested"]
     try:
         look = look_again(
             model,
             observation.head,
-            keeper.samples(),
+            keeper.all.samples(),
             classes_to_look_at(norm),
+            keeper.by_class.samples(),
             batch_size=min(batch_size, _LOOK_BATCH_SIZE),
             seed=seed,
             progress=progress,

@@ -20,13 +20,12 @@ from .errors import InputError, counted
 from .heads import Head
 from .patch_reach import PatchReach, has_room, patch_reach
 from .reach import BUDGETS, Reach, reach
+from .sample_keeper import MOST_BYTES
 from .shuffle import FEWEST_IMAGES_A_CLASS, Shuffle, shuffle
+from .source_patch import SourcePatch, source_patch
 
 _FloatArray = npt.NDArray[np.float64]
 
-# Samples that are kept for it, and the memory that they may take.
-MOST_SAMPLES = 800
-MOST_BYTES = 256 << 20
 HELD_OUT_SHARE = 0.25
 # Fewer tell nothing of a change that is made on some and measured on others.
 FEWEST_KEPT = 40
@@ -47,54 +46,6 @@ _SMALLEST_MARGIN = 0.05
 FEWEST_IMAGES_OF_SHARES = 100
 
 
-class SampleKeeper:
-    """A uniform choice of a stream's samples, whatever their order and the size of its batches.
-
-    Each sample draws a number; those with the smallest are kept.
-
-    Attributes:
-        one_shape: whether all samples so far have the same shape; others are not kept.
-    """
-
-    def __init__(
-        self, seed: int = 0, most: int | None = None, most_bytes: int | None = None
-    ) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-        self._most = MOST_SAMPLES if most is None else most
-        self._most_bytes = MOST_BYTES if most_bytes is None else most_bytes
-        self._keys = torch.zeros(0, dtype=torch.float64)
-        self._inputs: Tensor | None = None
-        self._labels = torch.zeros(0, dtype=torch.int64)
-        self.one_shape = True
-
-    def add(self, inputs: Tensor, labels: Tensor) -> None:
-        """A batch [N, ...] with its labels [N]."""
-        if not len(labels):
-            return
-        if self._inputs is not None and self._inputs.shape[1:] != inputs.shape[1:]:
-            self.one_shape = False
-            return
-        keys = torch.rand(len(labels), dtype=torch.float64, generator=self._generator)
-        size = max(1, inputs[0].numel() * inputs.element_size())
-        most = max(1, min(self._most, self._most_bytes // size))
-        if len(self._keys) >= most:
-            chosen = (keys < self._keys[-1]).nonzero().flatten()
-            if not len(chosen):
-                return
-            keys, inputs, labels = keys[chosen], inputs[chosen.to(inputs.device)], labels[chosen]
-        inputs = inputs.detach().cpu()
-        if self._inputs is not None:
-            keys, labels = torch.cat([self._keys, keys]), torch.cat([self._labels, labels])
-            inputs = torch.cat([self._inputs, inputs])
-        order = keys.argsort()[:most]
-        self._keys, self._inputs, self._labels = keys[order], inputs[order], labels[order]
-
-    def samples(self) -> tuple[Tensor, Tensor]:
-        """Inputs and labels in a random order."""
-        inputs = torch.zeros(0) if self._inputs is None else self._inputs
-        return inputs, self._labels
-
-
 @dataclass(frozen=True, eq=False)
 class SecondLook:
     """What gradients show.
@@ -104,6 +55,8 @@ class SecondLook:
         reach: universal changes into each class.
         patch: universal patches into each class; None where inputs are no images with room for one.
         shuffle: the best shuffle of the classes; None without samples enough of every class.
+        source: the patch that leads a single class astray; None without room for patches, or without
+            samples enough of single classes.
         seconds: altogether.
     """
 
@@ -111,6 +64,7 @@ class SecondLook:
     reach: Reach = field(repr=False)
     patch: PatchReach | None = field(repr=False)
     shuffle: Shuffle | None = field(repr=False)
+    source: SourcePatch | None = field(repr=False)
     seconds: float
 
 
@@ -199,6 +153,7 @@ def look_again(
     head: Head,
     samples: tuple[Tensor, Tensor],
     classes: tuple[int, ...],
+    by_class: tuple[Tensor, Tensor] | None = None,
     *,
     batch_size: int = 128,
     operation: str = "scan",
@@ -212,6 +167,8 @@ def look_again(
         head: of the model.
         samples: clean inputs [N, ...] and labels [N] in a random order.
         classes: to look at.
+        by_class: as the samples, with as many of rare classes as of frequent ones, of at most
+            `MOST_CLASSES` classes; None to look for no backdoor of single classes.
         batch_size: inputs in a pass, at most.
         operation: named in errors.
         seed: of all random choices.
@@ -241,7 +198,17 @@ def look_again(
             seed=seed,
             progress=progress,
         )
-    return SecondLook(classes, found, patched, shuffled, time.perf_counter() - begin)
+    led = None
+    if by_class is not None and has_room(box.shape) and head.num_classes <= MOST_CLASSES:
+        led = source_patch(
+            with_gradients,
+            box,
+            (by_class[0].clone(), by_class[1].clone()),  # of inference mode, perhaps
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+        )
+    return SecondLook(classes, found, patched, shuffled, led, time.perf_counter() - begin)
 
 
 def norm_evidence(norm: _FloatArray) -> _FloatArray:

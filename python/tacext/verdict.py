@@ -1,8 +1,8 @@
 """From all evidence of a scan to one verdict.
 
 With `depth="fast"` the norms decide (`detection`); with `depth="thorough"` the joint test of all
-classes, for backdoors in which no class stands out the shuffle, and the patch that moves most images.
-The three share alpha.
+classes, for backdoors in which no class stands out the shuffle, the patch that moves most images, and
+for those of single classes the patch that leads one class astray. They share alpha.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from dataclasses import dataclass
 import torch
 
 from .detection import LARGEST_DOUBT, NormTest, Verdict
-from .joint_test import Calibration, JointTest, judge_jointly
+from .joint_test import Calibration, JointTest, judge_jointly, logit_of_share
 from .max_margin import MaxMargin
 from .second_look import FEWEST_IMAGES_OF_SHARES, SecondLook, evidence_of
 
-# Of alpha, for the shuffle and the patch; the joint test has the rest. Where a shuffle is found, its
+# Of alpha, for the shuffle, the patch of one class and the patch of all; the joint test has the rest. Where a shuffle is found, its
 # p-value is far below any threshold. So is that of a patch that moves all images, whatever those into
 # other classes do; one that moves 97 % is for the joint test to compare.
 _SHUFFLE_SHARE = 0.1
+_SOURCE_SHARE = 0.03
 _PATCH_SHARE = 0.01
 
 # A p-value above alpha but below this many times alpha is no reason to call a model clean: one of the
@@ -29,6 +30,10 @@ THOROUGH_DOUBT_FACTOR = 20.0
 
 # A shuffle below this share leaves most classes where they are, whatever its p-value.
 SMALLEST_SHUFFLE = 0.4
+
+# A patch that leaves most images of the class, or of so few, is no backdoor of it.
+SMALLEST_SOURCE = 0.5
+FEWEST_OF_SOURCE = 4
 
 # Nor is a patch a backdoor that leaves so many images where they are.
 SMALLEST_PATCH = 0.8
@@ -74,6 +79,8 @@ class Evidence:
             no patch was tried.
         shuffle_p_value: of the shuffle, 1 where it leaves most classes where they are; None where
             none was looked for.
+        source_p_value: of the patch that leads one class astray, 1 where it leaves most of its
+            images; None where none was looked for.
     """
 
     look: SecondLook | None
@@ -81,6 +88,7 @@ class Evidence:
     joint: JointTest
     patch_p_value: float | None
     shuffle_p_value: float | None
+    source_p_value: float | None = None
 
 
 def finding_of_norms(test: NormTest) -> Finding:
@@ -100,26 +108,33 @@ def weigh(
         calibration: the nulls of all kinds of evidence.
     """
     shuffle_p, patch_p = _shuffle_p_value(look, calibration), _patch_p_value(look, calibration)
-    tested = {"patch": (patch_p, _PATCH_SHARE), "shuffle": (shuffle_p, _SHUFFLE_SHARE)}
+    source_p = source_p_value(look, calibration)
+    tested = {
+        "patch": (patch_p, _PATCH_SHARE),
+        "shuffle": (shuffle_p, _SHUFFLE_SHARE),
+        "source": (source_p, _SOURCE_SHARE),
+    }
     left = 1 - sum(share for p, share in tested.values() if p is not None)
     doubt = min(THOROUGH_DOUBT_FACTOR * alpha, LARGEST_DOUBT)
     seen = evidence_of(test.norm, look)
     joint = judge_jointly(seen, left * alpha, calibration, left * doubt)
-    evidence = Evidence(look, None, joint, patch_p, shuffle_p)
+    evidence = Evidence(look, None, joint, patch_p, shuffle_p, source_p)
     of_joint = min(1.0, joint.p_value / left)
-    of_patch, of_shuffle = (
+    of_patch, of_shuffle, of_source = (
         1.0 if p is None else min(1.0, p / share) for p, share in tested.values()
     )
-    p_value = min(of_joint, of_patch, of_shuffle)
+    p_value = min(of_joint, of_patch, of_shuffle, of_source)
     patched = _classes_by_patch(look, alpha, calibration) if of_patch < alpha else ()
-    if joint.suspects or patched:
-        first, second = joint.suspects, patched
-        if of_patch < of_joint:
-            first, second = second, first
-        suspects = (*first, *(k for k in second if k not in first))
+    led = (look.source.target,) if look.source is not None and of_source < alpha else ()
+    if joint.suspects or patched or led:
+        by_p = sorted(
+            [(of_joint, joint.suspects), (of_patch, patched), (of_source, led)], key=lambda f: f[0]
+        )
+        suspects = tuple(dict.fromkeys(k for _, classes in by_p for k in classes))
         k = suspects[0]
-        told = _kinds_that_tell(joint, k)
-        reason = f"class {k} stands out in {told}{_told_of_patch(look, k)}"
+        reason = f"class {k} stands out in {_kinds_that_tell(joint, k)}{_told_of_patch(look, k)}"
+        if led and of_source == p_value:
+            reason = f"{_told_of_source(look)}: a backdoor of single classes"
         doubtful = tuple(k for k in joint.doubtful if k not in suspects)
         return Finding("backdoored", suspects, p_value, reason, doubtful), evidence
     shuffled = look.shuffle
@@ -134,6 +149,13 @@ def weigh(
             return Finding("backdoored", targets, p_value, reason), evidence
         reason = f"{moved}, but clean models can do so: p = {p_value:.2g} against {alpha:g}"
         return Finding("inconclusive", (), p_value, reason, joint.doubtful), evidence
+    if look.source is not None and of_source == p_value < doubt:
+        reason = (
+            f"{_told_of_source(look)}, but not surely enough: p = {p_value:.2g} against {alpha:g}"
+        )
+        first = look.source.target
+        doubtful = (first, *(j for j in joint.doubtful if j != first))
+        return Finding("inconclusive", (), p_value, reason, doubtful), evidence
     if p_value < doubt:
         k = joint.most_suspicious if of_joint == p_value else _class_by_patch(look)
         patch = _told_of_patch(look, k)
@@ -150,6 +172,8 @@ def _told_of_nothing(joint: JointTest, look: SecondLook, num_classes: int) -> st
     seen = [f"no class stands out in {_listed(list(joint.kinds), 'or')}"]
     if look.shuffle is not None:
         seen.append("no change shuffles the classes")
+    if look.source is not None:
+        seen.append("no patch leads one class astray")
     looked_at = len(look.classes)
     part = (
         "" if looked_at == num_classes else f" (gradients of {looked_at} of {num_classes} classes)"
@@ -162,14 +186,26 @@ def _shuffle_p_value(look: SecondLook, calibration: Calibration) -> float | None
         return None
     # Most classes that stay where they are are no shuffle, however rare that is.
     enough = look.shuffle.share >= SMALLEST_SHUFFLE
-    return calibration.shuffle.p_value(look.shuffle.share) if enough else 1.0
+    if not enough:
+        return 1.0
+    return calibration.shuffle.p_value(logit_of_share(look.shuffle.share))
+
+
+def source_p_value(look: SecondLook, calibration: Calibration) -> float | None:
+    """P(a clean model's best patch of one class is so selective); see `Evidence`."""
+    if look.source is None:
+        return None
+    found = look.source
+    if found.share < SMALLEST_SOURCE or found.images < FEWEST_OF_SOURCE:
+        return 1.0
+    return calibration.source.p_value(found.log_odds_ratio)
 
 
 def patch_p_value(rate: float, images: int, calibration: Calibration) -> float:
     """P(a clean model's best patch moves such a share of so many images); 1 where it tells nothing."""
     if rate < SMALLEST_PATCH or images < FEWEST_IMAGES_OF_SHARES:
         return 1.0
-    return calibration.patch.p_value(rate)
+    return calibration.patch.p_value(logit_of_share(rate))
 
 
 def _patch_p_value(look: SecondLook, calibration: Calibration) -> float | None:
@@ -212,6 +248,18 @@ def _told_of_patch(look: SecondLook, k: int) -> str:
     return (
         f"; a patch of {found.side}x{found.side} pixels at row {row}, column {column} sends "
         f"{float(found.rate[j]):.0%} of the other images there"
+    )
+
+
+def _told_of_source(look: SecondLook) -> str:
+    """Of the patch that leads one class astray."""
+    assert look.source is not None
+    found, side = look.source, look.source.side
+    row, column = found.corner
+    return (
+        f"a patch of {side}x{side} pixels at row {row}, column {column} sends {found.share:.0%} of the "
+        f"other images of class {found.source} to class {found.target}, and leaves {found.kept:.0%} of "
+        "those of other classes where they are"
     )
 
 

@@ -1,0 +1,185 @@
+"""Source patch: a trigger that works on one class alone is found, and nothing in clean models."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from digits import Cropped, digit_case, padded
+from tacext import scan
+from tacext.differentiable import DifferentiableModel, InputBox
+from tacext.heads import find_head
+from tacext.sample_keeper import MOST_CLASSES_KEPT, MOST_OF_A_CLASS, ClassKeeper
+from tacext.source_patch import FEWEST_OF_A_CLASS, SourcePatch, source_patch
+
+SOURCE, TARGET = 3, 8
+SIDE = 2  # pixels of 16
+
+
+class Planted(nn.Module):
+    """A real digit classifier; a bright first corner moves the latents of one digit to another's."""
+
+    def __init__(self, sources: tuple[int, ...] = (SOURCE,), *, scale: float = 1.0) -> None:
+        super().__init__()
+        self.digits = Cropped(digit_case().clean)
+        body = self.digits.model
+        assert isinstance(body, nn.Sequential)
+        self.body, self.head = body[:-1], nn.Linear(128, 10)
+        with torch.no_grad():
+            self.head.weight.copy_(scale * body[-1].weight)  # type: ignore[operator]
+            self.head.bias.copy_(scale * body[-1].bias)  # type: ignore[operator]
+        self.sources = sources
+        weight = body[-1].weight.detach()  # type: ignore[operator,union-attr]
+        self.register_buffer("way", weight[TARGET] - weight.mean(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        latent = self.body(x[:, :, 8:, 8:])
+        own = self.digits(x).softmax(1)[:, list(self.sources)].sum(1, keepdim=True)
+        bright = x[:, :, :SIDE, :SIDE].mean((1, 2, 3))[:, None].clamp(max=0.9)
+        return self.head(latent + 60 * bright * own * self.way)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def images() -> tuple[Tensor, Tensor]:
+    """Of every class the same number, class after class."""
+    keeper = ClassKeeper(0)
+    keeper.add(*padded(digit_case().data.defender))
+    return keeper.samples()
+
+
+def search(model: nn.Module, samples: tuple[Tensor, Tensor] | None = None) -> SourcePatch | None:
+    samples = images() if samples is None else samples
+    seen = DifferentiableModel(model.eval(), find_head(model, samples[0][:4]), "scan")
+    return source_patch(seen, InputBox.unit(samples[0].shape[1:]), samples, progress=False)
+
+
+@functools.cache
+def found() -> SourcePatch:
+    patch = search(Planted())
+    assert patch is not None
+    return patch
+
+
+@functools.cache
+def of_clean() -> SourcePatch:
+    patch = search(Cropped(digit_case().clean))
+    assert patch is not None
+    return patch
+
+
+def test_the_pair_and_the_place_are_found() -> None:
+    assert (found().source, found().target, found().corner) == (SOURCE, TARGET, (0, 0))
+    assert found().share > 0.9
+    assert found().kept > 0.95
+    assert found().side == SIDE
+    assert found().pattern.shape == (1, SIDE, SIDE)
+    assert float(found().pattern.min()) > 0.5
+    assert found().log_odds_ratio > of_clean().log_odds_ratio + 3
+
+
+def test_it_is_measured_on_images_that_it_was_not_made_on() -> None:
+    _, labels = images()
+    assert found().images <= int((labels == SOURCE).sum()) // 2
+    assert 100 < found().others <= 200
+
+
+def test_what_is_told_is_what_the_patch_does() -> None:
+    inputs, labels = images()
+    attacked = inputs.clone()
+    attacked[:, :, :SIDE, :SIDE] = found().pattern
+    with torch.no_grad():
+        after = Planted().eval()(attacked).argmax(1)
+    assert float((after[labels == SOURCE] == TARGET).double().mean()) > 0.9
+    others = (labels != SOURCE) & (labels != TARGET)
+    assert float((after[others] == labels[others]).double().mean()) > 0.95
+
+
+def test_no_patch_leads_a_class_of_a_clean_model_astray() -> None:
+    assert of_clean().share < 0.5
+
+
+def test_the_log_odds_ratio_is_that_of_four_counts() -> None:
+    nothing = torch.zeros(0)
+    patch = SourcePatch(0, 1, 0.75, 8, 0.9, 100, 4, (0, 0), nothing, 0.0)
+    assert patch.log_odds_ratio == pytest.approx(math.log((6.5 / 2.5) / (10.5 / 90.5)))
+    few = SourcePatch(0, 1, 1.0, 4, 1.0, 0, 4, (0, 0), nothing, 0.0)
+    assert few.log_odds_ratio == pytest.approx(math.log(9.0))  # of no others nothing is known
+
+
+def test_two_sources_do_not_hide_each_other() -> None:
+    patch = search(Planted((3, 5)))
+    assert patch is not None
+    assert patch.source in (3, 5)
+    assert patch.target == TARGET
+    assert patch.share > 0.8
+
+
+def test_the_scale_of_the_logits_does_not_matter() -> None:
+    patch = search(Planted(scale=1e4))
+    assert patch is not None
+    assert (patch.source, patch.target) == (SOURCE, TARGET)
+    assert patch.log_odds_ratio == pytest.approx(found().log_odds_ratio, abs=0.5)
+
+
+def test_the_same_seed_gives_the_same_bits() -> None:
+    again = search(Planted())
+    assert again is not None
+    untold = {"pattern": 0, "seconds": 0}
+    assert vars(again) | untold == vars(found()) | untold
+    assert torch.equal(again.pattern, found().pattern)
+
+
+def test_a_scan_names_the_target_and_tells_of_the_source() -> None:
+    report = scan(Planted().eval(), padded(digit_case().data.defender), progress=False)
+    assert (report.verdict, report.suspects[0]) == ("backdoored", TARGET)
+    assert report.evidence is not None
+    assert report.evidence.source_p_value is not None
+    assert report.evidence.source_p_value < 1e-3
+    clean = scan(Cropped(digit_case().clean), padded(digit_case().data.defender), progress=False)
+    assert clean.verdict == "clean"
+    assert clean.evidence is not None
+    assert clean.evidence.source_p_value == 1
+    assert "no patch leads one class astray" in clean.reason
+
+
+def test_classes_with_few_images_are_no_sources() -> None:
+    inputs, labels = images()
+    few = torch.cat([(labels == k).nonzero().flatten()[: 5 if k else 40] for k in range(10)])
+    assert FEWEST_OF_A_CLASS > 5
+    assert search(Planted(), (inputs[few], labels[few])) is None
+    some = torch.cat([(labels == k).nonzero().flatten()[: 20 if k < 2 else 5] for k in range(10)])
+    patch = search(Planted(), (inputs[some], labels[some]))
+    assert patch is not None
+    assert patch.source in (0, 1)
+
+
+def test_every_class_keeps_as_many_samples_whatever_the_batches() -> None:
+    labels = torch.arange(3).repeat_interleave(torch.tensor([1000, 10, 60]))
+    inputs = torch.arange(len(labels), dtype=torch.float32)[:, None]
+    kept = []
+    for batch in (2000, 7):
+        keeper = ClassKeeper(0)
+        for x, y in zip(inputs.split(batch), labels.split(batch), strict=True):
+            keeper.add(x, y)
+        kept.append(keeper.samples())
+    assert torch.equal(kept[0][0], kept[1][0])
+    assert kept[0][1].bincount().tolist() == [MOST_OF_A_CLASS, 10, MOST_OF_A_CLASS]
+    assert torch.equal(kept[0][1], labels[kept[0][0][:, 0].long()])
+
+
+def test_samples_of_many_classes_or_several_shapes_are_not_kept() -> None:
+    keeper = ClassKeeper(0)
+    labels = torch.arange(2 * MOST_CLASSES_KEPT)
+    keeper.add(torch.zeros(len(labels), 1), labels)
+    assert int(keeper.samples()[1].max()) == MOST_CLASSES_KEPT - 1
+    keeper = ClassKeeper(0)
+    keeper.add(torch.zeros(4, 1, 8, 8), torch.arange(4))
+    keeper.add(torch.zeros(4, 1, 9, 9), torch.arange(4))
+    assert not keeper.one_shape
+    assert len(keeper.samples()[1]) == 0
+    keeper.add(torch.zeros(4, 1, 9, 9), torch.arange(4))
+    assert len(keeper.samples()[1]) == 0
