@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from digits import Cropped, digit_case, padded
-from tacext import scan
+from tacext import sample_keeper, scan
 from tacext.differentiable import DifferentiableModel, InputBox
 from tacext.heads import find_head
 from tacext.sample_keeper import MOST_CLASSES_KEPT, MOST_OF_A_CLASS, ClassKeeper
@@ -169,6 +169,22 @@ def test_every_class_keeps_as_many_samples_whatever_the_batches() -> None:
     assert torch.equal(kept[0][0], kept[1][0])
     assert kept[0][1].bincount().tolist() == [MOST_OF_A_CLASS, 10, MOST_OF_A_CLASS]
     assert torch.equal(kept[0][1], labels[kept[0][0][:, 0].long()])
+
+
+def test_all_classes_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = torch.arange(400) // 100
+    inputs = torch.arange(400, dtype=torch.float32)[:, None].expand(-1, 25).contiguous()
+    whole = ClassKeeper(0)
+    whole.add(inputs, labels)
+    monkeypatch.setattr(sample_keeper, "MOST_BYTES", 4000)  # ten for each of four classes
+    for batch in (400, 30):
+        keeper = ClassKeeper(0)
+        for x, y in zip(inputs.split(batch), labels.split(batch), strict=True):
+            keeper.add(x, y)
+        kept = keeper.samples()
+        assert kept[1].bincount().tolist() == [10] * 4
+        for k in range(4):  # the first of what would be kept with more memory
+            assert torch.equal(kept[0][10 * k : 10 * k + 10], whole.samples()[0][40 * k :][:10])
 
 
 def test_samples_of_many_classes_or_several_shapes_are_not_kept() -> None:

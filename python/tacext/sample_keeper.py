@@ -42,8 +42,7 @@ class SampleKeeper:
             self.one_shape = False
             return
         keys = torch.rand(len(labels), dtype=torch.float64, generator=self._generator)
-        size = max(1, inputs[0].numel() * inputs.element_size())
-        most = max(1, min(self._most, self._most_bytes // size))
+        most = self._most_of(inputs)
         if len(self._keys) >= most:
             chosen = (keys < self._keys[-1]).nonzero().flatten()
             if not len(chosen):
@@ -55,6 +54,18 @@ class SampleKeeper:
             inputs = torch.cat([self._inputs, inputs])
         order = keys.argsort()[:most]
         self._keys, self._inputs, self._labels = keys[order], inputs[order], labels[order]
+
+    def limit(self, most_bytes: int) -> None:
+        """Keeps no more than this from here on."""
+        self._most_bytes = most_bytes
+        if self._inputs is not None:
+            most = self._most_of(self._inputs)
+            self._keys, self._labels = self._keys[:most], self._labels[:most]
+            self._inputs = self._inputs[:most]
+
+    def _most_of(self, inputs: Tensor) -> int:
+        size = max(1, inputs[0].numel() * inputs.element_size())
+        return max(1, min(self._most, self._most_bytes // size))
 
     def samples(self) -> tuple[Tensor, Tensor]:
         """Inputs and labels in a random order."""
@@ -81,8 +92,9 @@ class ClassKeeper:
             if k >= MOST_CLASSES_KEPT:
                 continue
             if k not in self._keepers:
-                share = MOST_BYTES // MOST_CLASSES_KEPT
-                self._keepers[k] = SampleKeeper(self._seed + k, self._most, share)
+                self._keepers[k] = SampleKeeper(self._seed + k, self._most)
+                for keeper in self._keepers.values():
+                    keeper.limit(MOST_BYTES // len(self._keepers))
             chosen = (labels == k).nonzero().flatten()
             self._keepers[k].add(inputs[chosen.to(inputs.device)], labels[chosen])
         if any(not keeper.one_shape for keeper in self._keepers.values()):
