@@ -13,7 +13,14 @@ from torch.nn import functional
 from blobs import blobs, trained
 from digits import digit_case
 from tacext.differentiable import InputBox
-from tacext.early_exits_fit import MOST_EXITS, _spoilers, fit_early_exits, layers_to_look_at
+from tacext.early_exits import EarlyExit
+from tacext.early_exits_fit import (
+    MOST_EXITS,
+    _spoilers,
+    _votes,
+    fit_early_exits,
+    layers_to_look_at,
+)
 from tacext.heads import find_head
 
 
@@ -166,8 +173,29 @@ def test_layers_that_some_passes_leave_out_or_that_overflow_are_dropped() -> Non
     assert exits.names == ("0.always",)
 
 
-@pytest.mark.parametrize(("blurred", "votes"), [(False, 1.0), (True, 4.0)])
-def test_a_head_that_is_right_more_often_has_more_votes(blurred: bool, votes: float) -> None:
+@pytest.mark.parametrize(
+    ("missed", "votes"), [(-3, 1.0), (2, 1.0), (3, 4.0), (9, 4.0), (10, None), (60, None)]
+)
+def test_a_head_that_is_right_more_often_has_more_votes_or_all(
+    missed: int, votes: float | None
+) -> None:
+    labels = torch.zeros(100, dtype=torch.int64)
+    features = torch.tensor([[1.0, 0.0]]).repeat(100, 1)
+    features[: 5 + missed] = torch.tensor([0.0, 1.0])
+    exit_ = EarlyExit(torch.eye(2), torch.zeros(2))
+    rows = iter(features.split(30))
+
+    def see(x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        answers = torch.zeros(len(x), dtype=torch.int64)
+        answers[: 5 if float(x[0]) == 0 else 0] = 1  # five mistakes of the model in the first batch
+        return answers, {"layer": next(rows)}
+
+    batches = torch.arange(100.0).split(30)
+    assert _votes(see, {"layer": exit_}, batches, labels) == votes
+
+
+@pytest.mark.parametrize(("blurred", "used"), [(False, True), (True, False)])
+def test_exits_that_read_clean_inputs_much_worse_are_not_used(blurred: bool, used: bool) -> None:
     class Inner(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -185,8 +213,7 @@ def test_a_head_that_is_right_more_often_has_more_votes(blurred: bool, votes: fl
         model = trained(Inner(), inputs, labels)
     head = find_head(model, inputs[:4])
     exits = fit_early_exits(model, head, blobs(4), [], batch_size=64, seed=0)
-    assert exits is not None
-    assert float(exits.votes) == votes
+    assert (exits is not None) == used
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 9, 14)])

@@ -22,7 +22,7 @@ from .joint_test import moderated_p_values, shipped_calibration
 from .scan_report import ScanReport
 from .scanning import scan
 from .second_look import SecondLook, reach_evidence
-from .verdict import Evidence, Finding, patch_p_value, weigh
+from .verdict import SOURCE_SHARE, Evidence, Finding, patch_p_value, weigh
 
 # Of fewer held-out samples nothing can be judged.
 _FEWEST_HELD_OUT = 50
@@ -258,7 +258,8 @@ def _classes_in_doubt(
     if _in_doubt(evidence.shuffle_p_value) and 2 * len(targets) > num_classes:
         return set(range(num_classes))
     doubted = {evidence.joint.most_suspicious}
-    if look.source is not None and _in_doubt(evidence.source_p_value):
+    p_value = evidence.source_p_value
+    if look.source is not None and p_value is not None and _in_doubt(p_value / SOURCE_SHARE):
         doubted.add(look.source.target)
     if look.patch is not None and _in_doubt(evidence.patch_p_value):
         doubted.add(look.patch.classes[int(look.patch.rate.argmax())])

@@ -20,7 +20,7 @@ from .second_look import FEWEST_IMAGES_OF_SHARES, SecondLook, evidence_of
 # p-value is far below any threshold. So is that of a patch that moves all images, whatever those into
 # other classes do; one that moves 97 % is for the joint test to compare.
 _SHUFFLE_SHARE = 0.1
-_SOURCE_SHARE = 0.03
+SOURCE_SHARE = 0.03
 _PATCH_SHARE = 0.01
 
 # A p-value above alpha but below this many times alpha is no reason to call a model clean: one of the
@@ -112,7 +112,7 @@ def weigh(
     tested = {
         "patch": (patch_p, _PATCH_SHARE),
         "shuffle": (shuffle_p, _SHUFFLE_SHARE),
-        "source": (source_p, _SOURCE_SHARE),
+        "source": (source_p, SOURCE_SHARE),
     }
     left = 1 - sum(share for p, share in tested.values() if p is not None)
     doubt = min(THOROUGH_DOUBT_FACTOR * alpha, LARGEST_DOUBT)
