@@ -30,8 +30,8 @@ SHRINKAGE = 0.1
 # they are right as often, up to the second share, the head's logits have one vote beside them.
 _TRIED = 0.2
 _AS_GOOD = 0.02
-# Where they are worse by so much, as of few samples, the head answers alone: on nearly all models on which
-# that was tried exits gave the right class back less often.
+# Where they are worse by so much, as of few samples, the head answers alone: with exits the right class
+# came back less often, on average.
 _USELESS = 0.1
 VOTES_OF_A_BETTER_HEAD = 4.0
 # So many inputs tell which layers can be looked at; of one number it might be that of the channels.
