@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import math
+import re
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tacext import FinetuneSettings, InputError, RepairResult, demo, evaluate, s
 from tacext.doubts import FEWEST_SAMPLES
 from tacext.heads import find_head
 from tacext.input_adversary import Effects, InputAdversary
-from tacext.repair_gate import check_repair, judge_scan
+from tacext.repair_gate import _still_led_by_source, check_repair, judge_scan
 
 repair = functools.partial(tacext.repair, method="finetune")
 
@@ -98,7 +99,7 @@ def test_of_what_nothing_shows_a_patch_alone_is_let_through_as_a_precaution() ->
 
 
 def test_classes_in_doubt_are_repaired_too() -> None:
-    """Alone by a patch, as a precaution; beside a suspect by any method."""
+    """Alone by a patch, as a precaution; beside a suspect by limits that do it no harm."""
     case = digit_case()
     report = dataclasses.replace(scan(case.clean, case.data.defender), doubtful=(0,))
     result = tacext.repair(case.clean, case.data.defender, report, method="patch")
@@ -113,9 +114,37 @@ def test_classes_in_doubt_are_repaired_too() -> None:
     assert (found.suspects, found.doubtful) == ((demo.TARGET,), ())
     beside = dataclasses.replace(found, doubtful=(5,))
     trained = repair(case.backdoored, case.data.defender, beside)
-    assert trained.targets == (demo.TARGET, 5)
-    # It is judged by the scan of the outcome, whichever way that goes.
-    assert "a scan of the repaired model says" in trained.reason
+    assert (trained.targets, trained.accepted) == ((demo.TARGET,), True)
+    patch = functools.partial(tacext.repair, method="patch", max_accuracy_drop=None)
+    patched = patch(case.backdoored, case.data.defender, beside)
+    assert patched.targets == (demo.TARGET, 5)
+    alone = patch(case.backdoored, case.data.defender, found)
+    assert asr_of(patched) <= asr_of(alone) + 0.01 < 0.6
+    # There is no class 11, and so the limits in front of the suspect alone are kept.
+    wrong = dataclasses.replace(found, doubtful=(11,))
+    assert patch(case.backdoored, case.data.defender, wrong).targets == (demo.TARGET,)
+
+
+def test_the_patch_that_led_one_class_astray_is_tried_again() -> None:
+    case = digit_case()
+    data = padded(case.data.defender)
+    model = Cropped(case.backdoored)
+    report = scan(model, data)
+    assert report.evidence is not None
+    look = report.evidence.look
+    assert look is not None
+    assert look.source is not None
+    source, target = look.source.source, look.source.target
+    assert target == demo.TARGET  # the trigger sends all classes there, this one with them
+    still = functools.partial(
+        _still_led_by_source, held_out=data, before=report, targets=(target,), batch_size=64
+    )
+    told = still(model)
+    assert told is not None
+    assert re.search(rf"of class {source} into class {target} still leads (8|9|10)\d+%", told)
+    assert still(Cropped(case.clean)) is None
+    assert still(model, targets=(target + 1,)) is None
+    assert still(model, held_out=(data[0][:0], data[1][:0])) is None
 
 
 def test_what_nothing_shows_is_not_accepted() -> None:

@@ -13,6 +13,7 @@ from digits import Cropped, digit_case, padded
 from tacext import sample_keeper, scan
 from tacext.differentiable import DifferentiableModel, InputBox
 from tacext.heads import find_head
+from tacext.report import scan_to_dict
 from tacext.sample_keeper import MOST_CLASSES_KEPT, MOST_OF_A_CLASS, ClassKeeper
 from tacext.source_patch import FEWEST_OF_A_CLASS, SourcePatch, source_patch
 
@@ -23,7 +24,13 @@ SIDE = 2  # pixels of 16
 class Planted(nn.Module):
     """A real digit classifier; a bright first corner moves the latents of one digit to another's."""
 
-    def __init__(self, sources: tuple[int, ...] = (SOURCE,), *, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        sources: tuple[int, ...] = (SOURCE,),
+        *,
+        scale: float = 1.0,
+        corner: tuple[int, int] = (0, 0),
+    ) -> None:
         super().__init__()
         self.digits = Cropped(digit_case().clean)
         body = self.digits.model
@@ -32,14 +39,16 @@ class Planted(nn.Module):
         with torch.no_grad():
             self.head.weight.copy_(scale * body[-1].weight)  # type: ignore[operator]
             self.head.bias.copy_(scale * body[-1].bias)  # type: ignore[operator]
-        self.sources = sources
+        self.sources, self.corner = sources, corner
         weight = body[-1].weight.detach()  # type: ignore[operator,union-attr]
         self.register_buffer("way", weight[TARGET] - weight.mean(0))
 
     def forward(self, x: Tensor) -> Tensor:
         latent = self.body(x[:, :, 8:, 8:])
         own = self.digits(x).softmax(1)[:, list(self.sources)].sum(1, keepdim=True)
-        bright = x[:, :, :SIDE, :SIDE].mean((1, 2, 3))[:, None].clamp(max=0.9)
+        row, column = self.corner
+        square = x[:, :, row : row + SIDE, column : column + SIDE]
+        bright = square.mean((1, 2, 3))[:, None].clamp(max=0.9)
         return self.head(latent + 60 * bright * own * self.way)  # type: ignore[no-any-return]
 
 
@@ -110,6 +119,34 @@ def test_the_log_odds_ratio_is_that_of_four_counts() -> None:
     assert few.log_odds_ratio == pytest.approx(math.log(9.0))  # of no others nothing is known
 
 
+def test_other_corners_are_searched_and_told() -> None:
+    model = Planted(corner=(14, 0)).eval()
+    patch = search(model)
+    assert patch is not None
+    assert (patch.source, patch.target, patch.corner) == (SOURCE, TARGET, (14, 0))
+    report = scan(model, padded(digit_case().data.defender), progress=False)
+    assert "row 14, column 0" in report.reason
+    written = scan_to_dict(report)["source_patch"]
+    assert (written["row"], written["column"], written["source"]) == (14, 0, SOURCE)
+
+
+def test_passes_are_no_larger_than_the_batch_size() -> None:
+    model, sizes = Planted().eval(), list[int]()
+    samples = images()
+    seen = DifferentiableModel(model, find_head(model, samples[0][:4]), "scan")
+    model.register_forward_pre_hook(lambda _module, inputs: sizes.append(len(inputs[0])))
+    box = InputBox.unit(samples[0].shape[1:])
+    few = tuple(part[::8] for part in samples)  # 5 of each class, and so only a little work
+    assert source_patch(seen, box, few, batch_size=5, progress=False) is None
+    some = [(samples[1] == k).nonzero().flatten()[:10] for k in (SOURCE, TARGET)]
+    index = torch.cat(some)
+    found = source_patch(
+        seen, box, (samples[0][index], samples[1][index]), batch_size=5, progress=False
+    )
+    assert found is not None
+    assert max(sizes) <= 5
+
+
 def test_two_sources_do_not_hide_each_other() -> None:
     patch = search(Planted((3, 5)))
     assert patch is not None
@@ -143,7 +180,7 @@ def test_a_scan_names_the_target_and_tells_of_the_source() -> None:
     assert clean.verdict == "clean"
     assert clean.evidence is not None
     assert clean.evidence.source_p_value == 1
-    assert "no patch leads one class astray" in clean.reason
+    assert "no patch in a corner leads one class astray" in clean.reason
 
 
 def test_classes_with_few_images_are_no_sources() -> None:
@@ -194,7 +231,7 @@ def test_samples_of_many_classes_or_several_shapes_are_not_kept() -> None:
     assert int(keeper.samples()[1].max()) == MOST_CLASSES_KEPT - 1
     keeper = ClassKeeper(0)
     keeper.add(torch.zeros(4, 1, 8, 8), torch.arange(4))
-    keeper.add(torch.zeros(4, 1, 9, 9), torch.arange(4))
+    keeper.add(torch.zeros(4, 1, 9, 9), torch.arange(4, 8))  # other classes, too
     assert not keeper.one_shape
     assert len(keeper.samples()[1]) == 0
     keeper.add(torch.zeros(4, 1, 9, 9), torch.arange(4))

@@ -154,16 +154,51 @@ def test_what_makes_a_verdict_inconclusive_is_in_doubt() -> None:
     assert (finding.verdict, finding.suspects, finding.doubtful) == ("inconclusive", (), (3,))
     assert finding.reason.startswith("class 3 stands out, but not enough")
     norm, look = look_of()
-    norm[5] /= 4  # the norms alone would flag it
-    finding, _ = weigh(judge_norms(norm), look, 1e-5, shipped_calibration())
-    assert judge_norms(norm).suspects == (5,)
-    if finding.verdict == "inconclusive":
-        assert finding.doubtful == (5,)
+    norm[:] = [
+        2.0,
+        2.04,
+        1.98,
+        1.8,
+        2.02,
+        1.99,
+        2.01,
+        1.97,
+        2.03,
+        2.0,
+    ]  # so alike that .9 stands out
+    test = judge_norms(norm)
+    assert test.suspects == (3,)
+    finding, _ = weigh(test, look, 0.01, shipped_calibration())
+    assert "does not bear it out" in finding.reason
+    assert (finding.verdict, finding.suspects, finding.doubtful) == ("inconclusive", (), (3,))
+
+
+def test_all_classes_that_any_test_doubts_are_told() -> None:
+    strong, weak = led_by(1.0, 0.95), led_by(1.0, 0.93)
+    finding, evidence = judged({3: 9.0}, led=strong)
+    assert evidence.source_p_value is not None
+    assert 0.01 < evidence.source_p_value / 0.03 < 0.2
+    assert (finding.suspects, finding.doubtful) == ((3,), (7,))
+    both, _ = judged({3: 3.6}, led=weak)
+    assert both.verdict == "inconclusive"
+    assert set(both.doubtful) == {3, 7}
+    shuffled = [judged({3: 3.6}, share=share)[0] for share in np.linspace(0.4, 0.7, 61)]
+    doubtful = [found for found in shuffled if "clean models can do so" in found.reason]
+    assert all(found.doubtful == (3,) for found in doubtful)
+
+
+def test_a_shuffle_is_not_hidden_by_one_class_that_it_leads_astray() -> None:
+    finding, _ = judged(share=0.98, led=led_by(1.0, 0.99))
+    assert finding.suspects == tuple(range(CLASSES))
+    assert "a backdoor from all classes to all" in finding.reason
+    one, _ = judged({3: 9.0}, share=0.98, led=led_by(1.0, 0.99))
+    assert set(one.suspects) == {3, 7}
+    assert "in all together" not in one.reason
 
 
 def led_by(share: float, kept: float, images: int = 20) -> SourcePatch:
     """A patch that sends so many images of class 5 to class 7 and leaves so many others."""
-    return SourcePatch(5, 7, share, images, kept, 200, 4, (28, 28), torch.zeros(0), 0.0)
+    return SourcePatch(5, 7, share, images, kept, 200, 4, (28, 3), torch.zeros(0), 0.0)
 
 
 def test_a_patch_that_leads_one_class_astray_names_its_target() -> None:
@@ -172,7 +207,7 @@ def test_a_patch_that_leads_one_class_astray_names_its_target() -> None:
     assert evidence.source_p_value is not None
     assert finding.p_value == pytest.approx(evidence.source_p_value / 0.03)
     assert finding.reason == (
-        "a patch of 4x4 pixels at row 28, column 28 sends 100% of the other images of class 5 to class "
+        "a patch of 4x4 pixels at row 28, column 3 sends 100% of the other images of class 5 to class "
         "7, and leaves 99% of those of other classes where they are: a backdoor of single classes"
     )
     both, _ = judged({3: 9.0}, led=led_by(1.0, 0.99))
@@ -197,7 +232,7 @@ def test_one_that_leaves_most_of_its_class_or_is_known_from_few_images_is_nothin
         finding, evidence = judged(led=led)
         assert evidence.source_p_value == 1
         assert finding.verdict == "clean"
-        assert "no patch leads one class astray" in finding.reason
+        assert "no patch in a corner leads one class astray" in finding.reason
 
 
 def test_nothing_that_stands_out_is_clean() -> None:

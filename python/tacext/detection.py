@@ -230,9 +230,13 @@ def judge_norms(norm: _FloatArray, alpha: float = 0.01) -> NormTest:
 
 
 def _stand_out(left: npt.NDArray[np.intp], log_norm: _FloatArray, level: float) -> list[int]:
-    """The classes that are low outliers among these, set aside one after the other."""
+    """The classes that are low outliers among these, set aside one after the other.
+
+    Half of the classes cannot all be outliers of the other half.
+    """
     found: list[int] = []
-    while len(left) >= FEWEST_CLASSES:
+    most = len(log_norm) // 2
+    while len(left) >= FEWEST_CLASSES and len(found) < most:
         lowest = int(log_norm[left].argmin())
         if _low_outlier_p_values(log_norm[left])[lowest] >= level:
             break

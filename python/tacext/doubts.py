@@ -104,7 +104,9 @@ def unsolved_doubt(perturbations: MinimalPerturbation) -> Doubt | None:
 def doubted(finding: Finding, doubts: tuple[Doubt, ...]) -> Finding:
     """The finding, which is inconclusive where a doubt stands against it."""
     worst = next((doubt for doubt in doubts if doubt.severe), None)
-    if worst is not None and finding.verdict != "inconclusive":
+    if worst is not None and finding.verdict == "inconclusive":
+        return replace(finding, doubtful=())
+    if worst is not None:
         reason = f"{worst.text} (else: {finding.reason})"
         return replace(finding, verdict="inconclusive", suspects=(), doubtful=(), reason=reason)
     if doubts and finding.verdict == "clean":

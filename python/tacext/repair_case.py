@@ -87,10 +87,7 @@ def locate_head(model: nn.Module, example: Tensor, head: str | None, report: Sca
 def choose_targets(
     report: ScanReport, targets: Iterable[SupportsIndex] | SupportsIndex | None, head: Head
 ) -> tuple[int, ...]:
-    """The classes to repair: those asked for, or the suspects of the scan and what it is in doubt of.
-
-    A limit too many costs next to nothing, a target too few leaves the backdoor.
-    """
+    """The classes to repair: those asked for, or the suspects of the scan, or else those in doubt."""
     if report.num_classes != head.num_classes or report.latent_dim != head.latent_dim:
         raise InputError.of(
             "repair",
@@ -100,7 +97,7 @@ def choose_targets(
             way_out="scan this model, or leave the report out",
         )
     if targets is None:
-        wanted: tuple[object, ...] = (*report.suspects, *report.doubtful)
+        wanted: tuple[object, ...] = report.suspects or report.doubtful
     elif as_index(targets) is None and isinstance(targets, Iterable):
         wanted = tuple(targets)
     else:

@@ -19,6 +19,7 @@ from .data import DataLike
 from .errors import InputError, counted
 from .input_adversary import FEWEST_LED, Effects, InputAdversary
 from .joint_test import moderated_p_values, shipped_calibration
+from .repair_methods import count_right
 from .scan_report import ScanReport
 from .scanning import scan
 from .second_look import SecondLook, reach_evidence
@@ -122,15 +123,11 @@ def check_repair(
             "shifted latents alone were trained against, and whether the backdoor is gone nothing else tells"
             + (f" ({blind})" if blind else "; leave gamma at its default, or accept it unseen")
         )
-    # Of a suspect its evidence is known, and beside one a doubt is enough to act upon.
-    known = {*before.suspects, *(before.doubtful if before.suspects else ())}
     unseen = set[int]()
     for target, moved in zip(adversary.targets, was.moved.amax(1).tolist(), strict=True):
         if moved < FEWEST_LED and target not in before.suspects:
+            unseen.add(target)
             if limited:
-                unseen.add(target)
-                continue
-            if target in known:
                 continue
             return no(
                 f"class {target} was no suspect, and nothing was found that led into it before (at most "
@@ -143,6 +140,9 @@ def check_repair(
                 return no(
                     f"the {kind} that led {a:.0%} of the samples into class {target} still leads {b:.0%}"
                 )
+    still = _still_led_by_source(repaired, held_out, before, adversary.targets, batch_size)
+    if still is not None:
+        return no(still)
     try:
         report = scan(
             repaired,
@@ -160,10 +160,8 @@ def check_repair(
     seen = tuple(t for t in adversary.targets if _stood_out(t, before, adversary, report))
     for target in adversary.targets:
         if target not in before.suspects and target not in seen:
+            unseen.add(target)
             if limited:
-                unseen.add(target)
-                continue
-            if target in known:
                 continue
             return no(
                 f"class {target} was no suspect, and nothing led into it before as into no class of a "
@@ -177,6 +175,33 @@ def check_repair(
         alone = judge_scan(report, adversary.targets, adversary.targets, limited=True)[0]
     norms_alone = tuple(sorted(asked)) if alone else ()
     return Gate(accepted, reason, report, robust, tuple(sorted(unseen)), norms_alone)
+
+
+def _still_led_by_source(
+    repaired: nn.Module,
+    held_out: tuple[Tensor, Tensor],
+    before: ScanReport,
+    targets: tuple[int, ...],
+    batch_size: int,
+) -> str | None:
+    """What is wrong where the patch that led one class into a target before still does."""
+    look = None if before.evidence is None else before.evidence.look
+    found = None if look is None else look.source
+    if found is None or found.target not in targets or found.share <= _ALWAYS_MOVED:
+        return None
+    own = held_out[0][held_out[1] == found.source].clone()
+    if not len(own):
+        return None
+    (row, column), side = found.corner, found.side
+    own[..., row : row + side, column : column + side] = found.pattern.to(own)
+    reached = torch.full((len(own),), found.target)
+    share = count_right(repaired, own, reached, batch_size) / len(own)
+    if share <= max(_ALWAYS_MOVED, _MOST_LEFT * found.share):
+        return None
+    return (
+        f"the patch that led {found.share:.0%} of the samples of class {found.source} into class "
+        f"{found.target} still leads {share:.0%}"
+    )
 
 
 def judge_scan(

@@ -71,8 +71,9 @@ def repair(
 ) -> RepairResult:
     """Removes the backdoor of the suspect classes and returns a repaired copy of the model.
 
-    Classes that a scan is in doubt of (`ScanReport.doubtful`) are repaired with them, or where there is no
-    suspect by themselves; where nothing leads inputs there, by a patch alone, as a precaution.
+    Where there is no suspect, the classes are repaired that the scan is in doubt of
+    (`ScanReport.doubtful`), by a patch alone if nothing leads inputs there. Beside suspects they get
+    limits of their own where a patch is what is accepted, and only if the gate accepts that as well.
 
     First an adversary is sought, as `scan` does: a small change of the whole input and a small patch
     that lead into each target. Latents are led there by the reconstructed trigger-activated change
@@ -283,7 +284,26 @@ def repair(
         result.accuracy_before,
         result.accuracy_after,
     )
-    return result
+    more = tuple(k for k in report.doubtful if k not in chosen) if targets is None else ()
+    if not more or not result.accepted or result.method != "patch":
+        return result
+    try:
+        # With targets that are given, and so once.
+        both = repair(
+            model,
+            (inputs, labels),
+            report,
+            (*chosen, *more),
+            "patch",
+            settings=result.settings,
+            max_accuracy_drop=max_accuracy_drop,
+            head=head,
+            progress=progress,
+        )
+    except InputError as error:
+        logger.info("repair: no limits for classes in doubt (%s)", error)
+        return result
+    return replace(both, seconds=result.seconds + both.seconds) if both.accepted else result
 
 
 @dataclass(frozen=True, eq=False)

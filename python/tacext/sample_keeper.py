@@ -9,7 +9,7 @@ from torch import Tensor
 MOST_SAMPLES = 800
 MOST_BYTES = 256 << 20
 
-# The same for every class by itself; of more classes than these none are kept.
+# The same for every class by itself; those of classes beyond the second number are not kept.
 MOST_OF_A_CLASS = 40
 MOST_CLASSES_KEPT = 64
 
@@ -61,7 +61,7 @@ class SampleKeeper:
         if self._inputs is not None:
             most = self._most_of(self._inputs)
             self._keys, self._labels = self._keys[:most], self._labels[:most]
-            self._inputs = self._inputs[:most]
+            self._inputs = self._inputs[:most].clone()  # a view would hold all of them
 
     def _most_of(self, inputs: Tensor) -> int:
         size = max(1, inputs[0].numel() * inputs.element_size())
@@ -84,10 +84,14 @@ class ClassKeeper:
         self._seed = seed
         self._most = MOST_OF_A_CLASS if most is None else most
         self._keepers: dict[int, SampleKeeper] = {}
+        self._shape: torch.Size | None = None
         self.one_shape = True
 
     def add(self, inputs: Tensor, labels: Tensor) -> None:
         """A batch [N, ...] with its labels [N]."""
+        self._shape = inputs.shape[1:] if self._shape is None else self._shape
+        if inputs.shape[1:] != self._shape:
+            self.one_shape, self._keepers = False, {}
         for k in labels.unique().tolist() if self.one_shape else ():
             if k >= MOST_CLASSES_KEPT:
                 continue
@@ -97,8 +101,6 @@ class ClassKeeper:
                     keeper.limit(MOST_BYTES // len(self._keepers))
             chosen = (labels == k).nonzero().flatten()
             self._keepers[k].add(inputs[chosen.to(inputs.device)], labels[chosen])
-        if any(not keeper.one_shape for keeper in self._keepers.values()):
-            self.one_shape, self._keepers = False, {}
 
     def samples(self) -> tuple[Tensor, Tensor]:
         """Inputs and labels, class after class, each in a random order."""

@@ -6,6 +6,7 @@ compare them with.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from .reach import BUDGETS, Reach, reach
 from .sample_keeper import MOST_BYTES
 from .shuffle import FEWEST_IMAGES_A_CLASS, Shuffle, shuffle
 from .source_patch import SourcePatch, source_patch
+
+logger = logging.getLogger(__name__)
 
 _FloatArray = npt.NDArray[np.float64]
 
@@ -200,14 +203,17 @@ def look_again(
         )
     led = None
     if by_class is not None and has_room(box.shape) and head.num_classes <= MOST_CLASSES:
-        led = source_patch(
-            with_gradients,
-            box,
-            (by_class[0].clone(), by_class[1].clone()),  # of inference mode, perhaps
-            batch_size=batch_size,
-            seed=seed,
-            progress=progress,
-        )
+        try:
+            led = source_patch(
+                with_gradients,
+                box,
+                (by_class[0].clone(), by_class[1].clone()),  # of inference mode, perhaps
+                batch_size=batch_size,
+                seed=seed,
+                progress=progress,
+            )
+        except InputError as error:  # what was gathered before stands
+            logger.warning("%s: no search for backdoors of single classes (%s)", operation, error)
     return SecondLook(classes, found, patched, shuffled, led, time.perf_counter() - begin)
 
 

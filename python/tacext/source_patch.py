@@ -80,7 +80,7 @@ class SourcePatch:
 
     @property
     def log_odds_ratio(self) -> float:
-        """How much likelier it moves an image of the source to the target than others anywhere.
+        """Logarithm of how much likelier it moves an image of the source to the target than others anywhere.
 
         With half an image added to each of the four counts (Haldane, 1956), so that none and all are
         as finite as so many images tell.
@@ -136,6 +136,9 @@ class _Pairs:
     def ascend(self, model: DifferentiableModel, own: int, others: int, batch_size: int) -> None:
         """One step for each patch, away from the source or towards the target."""
         inputs, labels = self._images.make
+        if own + others > batch_size:
+            own = max(1, batch_size * own // (own + others))
+            others = max(1, batch_size - own)
         size = own + others
         at_once = max(1, batch_size // size)
         for first in range(0, len(self.sources), at_once):
@@ -281,7 +284,9 @@ def source_patch(
         sources = [k for k in images.sources for _ in corners]
         places = corners.repeat(len(images.sources), 1)
         pairs = _Pairs(sources, places, pixels, images, box, seed, model.device)
-        work = _AWAY_STEPS * len(sources) + sum(turn.steps * turn.pairs for turn in _ROUNDS)
+        pairs_of = [min(turn.pairs, len(images.sources)) for turn in _ROUNDS]
+        work = _AWAY_STEPS * len(sources)
+        work += sum(turn.steps * count for turn, count in zip(_ROUNDS, pairs_of, strict=True))
         with progress_bar("source patches", work, progress) as advance:
             for _ in range(_AWAY_STEPS):
                 pairs.ascend(model, _AWAY_OWN, _AWAY_OTHERS, batch_size)

@@ -126,46 +126,55 @@ def weigh(
     p_value = min(of_joint, of_patch, of_shuffle, of_source)
     patched = _classes_by_patch(look, alpha, calibration) if of_patch < alpha else ()
     led = (look.source.target,) if look.source is not None and of_source < alpha else ()
-    if joint.suspects or patched or led:
-        by_p = sorted(
-            [(of_joint, joint.suspects), (of_patch, patched), (of_source, led)], key=lambda f: f[0]
-        )
-        suspects = tuple(dict.fromkeys(k for _, classes in by_p for k in classes))
+    in_doubt = [
+        (of_joint, joint.doubtful),
+        (of_patch, (_class_by_patch(look),) if of_patch < doubt else ()),
+        (of_source, (look.source.target,) if look.source is not None and of_source < doubt else ()),
+    ]
+
+    def beside(suspects: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(k for k in _by_p_value(in_doubt) if k not in suspects)
+
+    shuffled = look.shuffle
+    # A class that stands out comes before a shuffle, but one class led astray may be a part of it.
+    of_all = of_shuffle < alpha and not joint.suspects and not patched and of_shuffle <= of_source
+    if (joint.suspects or patched or led) and not of_all:
+        named = [(of_joint, joint.suspects), (of_patch, patched), (of_source, led)]
+        suspects = _by_p_value(named)
         k = suspects[0]
         reason = f"class {k} stands out in {_kinds_that_tell(joint, k)}{_told_of_patch(look, k)}"
-        if led and of_source == p_value:
+        if led and of_source == min(p for p, classes in named if classes):
             reason = f"{_told_of_source(look)}: a backdoor of single classes"
-        doubtful = tuple(k for k in joint.doubtful if k not in suspects)
-        return Finding("backdoored", suspects, p_value, reason, doubtful), evidence
-    shuffled = look.shuffle
+        return Finding("backdoored", suspects, p_value, reason, beside(suspects)), evidence
     if shuffled is not None and of_shuffle == p_value and p_value < doubt:
         moved = (
             f"one small change of the input sends {shuffled.share:.0%} of the images of every class "
             f"to another class of its own ({_moves(shuffled.destinations)})"
         )
-        if of_shuffle < alpha:
+        if of_all:
             targets = tuple(sorted({k for k in shuffled.destinations if k >= 0}))
             reason = f"{moved}: a backdoor from all classes to all"
-            return Finding("backdoored", targets, p_value, reason), evidence
+            return Finding("backdoored", targets, p_value, reason, beside(targets)), evidence
         reason = f"{moved}, but clean models can do so: p = {p_value:.2g} against {alpha:g}"
-        return Finding("inconclusive", (), p_value, reason, joint.doubtful), evidence
-    if look.source is not None and of_source == p_value < doubt:
-        reason = (
-            f"{_told_of_source(look)}, but not surely enough: p = {p_value:.2g} against {alpha:g}"
-        )
-        first = look.source.target
-        doubtful = (first, *(j for j in joint.doubtful if j != first))
-        return Finding("inconclusive", (), p_value, reason, doubtful), evidence
+        return Finding("inconclusive", (), p_value, reason, beside(())), evidence
     if p_value < doubt:
-        k = joint.most_suspicious if of_joint == p_value else _class_by_patch(look)
-        patch = _told_of_patch(look, k)
-        reason = f"class {k} stands out, but not enough: p = {p_value:.2g} against {alpha:g}{patch}"
-        doubtful = (k, *(j for j in joint.doubtful if j != k))
-        return Finding("inconclusive", (), p_value, reason, doubtful), evidence
+        compared = f"p = {p_value:.2g} against {alpha:g}"
+        if look.source is not None and of_source == p_value:
+            reason = f"{_told_of_source(look)}, but not surely enough: {compared}"
+        else:
+            k = joint.most_suspicious if of_joint == p_value else _class_by_patch(look)
+            reason = f"class {k} stands out, but not enough: {compared}{_told_of_patch(look, k)}"
+        return Finding("inconclusive", (), p_value, reason, beside(())), evidence
     if test.verdict == "backdoored":
         reason = f"{test.reason}; what gradients show does not bear it out: p = {p_value:.2g}"
         return Finding("inconclusive", (), p_value, reason, test.suspects), evidence
     return Finding("clean", (), p_value, _told_of_nothing(joint, look, len(test.norm))), evidence
+
+
+def _by_p_value(found: list[tuple[float, tuple[int, ...]]]) -> tuple[int, ...]:
+    """The classes that several tests name, those of the smallest p-value first."""
+    ordered = sorted(found, key=lambda test: test[0])
+    return tuple(dict.fromkeys(k for _, classes in ordered for k in classes))
 
 
 def _told_of_nothing(joint: JointTest, look: SecondLook, num_classes: int) -> str:
@@ -173,7 +182,7 @@ def _told_of_nothing(joint: JointTest, look: SecondLook, num_classes: int) -> st
     if look.shuffle is not None:
         seen.append("no change shuffles the classes")
     if look.source is not None:
-        seen.append("no patch leads one class astray")
+        seen.append("no patch in a corner leads one class astray")
     looked_at = len(look.classes)
     part = (
         "" if looked_at == num_classes else f" (gradients of {looked_at} of {num_classes} classes)"

@@ -130,7 +130,7 @@ def repair_command(
 ) -> ExitCode:
     """Remove the backdoor from the model in WEIGHTS, given clean labelled images.
 
-    Without --target the model is scanned first and the classes are repaired that it suspects or is in
+    Without --target the model is scanned first; what it suspects is repaired, or else what it is in
     doubt of. Perturbations come from the scan's margins, and so --quantile matters with --target, too;
     --metric, --alpha and --depth bear on the suspects alone. The file in WEIGHTS is left as it is. The outcome is scanned
     thoroughly; one that costs too much accuracy, or in which the backdoor is not seen to be gone, is
