@@ -14,7 +14,17 @@ from torch.nn import functional
 import tacext
 from blobs import blobs, trained
 from digits import Cropped, digit_case, padded, padded_corner, patched_digits
-from tacext import Guard, InputError, PatchSettings, demo, evaluate, load_model, save_weights
+from tacext import (
+    Guard,
+    InputError,
+    Normalized,
+    PatchSettings,
+    demo,
+    evaluate,
+    load_model,
+    repair,
+    save_weights,
+)
 from tacext.early_exits import MOST_FEATURES, EarlyExit, EarlyExits, LayerHook, pooled
 from tacext.early_exits_fit import fit_early_exits
 from tacext.heads import find_head
@@ -402,3 +412,41 @@ def test_behind_data_parallel_they_are_saved_for_the_plain_model(tmp_path: Path)
     assert exits_of(loaded).names == exits_of(result.model).names
     with torch.no_grad():
         assert torch.equal(loaded(images), result.model(images))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_normalised_model_is_saved_and_read_again(whole: bool, tmp_path: Path) -> None:
+    """As the command line does with --mean and --std: the weights are those of the model inside."""
+    images, labels = padded(digit_case().data.defender)
+    shift = {"mean": [0.1], "std": [0.5]}
+
+    def inner() -> nn.Module:
+        return nn.Sequential(Scaled(), Cropped(demo.digit_net()))
+
+    model = inner()
+    model[1].model.load_state_dict(digit_case().backdoored.state_dict())  # type: ignore[index,union-attr]
+    model = Normalized(model, **shift)
+    result = repair(
+        model, (images, labels), targets=[demo.TARGET], method="patch", max_accuracy_drop=None
+    )
+    assert exits_of(result.model).names
+    assert isinstance(result.model, Normalized)
+    file = tmp_path / "patched.safetensors"
+    if whole:
+        save_weights(result.model, file)
+        read = load_model(file, lambda: Normalized(inner(), **shift))
+    else:
+        save_weights(result.model.model, file)
+        read = Normalized(load_model(file, inner), **shift)
+    attacked, _ = triggered()
+    with torch.no_grad():
+        expected, found = (m.eval()(attacked) for m in (result.model, read))
+    assert torch.equal(expected, found)
+    assert hooks_of(read) == hooks_of(result.model) > 0
+
+
+class Scaled(nn.Module):
+    """Takes back what `Normalized` did, as the digits were trained without."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 0.5 + 0.1

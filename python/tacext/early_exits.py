@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .heads import COMPILED, PREFIXES, HeadModule, calling_thread, latent_of
+from .normalisation import Normalized
 from .single_precision import SinglePrecision
 
 # Of wider layers the mean over all positions is taken, or nothing.
@@ -64,10 +65,22 @@ def _widths(layer: nn.Module | None) -> tuple[int, ...]:
     return ()
 
 
+def wrapped_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """What may stand in front of the names of a model's layers, the innermost model's first.
+
+    That of DataParallel and torch.compile, and of `Normalized`: weights are saved without any of them.
+    """
+    modules = dict(model.named_modules())
+    outer = ("", *PREFIXES)
+    normalized = [p for p in outer if isinstance(modules.get(p.rstrip(".")), Normalized)]
+    return (*(f"{p}model." for p in normalized), *outer)
+
+
 def layer_named(model: nn.Module, name: str) -> nn.Module | None:
-    """A layer of a model, or of the one that DataParallel or torch.compile has wrapped."""
+    """A layer of a model, or of the one that is wrapped in it."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    return next((modules[p + name] for p in ("", *PREFIXES) if p + name in modules), None)
+    prefixes = wrapped_prefixes(model)
+    return next((modules[p + name] for p in prefixes if p + name in modules), None)
 
 
 class LayerNotes:

@@ -16,8 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .differentiable import InputBox
-from .early_exits import EarlyExit, EarlyExits, LayerHook, LayerNotes, pooled
-from .heads import PREFIXES, Head, evaluating, run_model
+from .early_exits import (
+    EarlyExit,
+    EarlyExits,
+    LayerHook,
+    LayerNotes,
+    pooled,
+    wrapped_prefixes,
+)
+from .heads import Head, evaluating, run_model
 from .latent_patch_fit import shifts_between_logits
 
 # Layers looked at, evenly spaced: with three the right class came back less often, with all no more often.
@@ -143,9 +150,9 @@ def _votes(
 
 
 def _bare(model: nn.Module, name: str) -> str:
-    """The name of a layer without what DataParallel or torch.compile put in front of all names."""
-    for prefix in PREFIXES:
-        if all(n.startswith(prefix) for n, _ in model.named_parameters()):
+    """The name of a layer without what wrappers put in front of all names."""
+    for prefix in wrapped_prefixes(model):
+        if prefix and all(n.startswith(prefix) for n, _ in model.named_parameters()):
             return name.removeprefix(prefix)
     return name
 
