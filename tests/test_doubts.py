@@ -12,8 +12,10 @@ from torch import nn
 
 from digits import digit_case
 from tacext import scan
-from tacext.doubts import ENOUGH_SAMPLES, LARGEST_CONFIDENCE_GAP
+from tacext.detection import Verdict
+from tacext.doubts import ENOUGH_SAMPLES, LARGEST_CONFIDENCE_GAP, Doubt, doubted
 from tacext.tables import scan_table
+from tacext.verdict import Finding
 
 DEPTHS = pytest.mark.parametrize("depth", ["fast", "thorough"])
 
@@ -36,6 +38,16 @@ def test_classes_in_doubt_are_told_beside_the_suspects() -> None:
     console = Console(file=io.StringIO(), width=100)
     console.print(scan_table(report))
     assert "suspects: 3   in doubt: 7, 1   p = " in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("verdict", ["backdoored", "clean", "inconclusive"])
+def test_beside_a_severe_doubt_no_class_is_named(verdict: Verdict) -> None:
+    suspects = (3,) if verdict == "backdoored" else ()
+    finding = Finding(verdict, suspects, 0.05, "said", (5,))
+    found = doubted(finding, (Doubt("too few", severe=True),))
+    assert (found.verdict, found.suspects, found.doubtful) == ("inconclusive", (), ())
+    mild = doubted(finding, (Doubt("some", severe=False),))
+    assert (mild.suspects, mild.doubtful) == (suspects, (5,))
 
 
 def test_the_confidence_is_the_mean_largest_probability() -> None:

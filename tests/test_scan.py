@@ -162,11 +162,6 @@ def test_too_few_samples_are_inconclusive() -> None:
     assert report.verdict == "inconclusive"
     assert "199 samples are too few" in report.reason
     assert report.suspects == report.doubtful == ()
-    model = copy.deepcopy(case.clean)
-    with torch.no_grad():
-        model[-1].bias[5] += 2.0  # type: ignore[index]
-    assert scan(model, (images, labels), depth="fast").doubtful == (5,)
-    assert scan(model, (images[:199], labels[:199]), depth="fast").doubtful == ()
 
 
 def test_missing_classes_are_warned_about() -> None:
