@@ -14,7 +14,7 @@ from torch import nn
 
 import tacext
 from digits import Cropped, digit_case, padded
-from tacext import FinetuneSettings, InputError, RepairResult, demo, evaluate, scan
+from tacext import FinetuneSettings, InputError, RepairResult, demo, evaluate, repair_gate, scan
 from tacext.doubts import FEWEST_SAMPLES
 from tacext.heads import find_head
 from tacext.input_adversary import Effects, InputAdversary
@@ -145,6 +145,12 @@ def test_the_patch_that_led_one_class_astray_is_tried_again() -> None:
     assert still(Cropped(case.clean)) is None
     assert still(model, targets=(target + 1,)) is None
     assert still(model, held_out=(data[0][:0], data[1][:0])) is None
+
+
+def test_a_repair_that_leaves_that_patch_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repair_gate, "_still_led_by_source", lambda *_: "it still leads there")
+    result = repair(digit_case().backdoored, digit_case().data.defender)
+    assert (result.accepted, result.reason) == (False, "it still leads there")
 
 
 def test_what_nothing_shows_is_not_accepted() -> None:
