@@ -35,6 +35,10 @@ def test_the_target_comes_first_and_a_clean_model_is_not_cleared() -> None:
     assert (clean.verdict, clean.suspects) == ("inconclusive", ())
     assert "without data many backdoors pass unseen" in clean.reason
     assert clean.p_value > report.p_value
+    for found in (report, clean):
+        first = found.evidence.joint.most_suspicious  # type: ignore[union-attr]
+        in_doubt = 0.01 <= found.p_value < 0.2
+        assert found.doubtful[:1] == ((first,) if in_doubt else ())
 
 
 def test_an_overshooting_class_is_flagged() -> None:

@@ -127,17 +127,8 @@ def _look(model: nn.Module, data: ImageSet, seed: int) -> dict[str, Any]:
 def _source(found: SourcePatch | None) -> dict[str, Any] | None:
     if found is None:
         return None
-    return {
-        "source": found.source,
-        "target": found.target,
-        "share": found.share,
-        "images": found.images,
-        "kept": found.kept,
-        "others": found.others,
-        "side": found.side,
-        "corner": found.corner,
-        "seconds": round(found.seconds, 2),
-    }
+    told = {name: value for name, value in vars(found).items() if name != "pattern"}
+    return told | {"seconds": round(found.seconds, 2)}
 
 
 def collect(model: nn.Module, data: ImageSet, seed: int = 0) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .detection import FEWEST_CLASSES, LARGEST_DOUBT, judge_norms
+from .detection import FEWEST_CLASSES, judge_norms
 from .differentiable import DifferentiableModel, InputBox
 from .doubts import ENOUGH_SAMPLES, Doubt, doubted, unsolved_doubt
 from .errors import InputError, counted
@@ -28,7 +28,7 @@ from .observation import Metric, Observation, observe, solve
 from .ops import SolverSettings, Status
 from .scan_report import ScanReport, ScanTimings
 from .second_look import margin_evidence, norm_evidence
-from .verdict import THOROUGH_DOUBT_FACTOR, Evidence, weigh_without_data
+from .verdict import Evidence, doubt_level, weigh_without_data
 
 _OPERATION = "scan"
 
@@ -136,8 +136,7 @@ def scan_without_data(
         "margin": margin_evidence(found.margin.mean(1).numpy()),
         "prototype": norm_evidence(norm),
     }
-    doubt = min(THOROUGH_DOUBT_FACTOR * alpha, LARGEST_DOUBT)
-    joint = judge_jointly(evidence, alpha, shipped_calibration(), doubt)
+    joint = judge_jointly(evidence, alpha, shipped_calibration(), doubt_level(alpha))
     finding = weigh_without_data(joint)
     unsolved = unsolved_doubt(perturbations)
     doubts: tuple[Doubt, ...] = () if unsolved is None else (unsolved,)

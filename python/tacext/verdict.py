@@ -91,6 +91,11 @@ class Evidence:
     source_p_value: float | None = None
 
 
+def doubt_level(alpha: float) -> float:
+    """The p-value of a thorough scan below which a class that is no suspect is in doubt."""
+    return min(THOROUGH_DOUBT_FACTOR * alpha, LARGEST_DOUBT)
+
+
 def finding_of_norms(test: NormTest) -> Finding:
     """The verdict of a scan that has only the norms."""
     return Finding(test.verdict, test.suspects, test.p_value, test.reason, test.doubtful)
@@ -115,7 +120,7 @@ def weigh(
         "source": (source_p, SOURCE_SHARE),
     }
     left = 1 - sum(share for p, share in tested.values() if p is not None)
-    doubt = min(THOROUGH_DOUBT_FACTOR * alpha, LARGEST_DOUBT)
+    doubt = doubt_level(alpha)
     seen = evidence_of(test.norm, look)
     joint = judge_jointly(seen, left * alpha, calibration, left * doubt)
     evidence = Evidence(look, None, joint, patch_p, shuffle_p, source_p)
