@@ -171,3 +171,38 @@ def test_too_little_memory_is_not_taken_for_a_lack_of_gradients() -> None:
 
     with pytest.raises(InputError, match=r"batch_size: .*use a smaller batch_size"):
         with_gradients(Net()).margin_gradient(torch.rand(2, *SHAPE), torch.tensor([0, 1]))
+
+
+class Flattened(nn.Module):
+    """Flattens a map of several pixels, by `view` as many published models do or by `reshape`."""
+
+    def __init__(self, by_view: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution, self.head = nn.Conv2d(3, 2, 3), nn.Linear(32, 4)
+        self.by_view = by_view
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.convolution(x)
+        return self.head(x.view(len(x), -1) if self.by_view else x.reshape(len(x), -1))  # type: ignore[no-any-return]
+
+
+def test_a_model_that_flattens_by_view_is_looked_at_like_any_other() -> None:
+    inputs, found = torch.rand(3, 3, 6, 6), []
+    for by_view in (True, False):
+        model = with_gradients(Flattened(by_view), (3, 6, 6))
+        with model.open():
+            placed = model.place(inputs)
+            found.append(model.margin_gradient(placed, torch.arange(3)))
+            found.append((model.logits(placed), placed))
+    with pytest.raises(RuntimeError, match="view size"):  # or this test would show nothing
+        Flattened(by_view=True)(inputs.contiguous(memory_format=torch.channels_last))
+    for of_view, of_reshape in zip(found[:2], found[2:], strict=True):
+        for a, b in zip(of_view, of_reshape, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_other_errors_than_those_of_the_layout_are_told() -> None:
+    model = with_gradients(Flattened(by_view=True), (3, 6, 6))
+    with model.open(), pytest.raises(InputError, match="which it rejects"):
+        model.logits(model.place(torch.rand(2, 3, 9, 9)))

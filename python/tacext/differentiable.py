@@ -84,8 +84,9 @@ def class_margin(logits: Tensor, classes: Tensor) -> Tensor:
 class DifferentiableModel:
     """A model's logits with gradients with respect to its inputs and to nothing else.
 
-    Convolutions run in channels-last and, where the processor has tiles for it, all runs in bfloat16:
-    the evidence is about differences of whole logits, and it takes half the time or less.
+    Convolutions run in channels-last, if the model takes that, and, where the processor has tiles for
+    it, all runs in bfloat16: the evidence is about differences of whole logits, and it takes half the
+    time or less.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class DifferentiableModel:
         fast = self.device.type == "cuda" or has_fast_bfloat16()
         self._half = fast and model_dtype(model) == torch.float32
         self._half_checked = False
+        self._channels_last: bool | None = None  # not known yet
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
@@ -122,7 +124,25 @@ class DifferentiableModel:
     def place(self, inputs: Tensor) -> Tensor:
         """Inputs as the model takes them fastest."""
         inputs = inputs.to(self.device)
-        return inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
+        if inputs.dim() != 4 or not len(inputs):
+            return inputs
+        if self._channels_last is None:
+            self._channels_last = self._takes_channels_last(inputs[:1])
+        return inputs.contiguous(
+            memory_format=torch.channels_last if self._channels_last else torch.contiguous_format
+        )
+
+    def _takes_channels_last(self, inputs: Tensor) -> bool:
+        """Whether the model runs on such inputs: one that flattens by `view` does not."""
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        with self.open(), torch.no_grad():
+            try:
+                self._logits(inputs, half=False)
+            except NotFiniteError:
+                return True
+            except InputError:
+                return False
+        return True
 
     def logits(self, inputs: Tensor) -> Tensor:
         """float32 [N, C], of the head, also where the model returns something made of them.
