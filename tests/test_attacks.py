@@ -194,6 +194,10 @@ def test_clean_labels_stay_and_cover_samples_keep_theirs() -> None:
     assert torch.equal(poisoned.labels[covered], data.labels[covered])
     assert bool((data.labels[plan.poisoned == 0] == 0).all())
     assert bool((poisoned.images[covered, :, -4:-1, -4:-1] == 255).all())
+    # Left out, as many are covered as poisoned; of an attack without a cover none.
+    plan = attacks.plan_poisoning(data.labels, specific, 0.1)
+    assert int((plan.covered == 0).sum()) == int((plan.poisoned == 0).sum()) == 20
+    assert int((attacks.plan_poisoning(data.labels, clean_label, 0.1).covered >= 0).sum()) == 0
 
 
 def test_several_attacks_share_the_rate_and_no_sample() -> None:

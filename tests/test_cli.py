@@ -119,6 +119,14 @@ def test_repair_then_evaluate(
     assert content["der"] > 0.9
     assert "baseline" in capsys.readouterr().out
 
+    assert run(
+        "evaluate", folder / "backdoored.safetensors", *common, "--split", "test", "--trigger", TRIGGER,
+        "--target", 0, "--source", 4, "--json", result,
+    ) == 0  # fmt: skip
+    of_source = json.loads(result.read_text())
+    assert of_source["triggered"] == int((digit_case().data.test[1] == 4).sum())
+    assert of_source["asr"] > 0.9
+
 
 def test_a_patched_model_is_written_and_read_again(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

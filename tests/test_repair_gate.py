@@ -170,13 +170,23 @@ def test_what_nothing_shows_is_not_accepted() -> None:
     assert "shifted latents alone were trained" in unseen.reason
     few = FEWEST_SAMPLES - 50
     report = scan(case.backdoored, (images, labels), depth="fast")
-    result = repair(case.backdoored, (images[:few], labels[:few]), report, targets=[0])
-    assert not result.accepted
-    assert "30 held-out samples are too few" in result.reason
+    told = (
+        "repair: data: expected 50 held-out samples or more, as fewer judge no repair, got 30 of 150; "
+        "pass 250 samples or raise the holdout"
+    )
+    with pytest.raises(InputError, match=told):  # before hours of training
+        repair(case.backdoored, (images[:few], labels[:few]), report, targets=[0])
+    more = FinetuneSettings(epochs=1, holdout=0.4)
+    repair(case.backdoored, (images[:few], labels[:few]), report, targets=[0], settings=more)
 
 
-def test_a_patch_against_which_norms_alone_stand_is_the_last_resort() -> None:
+def test_a_patch_against_which_norms_alone_stand_is_the_last_resort(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     case = digit_case()
+    # Eight times the usual change leads half of the digits anywhere; whether a few more come here
+    # depends on the processor that the network was trained on.
+    monkeypatch.setattr(repair_gate, "_led_anew", lambda *_: None)
     idle = FinetuneSettings(epochs=1, learning_rate=1e-7)
     result = repair(case.backdoored, case.data.defender, method="auto", settings=idle)
     assert [attempt.method for attempt in result.attempts] == ["patch", "prune", "finetune"]
@@ -352,11 +362,6 @@ def test_what_led_nowhere_before_shows_nothing() -> None:
     )  # fmt: skip
     assert not natural.accepted
     assert "as into no class of a clean model" in natural.reason
-    few = check_repair(
-        case.clean, (images, labels), (images[:20], labels[:20]), report, adversary, nothing,
-        (20, 20), 0.02, head="19", limited=False, batch_size=64,
-    )  # fmt: skip
-    assert "20 held-out samples are too few" in few.reason
 
 
 @pytest.mark.parametrize("drop", [-0.1, 1.5, "a", math.nan, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from .input_adversary import InputAdversary
 from .ops import Status
 from .repair_settings import RepairSettings
 from .scan_report import ScanReport
+
+# Of fewer held-out samples nothing can be judged.
+FEWEST_HELD_OUT = 50
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,8 +149,19 @@ def reconstructed_tac(report: ScanReport, head: Head, targets: tuple[int, ...]) 
     return solved.perturbation
 
 
-def split_of(samples: int, settings: RepairSettings) -> tuple[Tensor, Tensor]:
-    """Indices to repair with, and those held out to measure with, by the seed."""
+def split_of(
+    samples: int, settings: RepairSettings, *, judged: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Indices to repair with, and those held out to measure with, by the seed.
+
+    Args:
+        samples: how many there are.
+        settings: their holdout and seed.
+        judged: whether a gate judges the outcome by those held out.
+
+    Raises:
+        InputError: too few of either.
+    """
     holdout = max(1, round(samples * settings.holdout))
     if samples >= 3 and samples - holdout < 2:
         raise InputError.of(
@@ -164,6 +179,15 @@ def split_of(samples: int, settings: RepairSettings) -> tuple[Tensor, Tensor]:
             expected="at least 3 samples, some to train on and some to measure with",
             got=str(samples),
             way_out="pass more clean samples; a few hundred are sensible",
+        )
+    if judged and holdout < FEWEST_HELD_OUT:
+        raise InputError.of(
+            "repair",
+            "data",
+            expected=f"{FEWEST_HELD_OUT} held-out samples or more, as fewer judge no repair",
+            got=f"{holdout} of {samples}",
+            way_out=f"pass {math.ceil(FEWEST_HELD_OUT / settings.holdout)} samples or raise the "
+            "holdout; without the gate (max_accuracy_drop=None, --no-gate) what comes out is unseen",
         )
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(settings.seed))
     return order[holdout:], order[:holdout]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import DataLike
-from .errors import InputError, counted
+from .errors import InputError
 from .input_adversary import FEWEST_LED, Effects, InputAdversary
 from .joint_test import moderated_p_values, shipped_calibration
 from .repair_methods import count_right
@@ -25,8 +25,6 @@ from .scanning import scan
 from .second_look import SecondLook, reach_evidence
 from .verdict import SOURCE_SHARE, Evidence, Finding, patch_p_value, weigh
 
-# Of fewer held-out samples nothing can be judged.
-_FEWEST_HELD_OUT = 50
 # A p-value above this leaves no doubt of a patch or a shuffle.
 _DOUBT = 0.3
 
@@ -108,11 +106,6 @@ def check_repair(
     def no(reason: str, report: ScanReport | None = None) -> Gate:
         return Gate(False, reason, report, robust)
 
-    if len(held_out[1]) < _FEWEST_HELD_OUT:
-        return no(
-            f"{counted(len(held_out[1]), 'held-out sample is', 'held-out samples are')} too few to "
-            f"judge it; pass more samples or a larger holdout ({_FEWEST_HELD_OUT} are needed)"
-        )
     drop = (correct[0] - correct[1]) / len(held_out[1])
     if drop > max_accuracy_drop + 1e-9:
         return no(

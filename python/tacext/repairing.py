@@ -154,7 +154,7 @@ def repair(
     inputs, labels = materialise(data, operation="repair")
     if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
         model = copy.deepcopy(model)  # which gradients may pass by
-    training, holdout = split_of(len(labels), shared)
+    training, holdout = split_of(len(labels), shared, judged=max_accuracy_drop is not None)
     if report is not None and not isinstance(report, ScanReport):
         raise InputError.of(
             "repair",

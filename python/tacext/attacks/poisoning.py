@@ -92,7 +92,7 @@ def plan_poisoning(
     attacks: Attack | Sequence[Attack],
     rate: float,
     *,
-    cover_rate: float = 0.0,
+    cover_rate: float | None = None,
     seed: int = 0,
 ) -> PoisoningPlan:
     """Chooses at random who is poisoned.
@@ -102,7 +102,8 @@ def plan_poisoning(
         attacks: one, or several that share the poisoned samples evenly.
         rate: poisoned samples, as a share of all N. A clean-label attack takes its samples from
             the target class, a source-specific one from the source.
-        cover_rate: further samples that get the attack's cover and keep their label.
+        cover_rate: further samples that get the cover of the attacks that have one, and keep their
+            label; None: as many as are poisoned.
         seed: the same seed chooses the same samples.
 
     Raises:
@@ -110,6 +111,7 @@ def plan_poisoning(
     """
     checked = check_labels(labels, "plan_poisoning", "labels")
     several = (attacks,) if isinstance(attacks, Attack) else tuple(attacks)
+    cover_rate = rate if cover_rate is None else cover_rate
     for argument, value in (("rate", rate), ("cover_rate", cover_rate)):
         if not 0 <= value <= 1:
             raise InputError.of(
@@ -166,7 +168,7 @@ def poison(
     attacks: Attack | Sequence[Attack],
     rate: float,
     *,
-    cover_rate: float = 0.0,
+    cover_rate: float | None = None,
     seed: int = 0,
 ) -> tuple[ImageSet, PoisoningPlan]:
     """A poisoned copy of a training set, and who was poisoned in it.
@@ -178,7 +180,7 @@ def poison(
         data: clean images and labels.
         attacks: as `plan_poisoning`, and so are the others.
         rate: poisoned samples, as a share of all.
-        cover_rate: further samples with the attack's cover.
+        cover_rate: further samples with the attack's cover; None: as many as are poisoned.
         seed: of the choice.
 
     Returns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from ..attacks import AllToOne, Goal, SourceSpecific
 from ..evaluation import Evaluation, evaluate
 from ..report import evaluation_to_dict, write_json
 from ..tables import evaluation_table
@@ -23,12 +24,18 @@ from .inputs import BATCH_SIZE, ModelAndData, model_and_data
 )
 @click.option("--target", required=True, type=click.IntRange(min=0), help="The attacked class.")
 @click.option(
+    "--source",
+    type=click.IntRange(min=0),
+    help="The class whose images the trigger leads there, if it acts on one class alone.",
+)
+@click.option(
     "--baseline", type=click.Path(), help="Weights before repair; the DER is measured against it."
 )
 def evaluate_command(
     given: ModelAndData,
     trigger: str,
     target: int,
+    source: int | None,
     baseline: str | None,
 ) -> None:
     """Measure the model in WEIGHTS on clean images and on the same images with a known trigger."""
@@ -39,8 +46,8 @@ def evaluate_command(
     )
     stamp = load_trigger(trigger)
     model = given.load_model()
-    source = given.source
     images = given.load_images()
+    goal: Goal = AllToOne(target) if source is None else SourceSpecific(source, target)
     rows: list[tuple[str, Evaluation]] = []
     before = None
     if baseline is not None:
@@ -48,15 +55,15 @@ def evaluate_command(
             given.load_model(baseline),
             images,
             stamp,
-            target,
+            goal,
             batch_size=given.batch_size or BATCH_SIZE,
         )
         rows.append(("baseline", before))
     after = evaluate(
-        model, images, stamp, target, baseline=before, batch_size=given.batch_size or BATCH_SIZE
+        model, images, stamp, goal, baseline=before, batch_size=given.batch_size or BATCH_SIZE
     )
     rows.append(("model", after))
     if given.json_path is not None:
-        content = evaluation_to_dict(after, source)
+        content = evaluation_to_dict(after, given.source)
         write_json(given.json_path, content, operation="evaluate")
     ResultConsole().print(evaluation_table(rows))

@@ -47,7 +47,7 @@ def fit_command(
         model,
         images,
         false_positive_rate,
-        head=given.head_in_model(head),
+        head=given.head_in_model(head, model),
         batch_size=given.batch_size or BATCH_SIZE,
         seed=given.seed,
     )

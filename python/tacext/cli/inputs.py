@@ -215,9 +215,14 @@ class ModelAndData:
             )
         return images.sample(self.samples, self.seed)
 
-    def head_in_model(self, head: str | None) -> str | None:
-        """A layer's name as the loaded model has it, behind its normalisation."""
-        return head if head is None or self.mean is None else f"model.{head}"
+    def head_in_model(self, head: str | None, model: nn.Module) -> str | None:
+        """A layer's name as the loaded model has it, behind its normalisation.
+
+        Names of no layer of the user's own model are left as they are, for errors to tell.
+        """
+        behind = f"model.{head}"
+        known = isinstance(model, Normalized) and behind in dict(model.named_modules())
+        return behind if head is not None and known else head
 
     def scan(
         self,
@@ -231,7 +236,7 @@ class ModelAndData:
             model,
             images,
             input_shape=input_shape,
-            head=self.head_in_model(options.head),
+            head=self.head_in_model(options.head, model),
             metric="l2" if options.metric == "l2" else "standardized",
             quantile=options.quantile,
             alpha=options.alpha,

@@ -179,7 +179,7 @@ def repair_command(
         targets=targets or None,
         method=method,
         max_accuracy_drop=None if no_gate else max_accuracy_drop,
-        head=given.head_in_model(options.head),
+        head=given.head_in_model(options.head, model),
         settings=settings,
         checkpoint=checkpoint,
     )

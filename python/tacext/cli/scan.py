@@ -32,8 +32,10 @@ def scan_command(
 
     Prints a verdict: backdoored, with the suspect classes; clean; or inconclusive.
     """
-    if (given.data_path is None) == (input_shape is None):
+    if given.data_path is None and input_shape is None:
         raise click.UsageError("give --data, or --input-shape for a scan without any images")
+    if given.data_path is not None and input_shape is not None:
+        raise click.UsageError("--input-shape is for a scan without images: leave it or --data out")
     given.check_outputs("scan", {"json": given.json_path, "plot": plot})
     if given.data_path is None and (given.split or given.samples or given.size):
         raise click.UsageError("--split, --samples and --size choose images: give --data")
