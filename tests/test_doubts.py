@@ -37,7 +37,13 @@ def test_classes_in_doubt_are_told_beside_the_suspects() -> None:
     report = dataclasses.replace(report, suspects=(3,), doubtful=(7, 1))
     console = Console(file=io.StringIO(), width=100)
     console.print(scan_table(report))
-    assert "suspects: 3   in doubt: 7, 1   p = " in console.file.getvalue()  # type: ignore[attr-defined]
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "suspects: 3   in doubt: 7, 1   p = " in text
+    first = [int(line.split()[0]) for line in text.splitlines()[1:11]]
+    assert first[:3] == [3, 7, 1]  # the others by their norms
+    assert sorted(first) == list(range(10))
+    rest = [float(report.norm[k]) for k in first[3:]]
+    assert rest == sorted(rest)
 
 
 @pytest.mark.parametrize("verdict", ["backdoored", "clean", "inconclusive"])

@@ -13,9 +13,11 @@ from digits import Cropped, digit_case, padded
 from tacext import sample_keeper, scan
 from tacext.differentiable import DifferentiableModel, InputBox
 from tacext.heads import find_head
+from tacext.patch_reach import FEWEST_PIXELS
+from tacext.reach import MARGIN_CAP
 from tacext.report import scan_to_dict
 from tacext.sample_keeper import MOST_CLASSES_KEPT, MOST_OF_A_CLASS, ClassKeeper
-from tacext.source_patch import FEWEST_OF_A_CLASS, SourcePatch, source_patch
+from tacext.source_patch import FEWEST_OF_A_CLASS, SourcePatch, _Images, _Pairs, source_patch
 
 SOURCE, TARGET = 3, 8
 SIDE = 2  # pixels of 16
@@ -113,9 +115,9 @@ def test_no_patch_leads_a_class_of_a_clean_model_astray() -> None:
 
 def test_the_log_odds_ratio_is_that_of_four_counts() -> None:
     nothing = torch.zeros(0)
-    patch = SourcePatch(0, 1, 0.75, 8, 0.9, 100, 4, (0, 0), nothing, 0.0)
+    patch = SourcePatch(0, 1, 0.75, 8, 0.9, 100, 4, (0, 0), nothing, 0.0, (0,))
     assert patch.log_odds_ratio == pytest.approx(math.log((6.5 / 2.5) / (10.5 / 90.5)))
-    few = SourcePatch(0, 1, 1.0, 4, 1.0, 0, 4, (0, 0), nothing, 0.0)
+    few = SourcePatch(0, 1, 1.0, 4, 1.0, 0, 4, (0, 0), nothing, 0.0, (0,))
     assert few.log_odds_ratio == pytest.approx(math.log(9.0))  # of no others nothing is known
 
 
@@ -196,7 +198,8 @@ def test_classes_with_few_images_are_no_sources() -> None:
 
 def test_every_class_keeps_as_many_samples_whatever_the_batches() -> None:
     labels = torch.arange(3).repeat_interleave(torch.tensor([1000, 10, 60]))
-    inputs = torch.arange(len(labels), dtype=torch.float32)[:, None]
+    inputs = torch.arange(len(labels), dtype=torch.float32)[:, None, None, None]
+    inputs = inputs.expand(-1, 1, FEWEST_PIXELS, FEWEST_PIXELS)
     kept = []
     for batch in (2000, 7):
         keeper = ClassKeeper(0)
@@ -205,15 +208,15 @@ def test_every_class_keeps_as_many_samples_whatever_the_batches() -> None:
         kept.append(keeper.samples())
     assert torch.equal(kept[0][0], kept[1][0])
     assert kept[0][1].bincount().tolist() == [MOST_OF_A_CLASS, 10, MOST_OF_A_CLASS]
-    assert torch.equal(kept[0][1], labels[kept[0][0][:, 0].long()])
+    assert torch.equal(kept[0][1], labels[kept[0][0][:, 0, 0, 0].long()])
 
 
 def test_all_classes_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = torch.arange(400) // 100
-    inputs = torch.arange(400, dtype=torch.float32)[:, None].expand(-1, 25).contiguous()
+    inputs = torch.arange(400, dtype=torch.float32)[:, None, None, None].expand(-1, 1, 20, 20)
     whole = ClassKeeper(0)
     whole.add(inputs, labels)
-    monkeypatch.setattr(sample_keeper, "MOST_BYTES", 4000)  # ten for each of four classes
+    monkeypatch.setattr(sample_keeper, "MOST_BYTES", 40 * 1600)  # ten for each of four classes
     for batch in (400, 30):
         keeper = ClassKeeper(0)
         for x, y in zip(inputs.split(batch), labels.split(batch), strict=True):
@@ -224,15 +227,91 @@ def test_all_classes_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
             assert torch.equal(kept[0][10 * k : 10 * k + 10], whole.samples()[0][40 * k :][:10])
 
 
-def test_samples_of_many_classes_or_several_shapes_are_not_kept() -> None:
-    keeper = ClassKeeper(0)
-    labels = torch.arange(2 * MOST_CLASSES_KEPT)
-    keeper.add(torch.zeros(len(labels), 1), labels)
-    assert int(keeper.samples()[1].max()) == MOST_CLASSES_KEPT - 1
-    keeper = ClassKeeper(0)
-    keeper.add(torch.zeros(4, 1, 8, 8), torch.arange(4))
-    keeper.add(torch.zeros(4, 1, 9, 9), torch.arange(4, 8))  # other classes, too
-    assert not keeper.one_shape
+@pytest.mark.parametrize(
+    ("shape", "labels"),
+    [
+        ((1, 9, 9), torch.arange(4)),  # another than that of the first batch
+        ((1, 16, 16), torch.tensor([0, MOST_CLASSES_KEPT])),
+    ],
+)
+def test_samples_of_many_classes_or_several_shapes_are_not_kept(
+    shape: tuple[int, ...], labels: Tensor
+) -> None:
+    keeper, first = ClassKeeper(0), (torch.zeros(4, 1, 16, 16), torch.arange(4))
+    keeper.add(*first)
+    assert len(keeper.samples()[1]) == 4
+    keeper.add(torch.zeros(len(labels), *shape), labels)
     assert len(keeper.samples()[1]) == 0
-    keeper.add(torch.zeros(4, 1, 9, 9), torch.arange(4))
+    keeper.add(*first)
     assert len(keeper.samples()[1]) == 0
+
+
+@pytest.mark.parametrize("shape", [(300,), (3, FEWEST_PIXELS - 1, 40)])
+def test_nothing_is_kept_of_what_has_no_room_for_a_patch(shape: tuple[int, ...]) -> None:
+    keeper = ClassKeeper(0)
+    keeper.add(torch.zeros(4, *shape), torch.arange(4))
+    assert len(keeper.samples()[1]) == 0
+
+
+# ---- the parts of the search ---------------------------------------------------------------------
+
+
+def pairs_of(sources: tuple[int, ...], model: nn.Module) -> tuple[DifferentiableModel, _Pairs]:
+    """One patch in the first corner for each of these classes."""
+    seen = DifferentiableModel(model.eval(), find_head(model, images()[0][:4]), "scan")
+    with seen.open():
+        to_use = _Images(seen, images(), 128)
+    corner = torch.zeros(len(sources), 2, dtype=torch.int64)
+    box = InputBox.unit(images()[0].shape[1:])
+    return seen, _Pairs(sources, corner, SIDE, to_use, box, 0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("targets", [None, [7, 2]])
+def test_the_gradient_is_of_both_means(targets: list[int] | None) -> None:
+    seen, pairs = pairs_of((SOURCE, 5), Planted())
+    pairs.targets = targets
+    own, others = 3, 5
+    at = images()[0][: 2 * (own + others)].clone()
+    goal = images()[1][: 2 * (own + others)].unflatten(0, (2, -1)).clone()
+    if targets is not None:
+        goal[:, :own] = torch.tensor(targets)[:, None]
+    with seen.open():
+        found = pairs._gradient(seen, at, goal, own)
+        x = at.clone().requires_grad_(True)
+        value, scale = torch.zeros(()), pairs._images.scale
+        for z, k, j in zip(seen.logits(x), goal.flatten(), range(len(x)), strict=True):
+            rest = torch.cat([z[:k], z[k + 1 :]])
+            if j % (own + others) >= own:  # another class, to be kept
+                value = value + (z[k] - rest.max()).clamp(max=0.5 * scale) / others
+            elif targets is None:
+                value = value + (rest.mean() - z[k]) / own
+            else:
+                value = value + (z[k] - rest.max()).clamp(max=MARGIN_CAP * scale) / own
+        (expected,) = torch.autograd.grad(value, x)
+    expected = expected.unflatten(0, (2, -1)).sum(1)
+    for a, b in zip(found, expected, strict=True):  # gradients are known up to a factor
+        torch.testing.assert_close(a / a.norm(), b / b.norm(), rtol=1e-4, atol=1e-5)
+
+
+def test_of_each_class_the_best_patch_goes_on_and_stands_still() -> None:
+    seen, pairs = pairs_of((5, SOURCE, SOURCE, 1), Planted())
+    pairs.patterns.pattern[2] = 1.0  # the trigger
+    pairs.patterns.velocity += 1
+    with seen.open():
+        pairs.keep_best(seen, 3, 128)
+    assert pairs.sources[0] == SOURCE
+    assert pairs.targets is not None
+    assert pairs.targets[0] == TARGET
+    assert sorted(pairs.sources) == [1, SOURCE, 5]
+    assert float(pairs.patterns.pattern[0].min()) == 1
+    assert not bool(pairs.patterns.velocity.any())
+
+
+def test_images_of_the_target_are_no_others() -> None:
+    seen, pairs = pairs_of((SOURCE,), Planted())
+    pairs.targets = [TARGET]
+    with seen.open():
+        sent, kept = pairs.measured(seen, 0, 128)
+    labels = pairs._images.measure[1]
+    assert len(sent) == int((labels == SOURCE).sum())
+    assert len(kept) == int(((labels != SOURCE) & (labels != TARGET)).sum())

@@ -88,12 +88,22 @@ def test_a_patch_that_moves_all_images_names_its_class() -> None:
     finding, evidence = judged(patches={6: (1.0, 8.0), 2: (0.4, 5.0)})
     assert (finding.verdict, finding.suspects) == ("backdoored", (6,))
     assert "stands out in patch (p = " in finding.reason
-    told = "; a patch of 4x4 pixels at row 6, column 12 sends 100% of the other images there"
+    told = "; a patch of 4x4 pixels at row 6, column 12 sends 100% of the held-out images there"
     assert finding.reason.endswith(told)
     assert evidence.joint.kind_p_values["patch"][6] < 1e-5
     finding, _ = judged({3: 8.0}, patches={6: (1.0, 8.0)})
     assert finding.suspects[0] == 3
     assert "a patch" not in finding.reason  # of another class than the first
+
+
+def test_patches_that_few_images_tell_of_are_not_told_of() -> None:
+    norm, look = look_of({3: 8.0}, patches={3: (1.0, 8.0)})
+    assert look.patch is not None
+    told = []
+    for images in (100, 99):
+        few = replace(look, patch=replace(look.patch, images=images))
+        told.append(weigh(judge_norms(norm, 0.01), few, 0.01, shipped_calibration())[0].reason)
+    assert ["a patch of" in reason for reason in told] == [True, False]
 
 
 def test_patches_that_move_most_images_into_all_classes_are_no_backdoor() -> None:
@@ -198,7 +208,8 @@ def test_a_shuffle_is_not_hidden_by_one_class_that_it_leads_astray() -> None:
 
 def led_by(share: float, kept: float, images: int = 20) -> SourcePatch:
     """A patch that sends so many images of class 5 to class 7 and leaves so many others."""
-    return SourcePatch(5, 7, share, images, kept, 200, 4, (28, 3), torch.zeros(0), 0.0)
+    everywhere = tuple(range(CLASSES))
+    return SourcePatch(5, 7, share, images, kept, 200, 4, (28, 3), torch.zeros(0), 0.0, everywhere)
 
 
 def test_a_patch_that_leads_one_class_astray_names_its_target() -> None:
@@ -207,13 +218,21 @@ def test_a_patch_that_leads_one_class_astray_names_its_target() -> None:
     assert evidence.source_p_value is not None
     assert finding.p_value == pytest.approx(evidence.source_p_value / 0.03)
     assert finding.reason == (
-        "a patch of 4x4 pixels at row 28, column 3 sends 100% of the other images of class 5 to class "
+        "a patch of 4x4 pixels at row 28, column 3 sends 100% of the held-out images of class 5 to class "
         "7, and leaves 99% of those of other classes where they are: a backdoor of single classes"
     )
     both, _ = judged({3: 9.0}, led=led_by(1.0, 0.99))
     assert set(both.suspects) == {3, 7}
     with_it, without = judged({3: 4.0}, led=led_by(0.5, 0.5)), judged({3: 4.0})
     assert with_it[0].p_value == pytest.approx(without[0].p_value * 0.89 / 0.86, abs=0)
+
+
+def test_classes_with_too_few_images_to_tell_are_told_of() -> None:
+    found = replace(led_by(0.1, 1.0), looked_at=(1, 2, 5))
+    finding, _ = judged(led=found)
+    assert finding.verdict == "clean"
+    told = f"leads one class astray (3 of {CLASSES} had images enough to tell)"
+    assert finding.reason.endswith(told)
 
 
 def test_one_that_leads_not_far_enough_ahead_is_in_doubt() -> None:

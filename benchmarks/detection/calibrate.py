@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from scipy import optimize, special, stats
 
 from tacext.joint_test import (
@@ -87,12 +88,21 @@ def read_case(file: Path, norm: str = NORM) -> Case:
         evidence["prototype"] = norm_evidence(np.array(raw["prototype_norm"]))
     shuffled = raw["shuffle"]["share"] if raw["shuffle"] else None
     patched = max(raw["patch"]["rate"]) if "patch" in raw else None
-    led = raw.get("source")
-    source = led and SourcePatch(**(led | {"pattern": None})).log_odds_ratio
+    led = source_of(raw)
+    source = None if led is None else led.log_odds_ratio
     targets = tuple(raw["targets"])
     return Case(
         file.stem, attack, network, dataset, targets, evidence, shuffled, patched, source, raw
     )
+
+
+def source_of(raw: dict[str, Any]) -> SourcePatch | None:
+    """The patch of a single class as the evidence tells it; older files have none."""
+    found = raw.get("source")
+    if found is None:
+        return None
+    unknown = {"pattern": torch.zeros(0), "looked_at": ()}
+    return SourcePatch(**(unknown | found | {"corner": tuple(found["corner"])}))
 
 
 def read_cases() -> list[Case]:

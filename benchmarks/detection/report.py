@@ -14,7 +14,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import calibrate
 import numpy as np
@@ -32,7 +31,6 @@ from tacext.patch_reach import PatchReach
 from tacext.reach import Reach
 from tacext.second_look import SecondLook
 from tacext.shuffle import Shuffle
-from tacext.source_patch import SourcePatch
 from tacext.verdict import weigh, weigh_without_data
 
 # The index above which the paper's rule, as it is commonly used, calls a class poisoned.
@@ -101,16 +99,8 @@ def look_of(case: Case) -> SecondLook:
         ),
         patched,
         shuffled or None,
-        source_of(raw),
+        calibrate.source_of(raw),
         0.0,
-    )
-
-
-def source_of(raw: dict[str, Any]) -> SourcePatch | None:
-    """The patch of a single class as the evidence tells it; older files have none."""
-    found = raw.get("source")
-    return found and SourcePatch(
-        **(found | {"corner": tuple(found["corner"]), "pattern": torch.zeros(0)})
     )
 
 

@@ -153,6 +153,7 @@ def _source_patch(report: ScanReport) -> Json | None:
     return {
         "source": found.source,
         "target": found.target,
+        "looked_at": list(found.looked_at),
         "share": found.share,
         "images": found.images,
         "kept": found.kept,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .patch_reach import has_room
+
 # Samples that are kept, and the memory that they may take.
 MOST_SAMPLES = 800
 MOST_BYTES = 256 << 20
 
-# The same for every class by itself; those of classes beyond the second number are not kept.
+# The same for every class by itself; of models of more classes none are kept.
 MOST_OF_A_CLASS = 40
 MOST_CLASSES_KEPT = 64
 
@@ -76,6 +78,9 @@ class SampleKeeper:
 class ClassKeeper:
     """A uniform choice of every class's samples: rare classes keep as many as frequent ones.
 
+    Nothing is kept of samples that no patch is looked for in: what is no image with room for one, or
+    of more classes than `MOST_CLASSES_KEPT`.
+
     Attributes:
         one_shape: whether all samples so far have the same shape.
     """
@@ -85,16 +90,19 @@ class ClassKeeper:
         self._most = MOST_OF_A_CLASS if most is None else most
         self._keepers: dict[int, SampleKeeper] = {}
         self._shape: torch.Size | None = None
-        self.one_shape = True
+        self.one_shape = self._useful = True
 
     def add(self, inputs: Tensor, labels: Tensor) -> None:
         """A batch [N, ...] with its labels [N]."""
         self._shape = inputs.shape[1:] if self._shape is None else self._shape
-        if inputs.shape[1:] != self._shape:
-            self.one_shape, self._keepers = False, {}
-        for k in labels.unique().tolist() if self.one_shape else ():
-            if k >= MOST_CLASSES_KEPT:
-                continue
+        self.one_shape = self.one_shape and inputs.shape[1:] == self._shape
+        present = labels.unique().tolist()
+        self._useful &= self.one_shape and has_room(self._shape)
+        self._useful &= all(k < MOST_CLASSES_KEPT for k in present)
+        if not self._useful:
+            self._keepers = {}
+            return
+        for k in present:
             if k not in self._keepers:
                 self._keepers[k] = SampleKeeper(self._seed + k, self._most)
                 for keeper in self._keepers.values():

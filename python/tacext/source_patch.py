@@ -65,6 +65,7 @@ class SourcePatch:
         corner: row and column of its first pixel.
         pattern: float32 [channels, side, side], what is in it.
         seconds: of the search.
+        looked_at: the classes with images enough to look for patches that lead them astray.
     """
 
     source: int
@@ -77,6 +78,7 @@ class SourcePatch:
     corner: tuple[int, int]
     pattern: Tensor = field(repr=False)
     seconds: float
+    looked_at: tuple[int, ...] = field(repr=False)
 
     @property
     def log_odds_ratio(self) -> float:
@@ -311,4 +313,5 @@ def source_patch(
         (row, column),
         pairs.patterns.pattern[0].float().cpu(),
         time.perf_counter() - begin,
+        images.sources,
     )

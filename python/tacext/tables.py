@@ -17,6 +17,7 @@ from .ops import Status
 from .patch_reach import PatchReach
 from .repair_result import RepairResult
 from .scan_report import ScanReport
+from .second_look import FEWEST_IMAGES_OF_SHARES
 
 _COLOURS = {"backdoored": "bold red", "clean": "bold green", "inconclusive": "bold yellow"}
 _MOST_ROWS = 20
@@ -104,7 +105,12 @@ def scan_table(report: ScanReport, class_names: Sequence[str] | None = None) -> 
 
 
 def _patch_rates(found: PatchReach) -> dict[int, str]:
-    """Of each class that was looked at, the share of images that a patch sends into it."""
+    """Of each class that was looked at, the share of images that a patch sends into it.
+
+    None of so few images that shares do not count.
+    """
+    if found.images < FEWEST_IMAGES_OF_SHARES:
+        return {}
     return {k: f"{float(r):.0%}" for k, r in zip(found.classes, found.rate, strict=True)}
 
 
@@ -115,7 +121,8 @@ def _order(report: ScanReport) -> list[int]:
     if report.evidence is not None:
         p_values = report.evidence.joint.class_p_values
         order.sort(key=lambda k: float(p_values[k]))
-    return order
+    named = (*report.suspects, *report.doubtful)  # perhaps by a test of the whole model
+    return [*named, *(k for k in order if k not in named)]
 
 
 def repair_table(result: RepairResult) -> RenderableType:

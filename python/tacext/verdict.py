@@ -187,7 +187,11 @@ def _told_of_nothing(joint: JointTest, look: SecondLook, num_classes: int) -> st
     if look.shuffle is not None:
         seen.append("no change shuffles the classes")
     if look.source is not None:
-        seen.append("no patch in a corner leads one class astray")
+        known = len(look.source.looked_at)
+        told = (
+            "" if known == num_classes else f" ({known} of {num_classes} had images enough to tell)"
+        )
+        seen.append(f"no patch in a corner leads one class astray{told}")
     looked_at = len(look.classes)
     part = (
         "" if looked_at == num_classes else f" (gradients of {looked_at} of {num_classes} classes)"
@@ -253,7 +257,7 @@ def _classes_by_patch(look: SecondLook, alpha: float, calibration: Calibration) 
 def _told_of_patch(look: SecondLook, k: int) -> str:
     """Of the patch into a class, where it moves most images."""
     found = look.patch
-    if found is None or k not in found.classes:
+    if found is None or k not in found.classes or found.images < FEWEST_IMAGES_OF_SHARES:
         return ""
     j = found.classes.index(k)
     if float(found.rate[j]) < _MOVES_MOST:
@@ -261,7 +265,7 @@ def _told_of_patch(look: SecondLook, k: int) -> str:
     row, column = found.corner[j].tolist()
     return (
         f"; a patch of {found.side}x{found.side} pixels at row {row}, column {column} sends "
-        f"{float(found.rate[j]):.0%} of the other images there"
+        f"{float(found.rate[j]):.0%} of the held-out images there"
     )
 
 
@@ -272,7 +276,7 @@ def _told_of_source(look: SecondLook) -> str:
     row, column = found.corner
     return (
         f"a patch of {side}x{side} pixels at row {row}, column {column} sends {found.share:.0%} of the "
-        f"other images of class {found.source} to class {found.target}, and leaves {found.kept:.0%} of "
+        f"held-out images of class {found.source} to class {found.target}, and leaves {found.kept:.0%} of "
         "those of other classes where they are"
     )
 
