@@ -87,10 +87,11 @@ def _by_tacext(
     if report is not None:
         told |= {"verdict": report.verdict, "p_value": float(f"{report.p_value:.3g}")}
         told |= {"suspects": list(report.suspects)}
-    if not targets:
+    if not targets:  # and repair would say so
         return Outcome(case.model, told | {"accepted": False, "reason": "no suspect", "seconds": 0})
     name = plan.method.removeprefix("tacext-")
     data = clean.images, clean.labels
+    chosen = targets if report is None else None  # what it makes of the report
     begin = time.process_time()
     if name == "paper":
         settings = FinetuneSettings.of_the_paper()
@@ -98,7 +99,7 @@ def _by_tacext(
             case.model,
             data,
             report,
-            targets,
+            chosen,
             "finetune",
             settings=settings,
             max_accuracy_drop=None,
@@ -109,7 +110,7 @@ def _by_tacext(
             case.model,
             data,
             report,
-            targets,
+            chosen,
             cast(Method, name),
             max_accuracy_drop=ACCURACY_DROP if name == "auto" else None,
             progress=False,
@@ -119,6 +120,7 @@ def _by_tacext(
         result.model,
         told
         | {
+            "targets": list(result.targets),
             "way": result.method,
             "accepted": result.accepted,
             "reason": result.reason,

@@ -24,6 +24,7 @@ from .heads import (
     recording_latents,
     run_model,
 )
+from .memory_layout import fastest_layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +114,7 @@ class DifferentiableModel:
         fast = self.device.type == "cuda" or has_fast_bfloat16()
         self._half = fast and model_dtype(model) == torch.float32
         self._half_checked = False
-        self._channels_last: bool | None = None  # not known yet
+        self._layout: torch.memory_format | None = None  # not known yet
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
@@ -126,23 +127,9 @@ class DifferentiableModel:
         inputs = inputs.to(self.device)
         if inputs.dim() != 4 or not len(inputs):
             return inputs
-        if self._channels_last is None:
-            self._channels_last = self._takes_channels_last(inputs[:1])
-        return inputs.contiguous(
-            memory_format=torch.channels_last if self._channels_last else torch.contiguous_format
-        )
-
-    def _takes_channels_last(self, inputs: Tensor) -> bool:
-        """Whether the model runs on such inputs: one that flattens by `view` does not."""
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
-        with self.open(), torch.no_grad():
-            try:
-                self._logits(inputs, half=False)
-            except NotFiniteError:
-                return True
-            except InputError:
-                return False
-        return True
+        if self._layout is None:
+            self._layout = fastest_layout(self._model, inputs, self.operation)
+        return inputs.contiguous(memory_format=self._layout)
 
     def logits(self, inputs: Tensor) -> Tensor:
         """float32 [N, C], of the head, also where the model returns something made of them.

@@ -24,6 +24,7 @@ from .heads import (
 )
 from .latents import LatentMoments
 from .margins import MarginMax, MarginQuantile
+from .memory_layout import fastest_layout
 from .ops import MinimalPerturbation, SolverSettings
 from .progress import progress_bar
 from .sample_keeper import LookKeeper, SampleKeeper
@@ -74,6 +75,7 @@ def observe(
     logits behind it: [N, D + C], float32.
     """
     found: Head | None = None
+    layout = torch.contiguous_format
     moments = LatentMoments.empty(0)
     # With the number of samples known, a quantile can do without all logits.
     count = sample_count(data)
@@ -87,12 +89,14 @@ def observe(
             labels = given_labels.cpu()
             if found is None:
                 found = find_head(model, inputs[:8], head, operation=operation)
+                layout = fastest_layout(model, inputs, operation)
                 moments = LatentMoments.empty(found.latent_dim)
                 seen = torch.zeros(found.num_classes, dtype=torch.bool)
             check_labels_in_range(labels, found.num_classes, operation)
             started = time.perf_counter()
             with evaluating(model), torch.no_grad(), recording_latents(found) as recorder:
-                output = run_model(model, inputs, operation)
+                placed = inputs.contiguous(memory_format=layout) if inputs.dim() == 4 else inputs
+                output = run_model(model, placed, operation)
                 latent = recorder.take()
                 logits = found.logits(latent)
                 check_predictions(logits, output, operation)
