@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import time
@@ -56,7 +57,8 @@ def scan(
     For every class k the minimal latent perturbation s_k that sends all samples to k is solved
     exactly (arXiv 2511.08944); a class whose norm |s_k| is abnormally small is suspect. A thorough
     scan then asks the gradients how far one small change of the input drives all images into each
-    class, how many images a small patch moves, and whether one change shuffles the classes.
+    class, how many images a small patch moves, whether one change shuffles the classes, and whether a
+    small patch in a corner leads a single class astray.
 
     Args:
         model: maps inputs [N, ...] to logits [N, C] through a last nn.Linear, or a 1x1 nn.Conv2d at
@@ -151,6 +153,7 @@ def scan(
             got=f"{counted(observation.samples, 'sample')} of 1 class",
             way_out="pass clean samples of all classes",
         )
+    importlib.import_module("scipy.stats")  # its first use takes a second, which is no analysis
     started = time.perf_counter()
     perturbations, scale = solve(observation, metric, settings, operation="scan")
     solved = time.perf_counter()
