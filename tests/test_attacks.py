@@ -200,6 +200,32 @@ def test_clean_labels_stay_and_cover_samples_keep_theirs() -> None:
     assert int((attacks.plan_poisoning(data.labels, clean_label, 0.1).covered >= 0).sum()) == 0
 
 
+@pytest.mark.parametrize("wrong", [TRIGGERS["patch"], [AllToOne(1)], []])
+def test_what_is_no_attack_is_refused(wrong: object) -> None:
+    with pytest.raises(InputError, match="attacks: expected one Attack or several"):
+        attacks.plan_poisoning(_set().labels, wrong, 0.1)  # type: ignore[arg-type]
+
+
+def test_no_sample_is_poisoned_and_covered() -> None:
+    data, trigger = _set(), TRIGGERS["patch"]
+    two = [
+        Attack(trigger, AllToOne(0), cover=trigger),
+        Attack(trigger, SourceSpecific(2, 1), cover=trigger),
+    ]
+    plan = attacks.plan_poisoning(data.labels, two, 0.2)
+    assert not bool(((plan.poisoned >= 0) & (plan.covered >= 0)).any())
+    assert [int((plan.covered == i).sum()) for i in (0, 1)] == [20, 20]
+
+
+def test_no_more_are_covered_than_there_are() -> None:
+    data, trigger = _set(), TRIGGERS["patch"]
+    many = Attack(trigger, AllToOne(0), cover=trigger)
+    plan = attacks.plan_poisoning(data.labels, many, 0.6)
+    assert int((plan.covered >= 0).sum()) == len(data.labels) - int((plan.poisoned >= 0).sum())
+    with pytest.raises(InputError, match=r"cover_rate: expected at most 0\.4 for this attack"):
+        attacks.plan_poisoning(data.labels, many, 0.6, cover_rate=0.6)
+
+
 def test_several_attacks_share_the_rate_and_no_sample() -> None:
     data = _set()
     two = [

@@ -13,8 +13,16 @@ import torch
 
 from command_line import ARCH, TRIGGER, run
 from digits import digit_case
-from tacext import demo, load_model, load_state_dict, remove_latent_patch, save_weights
+from tacext import (
+    Normalized,
+    demo,
+    load_model,
+    load_state_dict,
+    remove_latent_patch,
+    save_weights,
+)
 from tacext.cli import ExitCode
+from tacext.cli.inputs import head_in_model
 from tacext.report import json_schema
 
 # ---- what works ----------------------------------------------------------------------------------
@@ -90,6 +98,22 @@ def test_normalisation_samples_split_and_head(
     assert (content["samples"], content["head"], content["metric"]) == (300, "19", "l2")
 
 
+def test_a_head_is_named_as_in_the_users_own_model() -> None:
+    own = torch.nn.Module()
+    own.fc = torch.nn.Linear(3, 2)
+    own.classifier = own.fc  # one layer under two names
+    model = Normalized(own, [0.5], [0.5])
+    for head, expected in (
+        ("fc", "model.fc"),
+        ("classifier", "model.classifier"),
+        ("model.fc", "model.fc"),
+        ("other", "other"),
+        (None, None),
+    ):
+        assert head_in_model(head, model) == expected
+        assert head_in_model(head, own) == head
+
+
 def test_repair_then_evaluate(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,6 +150,10 @@ def test_repair_then_evaluate(
     of_source = json.loads(result.read_text())
     assert of_source["triggered"] == int((digit_case().data.test[1] == 4).sum())
     assert of_source["asr"] > 0.9
+    assert of_source["source_class"] == 4
+    assert (
+        f"ASR and RA of the {of_source['triggered']} images of class 4" in capsys.readouterr().out
+    )
 
 
 def test_a_patched_model_is_written_and_read_again(

@@ -83,6 +83,10 @@ def bad_files(folder: Path, place: Path) -> dict[str, tuple[list[object], str]]:
         ),
         "unwritable plot": (case(weights, data, "--plot", place), "plot: .*directory"),
         "unknown head": (case(weights, data, "--head", "x"), "head: expected the name"),
+        "unknown head behind --mean": (
+            case(weights, data, "--head", "x", "--mean", 0, "--std", 1),
+            "head: expected the name .*got 'x'",
+        ),
         "json over weights": (
             case(weights, data, "--json", weights),
             "json: expected a file of its own, got .*which is WEIGHTS",
@@ -98,7 +102,8 @@ CASES = (
     "missing weights", "truncated safetensors", "truncated pt", "wrong architecture",
     "no such factory", "NaN in weights", "NaN in images", "no samples", "one class",
     "labels out of range", "wrong shape", "truncated images", "missing images", "too many samples",
-    "unwritable json", "unwritable plot", "unknown head", "json over weights", "one file for two",
+    "unwritable json", "unwritable plot", "unknown head", "unknown head behind --mean",
+    "json over weights", "one file for two",
 )  # fmt: skip
 
 

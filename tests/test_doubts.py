@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from digits import digit_case
+from digits import Cropped, digit_case, padded
 from tacext import scan
 from tacext.detection import Verdict
 from tacext.doubts import ENOUGH_SAMPLES, LARGEST_CONFIDENCE_GAP, Doubt, doubted
@@ -44,6 +44,21 @@ def test_classes_in_doubt_are_told_beside_the_suspects() -> None:
     assert sorted(first) == list(range(10))
     rest = [float(report.norm[k]) for k in first[3:]]
     assert rest == sorted(rest)
+
+
+@pytest.mark.parametrize("images", [99, 100])
+def test_patches_that_do_not_count_have_no_column(images: int) -> None:
+    report = scan(Cropped(digit_case().clean), padded(digit_case().data.defender))
+    assert report.evidence is not None
+    assert report.evidence.look is not None
+    look = report.evidence.look
+    assert look.patch is not None
+    look = dataclasses.replace(look, patch=dataclasses.replace(look.patch, images=images))
+    report = dataclasses.replace(report, evidence=dataclasses.replace(report.evidence, look=look))
+    console = Console(file=io.StringIO(), width=120)
+    console.print(scan_table(report))
+    heading = console.file.getvalue().splitlines()[0]  # type: ignore[attr-defined]
+    assert heading.count("patch") == (2 if images == 100 else 1)  # "p patch" was computed before
 
 
 @pytest.mark.parametrize("verdict", ["backdoored", "clean", "inconclusive"])

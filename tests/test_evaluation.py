@@ -9,6 +9,7 @@ from torch import nn
 
 from digits import digit_case
 from tacext import Evaluation, InputError, demo, evaluate
+from tacext.attacks import SourceSpecific
 
 
 def test_rates_match_their_definitions() -> None:
@@ -72,6 +73,21 @@ def test_bad_triggers_and_targets_are_refused() -> None:
         evaluate(case.clean, (images, labels), demo.white_corner, 10)
     with pytest.raises(InputError, match="other classes than the target 3"):
         evaluate(case.clean, (images[labels == 3], labels[labels == 3]), demo.white_corner, 3)
+
+
+def test_of_one_source_its_images_alone_count() -> None:
+    case = digit_case()
+    images, labels = case.data.test
+    found = evaluate(
+        case.backdoored, (images, labels), demo.white_corner, SourceSpecific(4, 0),
+        baseline=case.clean,
+    )  # fmt: skip
+    assert (found.source_class, found.target) == (4, 0)
+    assert found.triggered == int((labels == 4).sum())
+    everyone = evaluate(case.backdoored, (images, labels), demo.white_corner, 0)
+    assert everyone.source_class is None
+    with pytest.raises(InputError, match="expected a class from 0 to 9 as the source, got 99"):
+        evaluate(case.clean, (images, labels), demo.white_corner, SourceSpecific(99, 0))
 
 
 @pytest.mark.parametrize("target", [np.int64(demo.TARGET), torch.tensor(demo.TARGET)])

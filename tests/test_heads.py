@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from tacext import HeadNotFoundError, InputError
+from digits import digit_case
+from tacext import Guard, HeadNotFoundError, InputError, scan
 from tacext.heads import Head, find_head, recording_latents
 
 
@@ -247,3 +252,30 @@ def test_head_is_frozen() -> None:
     head = Head("x", nn.Linear(2, 2))
     with pytest.raises(AttributeError):
         head.name = "y"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("make", [dict, OrderedDict, lambda **parts: SimpleNamespace(**parts)])
+def test_logits_may_come_in_a_dictionary_or_an_object(make: Callable[..., object]) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = digit_case().clean
+
+        def forward(self, x: torch.Tensor) -> object:
+            return make(logits=self.model(x), loss=None)
+
+    inputs, labels = digit_case().data.defender
+    report = scan(Wrapped(), (inputs, labels), depth="fast")
+    plain = scan(digit_case().clean, (inputs, labels), depth="fast")
+    assert torch.equal(report.norm, plain.norm)
+    with torch.no_grad():
+        said = Guard.fit(Wrapped(), (inputs, labels), 0.05)(inputs[:8])
+        expected = Guard.fit(digit_case().clean, (inputs, labels), 0.05)(inputs[:8])
+    assert torch.equal(said.score, expected.score)
+
+
+def test_a_model_without_an_evaluation_mode_is_refused() -> None:
+    inputs, labels = digit_case().data.defender
+    exported = torch.export.export(digit_case().clean, (inputs[:4],)).module()
+    with pytest.raises(InputError, match=r"an nn\.Module that has an evaluation mode"):
+        scan(exported, (inputs, labels))

@@ -427,3 +427,18 @@ def test_auto_puts_limits_in_front_of_what_it_trained(
     assert not without.limits_added
     state = without.model.state_dict()
     assert all(torch.equal(v, state[n]) for n, v in trained.model.state_dict().items())
+
+
+def test_what_a_compiled_model_compiles_is_repaired() -> None:
+    case = digit_case()
+    compiled = torch.compile(copy.deepcopy(case.backdoored), backend="eager")
+    assert isinstance(compiled, nn.Module)
+    with torch.no_grad():
+        compiled(case.data.defender[0][:4])
+    report = scan(compiled, case.data.defender, depth="fast")
+    found = repair(compiled, case.data.defender, report, [0], "patch", max_accuracy_drop=None)
+    plain = repair(case.backdoored, case.data.defender, None, [0], "patch", max_accuracy_drop=None)
+    images = demo.white_corner(case.data.test[0])
+    with torch.no_grad():
+        assert torch.equal(found.model(images), plain.model(images))
+    assert found.report_before.head == plain.report_before.head

@@ -182,7 +182,7 @@ def test_a_scan_names_the_target_and_tells_of_the_source() -> None:
     assert clean.verdict == "clean"
     assert clean.evidence is not None
     assert clean.evidence.source_p_value == 1
-    assert "no patch in a corner leads one class astray" in clean.reason
+    assert clean.reason.endswith("no patch in a corner leads one class astray")
 
 
 def test_classes_with_few_images_are_no_sources() -> None:
@@ -194,6 +194,7 @@ def test_classes_with_few_images_are_no_sources() -> None:
     patch = search(Planted(), (inputs[some], labels[some]))
     assert patch is not None
     assert patch.source in (0, 1)
+    assert patch.looked_at == (0, 1)
 
 
 def test_every_class_keeps_as_many_samples_whatever_the_batches() -> None:

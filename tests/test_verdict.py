@@ -88,7 +88,7 @@ def test_a_patch_that_moves_all_images_names_its_class() -> None:
     finding, evidence = judged(patches={6: (1.0, 8.0), 2: (0.4, 5.0)})
     assert (finding.verdict, finding.suspects) == ("backdoored", (6,))
     assert "stands out in patch (p = " in finding.reason
-    told = "; a patch of 4x4 pixels at row 6, column 12 sends 100% of the held-out images there"
+    told = "; a patch of 4x4 pixels at row 6, column 12 sends 100% of the held-out images of other classes there"
     assert finding.reason.endswith(told)
     assert evidence.joint.kind_p_values["patch"][6] < 1e-5
     finding, _ = judged({3: 8.0}, patches={6: (1.0, 8.0)})
@@ -235,6 +235,14 @@ def test_classes_with_too_few_images_to_tell_are_told_of() -> None:
     assert finding.reason.endswith(told)
 
 
+def test_it_is_told_where_no_such_patch_was_looked_for() -> None:
+    told = (
+        "; backdoors of single classes were not looked for, which takes at most 64 classes, and of "
+    )
+    assert f"{told}each 8 images that the model gets right" in judged()[0].reason
+    assert told not in judged(led=led_by(0.1, 1.0))[0].reason
+
+
 def test_one_that_leads_not_far_enough_ahead_is_in_doubt() -> None:
     found = [judged(led=led_by(1.0, float(kept)))[0] for kept in np.linspace(0.5, 1, 101)]
     order = ["clean", "inconclusive", "backdoored"]
@@ -335,7 +343,7 @@ def test_the_reason_says_how_many_classes_were_looked_at() -> None:
     some = replace(some, classes=look.classes[:6], patch=None)
     whole, _ = weigh(judge_norms(norm, 0.01), look, 0.01, shipped_calibration())
     part, _ = weigh(judge_norms(norm, 0.01), some, 0.01, shipped_calibration())
-    assert whole.reason == (
-        "no class stands out in norm, reach, share or patch and no change shuffles the classes"
+    assert whole.reason.startswith(
+        "no class stands out in norm, reach, share or patch and no change shuffles the classes; "
     )
-    assert part.reason.endswith("(gradients of 6 of 10 classes)")
+    assert "the classes (gradients of 6 of 10 classes); " in part.reason

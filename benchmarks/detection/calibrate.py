@@ -101,7 +101,7 @@ def source_of(raw: dict[str, Any]) -> SourcePatch | None:
     found = raw.get("source")
     if found is None:
         return None
-    unknown = {"pattern": torch.zeros(0), "looked_at": ()}
+    unknown = {"pattern": torch.zeros(0), "looked_at": ()}  # older files do not tell
     return SourcePatch(**(unknown | found | {"corner": tuple(found["corner"])}))
 
 

@@ -8,7 +8,7 @@ The zoo's models come from detection/make_zoo.py; FOLDER, of published ones, hol
 published_models.py. Each removal of each model becomes results/MODEL/METHOD.json; one that is there
 is skipped. Methods are those of `other_removals.py`, `tacext-paper` (the loss as published) and
 `tacext-NAME` for every method of `tacext.repair`. These are told the targets, or with
-`--targets detected` what a thorough scan of the same images suspects or doubts; the gate is on for
+`--targets detected` are handed a thorough scan of the same images and no target; the gate is on for
 `tacext-auto` alone. With `--clean` clean models are wrongly repaired, and only accuracy is measured.
 `report_repairs.py` prints the tables.
 
@@ -87,11 +87,12 @@ def _by_tacext(
     if report is not None:
         told |= {"verdict": report.verdict, "p_value": float(f"{report.p_value:.3g}")}
         told |= {"suspects": list(report.suspects)}
-    if not targets:  # and repair would say so
+    if not targets:  # which a repair refuses
         return Outcome(case.model, told | {"accepted": False, "reason": "no suspect", "seconds": 0})
     name = plan.method.removeprefix("tacext-")
     data = clean.images, clean.labels
-    chosen = targets if report is None else None  # what it makes of the report
+    # As users do who name no target: a class in doubt beside suspects gets no more than limits.
+    chosen = targets if report is None else None
     begin = time.process_time()
     if name == "paper":
         settings = FinetuneSettings.of_the_paper()

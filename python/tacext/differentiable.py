@@ -24,7 +24,7 @@ from .heads import (
     recording_latents,
     run_model,
 )
-from .memory_layout import fastest_layout
+from .memory_layout import fastest_layout, placed
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,11 +125,9 @@ class DifferentiableModel:
     def place(self, inputs: Tensor) -> Tensor:
         """Inputs as the model takes them fastest."""
         inputs = inputs.to(self.device)
-        if inputs.dim() != 4 or not len(inputs):
-            return inputs
-        if self._layout is None:
+        if self._layout is None and len(inputs):
             self._layout = fastest_layout(self._model, inputs, self.operation)
-        return inputs.contiguous(memory_format=self._layout)
+        return inputs if self._layout is None else placed(inputs, self._layout)
 
     def logits(self, inputs: Tensor) -> Tensor:
         """float32 [N, C], of the head, also where the model returns something made of them.

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .attacks import AllToOne, Goal, Trigger
+from .attacks import AllToOne, Goal, SourceSpecific, Trigger
 from .data import DataLike, as_batches, as_index, sample_count
 from .errors import InputError
 from .files import explain
@@ -30,6 +30,7 @@ class Evaluation:
         target: the attacked class; None where there are several.
         samples: clean samples.
         triggered: victims among them.
+        source_class: the only class that is attacked; None where there are several.
     """
 
     acc: float
@@ -39,6 +40,7 @@ class Evaluation:
     target: int | None
     samples: int
     triggered: int
+    source_class: int | None = None
 
 
 def evaluate(
@@ -91,7 +93,9 @@ def evaluate(
         for inputs, given_labels in as_batches(data, operation="evaluate", batch_size=batch_size):
             labels = given_labels.cpu()
             logits = run_model(model, inputs, "evaluate")
-            _check_targets(goal.targets, logits.shape[1])
+            _check_class("target", max(goal.targets), logits.shape[1])
+            if isinstance(goal, SourceSpecific):
+                _check_class("target", goal.source, logits.shape[1], " as the source")
             check_labels_in_range(labels, logits.shape[1], "evaluate")
             samples += len(labels)
             correct += int((logits.argmax(1).cpu() == labels).sum())
@@ -119,7 +123,8 @@ def evaluate(
     if baseline is not None:
         der = (max(0.0, baseline.asr - asr) - max(0.0, baseline.acc - acc) + 1) / 2
     single = goal.targets[0] if len(goal.targets) == 1 else None
-    return Evaluation(acc, asr, ra, der, single, samples, triggered)
+    source = goal.source if isinstance(goal, SourceSpecific) else None
+    return Evaluation(acc, asr, ra, der, single, samples, triggered, source)
 
 
 def _goal_of(target: int | Goal) -> Goal:
@@ -137,14 +142,13 @@ def _goal_of(target: int | Goal) -> Goal:
     return AllToOne(index)
 
 
-def _check_targets(targets: tuple[int, ...], num_classes: int) -> None:
-    target = max(targets)
-    if target >= num_classes:
+def _check_class(argument: str, index: int, num_classes: int, role: str = "") -> None:
+    if index >= num_classes:
         raise InputError.of(
             "evaluate",
-            "target",
-            expected=f"a class from 0 to {num_classes - 1}",
-            got=str(target),
+            argument,
+            expected=f"a class from 0 to {num_classes - 1}{role}",
+            got=str(index),
             way_out="pass a class index of this model",
         )
 

@@ -20,6 +20,7 @@ from .guard_fit import different_rows, fit_scorer
 from .guard_scoring import GuardOutput, GuardScorer, threshold_at
 from .heads import check_model, model_dtype
 from .latent_tap import TappedModel, unwrapped
+from .memory_layout import placed
 from .observation import observe, solve
 from .sample_keeper import SampleKeeper
 from .tensor_checks import check_same_device, check_tensor
@@ -129,7 +130,8 @@ class Guard(nn.Module):
             latent, logits, perturbations.perturbation.cpu(), rate, seed, operation
         ).to(observation.head.weight.device)
         counts = torch.bincount(logits.argmax(1), minlength=classes)
-        tapped = TappedModel.of(model, observation.head, examples.samples()[0], operation)
+        example = placed(examples.samples()[0], torch.contiguous_format)
+        tapped = TappedModel.of(model, observation.head, example, operation)
         info = GuardInfo(
             samples=len(latent),
             false_positive_rate=rate,

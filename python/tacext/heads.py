@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +108,16 @@ def check_model(model: object, operation: str, argument: str = "model") -> None:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode within the block; every submodule gets its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    try:
+        model.eval()
+    except NotImplementedError as error:  # as torch.export leaves its modules
+        raise InputError.of(
+            "heads",
+            "model",
+            expected="an nn.Module that has an evaluation mode",
+            got=f"one that has none ({explain(error)})",
+            way_out="pass the model before it was exported",
+        ) from error
     try:
         yield
     finally:
@@ -149,6 +159,13 @@ def call_model(
         ) from error
 
 
+def plain_output(output: Any) -> Any:
+    """The logits of what a model returns: itself, or its entry or attribute of that name."""
+    if isinstance(output, Mapping):
+        return output.get("logits", output)
+    return getattr(output, "logits", output)
+
+
 def run_model(
     model: nn.Module,
     inputs: Tensor,
@@ -163,7 +180,7 @@ def run_model(
         InputError: as `call_model`, or the model returns something other than finite [N, C].
     """
     output = call_model(model, inputs, operation, argument=argument)
-    output = getattr(output, "logits", output)
+    output = plain_output(output)
     if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[0] != len(inputs):
         got = f"shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise InputError.of(
@@ -202,7 +219,7 @@ def check_labels_in_range(labels: Tensor, num_classes: int, operation: str) -> N
             "data",
             expected=f"labels from 0 to {num_classes - 1}, as the model has {num_classes} classes",
             got=f"{low if low < 0 else high}",
-            way_out="check that data and model belong together",
+            way_out="count classes from 0, and check that data and model belong together",
         )
 
 

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from .errors import HeadNotFoundError, InputError
 from .files import explain
-from .heads import Head, HeadModule, call_model, calling_thread, evaluating, latent_of
+from .heads import (
+    Head,
+    HeadModule,
+    call_model,
+    calling_thread,
+    evaluating,
+    latent_of,
+    plain_output,
+)
 
 
 class _LatentsInstead(nn.Module):
@@ -75,7 +83,7 @@ class TappedModel(nn.Module):
         """
         with torch.no_grad(), evaluating(model):
             expected = call_model(model, example, operation)
-            expected = getattr(expected, "logits", expected)
+            expected = plain_output(expected)
             why = "another output"
             for ends_in_head in (True, False):
                 if ends_in_head and not isinstance(head.module, nn.Linear):
@@ -107,7 +115,7 @@ class TappedModel(nn.Module):
         caller = calling_thread()
         self._tap.taken.pop(caller, None)  # of a pass that ended in an error
         output = self.trunk(inputs)
-        output = getattr(output, "logits", output)
+        output = plain_output(output)
         taken = self._tap.taken.pop(caller, None)
         if taken is None:
             raise HeadNotFoundError.of(

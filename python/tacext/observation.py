@@ -24,7 +24,7 @@ from .heads import (
 )
 from .latents import LatentMoments
 from .margins import MarginMax, MarginQuantile
-from .memory_layout import fastest_layout
+from .memory_layout import fastest_layout, placed
 from .ops import MinimalPerturbation, SolverSettings
 from .progress import progress_bar
 from .sample_keeper import LookKeeper, SampleKeeper
@@ -88,15 +88,15 @@ def observe(
         for inputs, given_labels in as_batches(data, operation=operation, batch_size=batch_size):
             labels = given_labels.cpu()
             if found is None:
-                found = find_head(model, inputs[:8], head, operation=operation)
+                first = placed(inputs[:8], layout)
+                found = find_head(model, first, head, operation=operation)
                 layout = fastest_layout(model, inputs, operation)
                 moments = LatentMoments.empty(found.latent_dim)
                 seen = torch.zeros(found.num_classes, dtype=torch.bool)
             check_labels_in_range(labels, found.num_classes, operation)
             started = time.perf_counter()
             with evaluating(model), torch.no_grad(), recording_latents(found) as recorder:
-                placed = inputs.contiguous(memory_format=layout) if inputs.dim() == 4 else inputs
-                output = run_model(model, placed, operation)
+                output = run_model(model, placed(inputs, layout), operation)
                 latent = recorder.take()
                 logits = found.logits(latent)
                 check_predictions(logits, output, operation)

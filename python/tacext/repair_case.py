@@ -186,8 +186,8 @@ def split_of(
             "data",
             expected=f"{FEWEST_HELD_OUT} held-out samples or more, as fewer judge no repair",
             got=f"{holdout} of {samples}",
-            way_out=f"pass {math.ceil(FEWEST_HELD_OUT / settings.holdout)} samples or raise the "
-            "holdout; without the gate (max_accuracy_drop=None, --no-gate) what comes out is unseen",
+            way_out=f"pass {math.ceil(FEWEST_HELD_OUT / settings.holdout)} samples, hold out more than "
+            f"{settings.holdout:g} of them, or name a method and do without the gate",
         )
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(settings.seed))
     return order[holdout:], order[:holdout]

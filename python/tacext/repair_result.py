@@ -141,8 +141,8 @@ def warnings_of(before: float, kept: Attempt, num_classes: int, reason: str) -> 
         classes = "class " if len(kept.unseen) == 1 else "classes "
         classes += ", ".join(map(str, kept.unseen))
         warnings.append(
-            f"nothing was seen to lead inputs into {classes}, and so nothing shows that it no longer does: "
-            "the limit in front of it is a precaution"
+            f"nothing was seen to lead inputs into {classes} as into none of a clean model, and so nothing "
+            "shows that a backdoor is gone: the limit in front of it is a precaution"
         )
     if after < before - NOTABLE_LOSS:
         warnings.append(

@@ -51,6 +51,9 @@ from .scanning import scan
 
 logger = logging.getLogger(__name__)
 
+# Where torch.compile keeps what it compiles.
+_COMPILED = "_orig_mod."
+
 # "auto" is content where what led into the targets leaves accuracy so near to what it was.
 _NEAR = 0.05
 
@@ -108,7 +111,8 @@ def repair(
     epoch. A report at a quantile below 1 has a shorter s_t, which some of the samples need not follow.
 
     Args:
-        model: the classifier, as for `scan`; it is copied and left untouched. Of a copy that is
+        model: the classifier, as for `scan`; it is copied and left untouched. Of a compiled one
+            (torch.compile) what was compiled is repaired. Of a copy that is
             fine-tuned every parameter is trained, also those that are frozen.
         data: clean labelled samples, as for `scan`; held in memory.
         report: a scan of this model; None scans it with the same data first, as `scan` does by
@@ -152,6 +156,7 @@ def repair(
             way_out="repair what tacext.remove_latent_patch(model) returns, with all targets",
         )
     inputs, labels = materialise(data, operation="repair")
+    model, head = _before_compiling(model, head)
     if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
         model = copy.deepcopy(model)  # which gradients may pass by
     training, holdout = split_of(len(labels), shared, judged=max_accuracy_drop is not None)
@@ -163,6 +168,8 @@ def repair(
             got=type(report).__name__,
             way_out="pass classes as targets=[...]",
         )
+    if report is not None and report.head.startswith(_COMPILED):
+        report = replace(report, head=report.head.removeprefix(_COMPILED))
     if report is None:
         # The targets decide how much there is to find out.
         depth: Depth = "thorough" if targets is None else "fast"
@@ -384,6 +391,14 @@ class _Judge:
             limits_added=True,
         )
         return limited, found
+
+
+def _before_compiling(model: nn.Module, head: str | None) -> tuple[nn.Module, str | None]:
+    """The module that torch.compile wrapped: compiled code passes by hooks, and copies share it."""
+    inner = model._modules.get(_COMPILED.removesuffix("."))
+    if inner is None:
+        return model, head
+    return inner, None if head is None else head.removeprefix(_COMPILED)
 
 
 def _is_blind(settings: RepairSettings | None) -> bool:

@@ -11,7 +11,7 @@ from .patch_reach import has_room
 MOST_SAMPLES = 800
 MOST_BYTES = 256 << 20
 
-# The same for every class by itself; of models of more classes none are kept.
+# The same for every class by itself; where labels tell of more classes none are kept.
 MOST_OF_A_CLASS = 40
 MOST_CLASSES_KEPT = 64
 
@@ -79,7 +79,7 @@ class ClassKeeper:
     """A uniform choice of every class's samples: rare classes keep as many as frequent ones.
 
     Nothing is kept of samples that no patch is looked for in: what is no image with room for one, or
-    of more classes than `MOST_CLASSES_KEPT`.
+    whose labels tell of more classes than `MOST_CLASSES_KEPT`.
 
     Attributes:
         one_shape: whether all samples so far have the same shape.
@@ -90,7 +90,8 @@ class ClassKeeper:
         self._most = MOST_OF_A_CLASS if most is None else most
         self._keepers: dict[int, SampleKeeper] = {}
         self._shape: torch.Size | None = None
-        self.one_shape = self._useful = True
+        self.one_shape = True
+        self._useful = True  # as far as the samples so far tell
 
     def add(self, inputs: Tensor, labels: Tensor) -> None:
         """A batch [N, ...] with its labels [N]."""

@@ -175,7 +175,13 @@ def evaluation_table(rows: Sequence[tuple[str, Evaluation]]) -> RenderableType:
     for name, e in rows:
         der = "-" if e.der is None else f"{e.der:.3f}"
         table.add_row(name, f"{e.acc:.3f}", f"{e.asr:.3f}", f"{e.ra:.3f}", der)
-    return table
+    attacked = rows[-1][1]
+    if attacked.source_class is None:
+        return table
+    victims = counted(attacked.triggered, "image")
+    return Group(
+        table, Text(f"ASR and RA of the {victims} of class {attacked.source_class}", "dim")
+    )
 
 
 def guard_table(guard: Guard) -> RenderableType:

@@ -14,7 +14,8 @@ import torch
 from .detection import LARGEST_DOUBT, NormTest, Verdict
 from .joint_test import Calibration, JointTest, judge_jointly, logit_of_share
 from .max_margin import MaxMargin
-from .second_look import FEWEST_IMAGES_OF_SHARES, SecondLook, evidence_of
+from .second_look import FEWEST_IMAGES_OF_SHARES, MOST_CLASSES, SecondLook, evidence_of
+from .source_patch import FEWEST_OF_A_CLASS
 
 # Of alpha, for the shuffle, the patch of one class and the patch of all; the joint test has the rest. Where a shuffle is found, its
 # p-value is far below any threshold. So is that of a patch that moves all images, whatever those into
@@ -45,6 +46,11 @@ _GAIN_TO_BE_NAMED = 0.5
 _MOVES_MOST = 0.5
 
 _MOST_MOVES_TOLD = 4
+
+_NO_SOURCES = (
+    f"; backdoors of single classes were not looked for, which takes at most {MOST_CLASSES} classes, and "
+    f"of each {FEWEST_OF_A_CLASS} images that the model gets right"
+)
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,8 @@ def _told_of_nothing(joint: JointTest, look: SecondLook, num_classes: int) -> st
     part = (
         "" if looked_at == num_classes else f" (gradients of {looked_at} of {num_classes} classes)"
     )
-    return _listed(seen, "and") + part
+    unseen = "" if look.source is not None else _NO_SOURCES
+    return _listed(seen, "and") + part + unseen
 
 
 def _shuffle_p_value(look: SecondLook, calibration: Calibration) -> float | None:
@@ -265,7 +272,7 @@ def _told_of_patch(look: SecondLook, k: int) -> str:
     row, column = found.corner[j].tolist()
     return (
         f"; a patch of {found.side}x{found.side} pixels at row {row}, column {column} sends "
-        f"{float(found.rate[j]):.0%} of the held-out images there"
+        f"{float(found.rate[j]):.0%} of the held-out images of other classes there"
     )
 
 

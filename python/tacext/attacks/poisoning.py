@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -103,17 +103,25 @@ def plan_poisoning(
         rate: poisoned samples, as a share of all N. A clean-label attack takes its samples from
             the target class, a source-specific one from the source.
         cover_rate: further samples that get the cover of the attacks that have one, and keep their
-            label; None: as many as are poisoned.
+            label; None: as many as are poisoned, or as there are.
         seed: the same seed chooses the same samples.
 
     Raises:
-        InputError: a rate out of range, or more samples asked for than there are candidates.
+        InputError: no attack, a rate out of range, or more samples asked for than there are candidates.
     """
     checked = check_labels(labels, "plan_poisoning", "labels")
-    several = (attacks,) if isinstance(attacks, Attack) else tuple(attacks)
-    cover_rate = rate if cover_rate is None else cover_rate
+    several = tuple(attacks) if isinstance(attacks, Iterable) else (attacks,)
+    wrong = [attack for attack in several if not isinstance(attack, Attack)]
+    if wrong or not several:
+        raise InputError.of(
+            "plan_poisoning",
+            "attacks",
+            expected="one Attack or several",
+            got=type(wrong[0]).__name__ if wrong else "none",
+            way_out="Attack(trigger, AllToOne(target)) sends what carries the trigger to the target",
+        )
     for argument, value in (("rate", rate), ("cover_rate", cover_rate)):
-        if not 0 <= value <= 1:
+        if value is not None and not 0 <= value <= 1:
             raise InputError.of(
                 "plan_poisoning",
                 argument,
@@ -130,11 +138,16 @@ def plan_poisoning(
         if attack.clean_label:
             victims = checked == attack.goal.targets[0]
         _take(poisoned, order, victims, number, round(rate * len(checked) / len(several)), "rate")
-        if attack.cover is not None and cover_rate:
-            bystanders = ~attack.goal.victims(checked) if _is_selective(attack, checked) else None
-            free = poisoned < 0 if bystanders is None else (poisoned < 0) & bystanders
-            count = round(cover_rate * len(checked) / len(several))
-            _take(covered, order, free, number, count, "cover_rate")
+    for number, attack in enumerate(several):
+        if attack.cover is None:
+            continue
+        free = (poisoned < 0) & (covered < 0)
+        if _is_selective(attack, checked):
+            free &= ~attack.goal.victims(checked)
+        count = round((rate if cover_rate is None else cover_rate) * len(checked) / len(several))
+        if cover_rate is None:
+            count = min(count, int(free.sum()))
+        _take(covered, order, free, number, count, "cover_rate")
     return PoisoningPlan(several, poisoned, covered)
 
 
@@ -180,7 +193,7 @@ def poison(
         data: clean images and labels.
         attacks: as `plan_poisoning`, and so are the others.
         rate: poisoned samples, as a share of all.
-        cover_rate: further samples with the attack's cover; None: as many as are poisoned.
+        cover_rate: further samples with the attack's cover; None: as many as are poisoned, or as there are.
         seed: of the choice.
 
     Returns:

@@ -46,6 +46,7 @@ def evaluate_command(
     )
     stamp = load_trigger(trigger)
     model = given.load_model()
+    provenance = given.source  # of the file that was read, whatever becomes of it meanwhile
     images = given.load_images()
     goal: Goal = AllToOne(target) if source is None else SourceSpecific(source, target)
     rows: list[tuple[str, Evaluation]] = []
@@ -64,6 +65,6 @@ def evaluate_command(
     )
     rows.append(("model", after))
     if given.json_path is not None:
-        content = evaluation_to_dict(after, given.source)
+        content = evaluation_to_dict(after, provenance)
         write_json(given.json_path, content, operation="evaluate")
     ResultConsole().print(evaluation_table(rows))

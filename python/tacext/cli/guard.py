@@ -10,7 +10,14 @@ from ..report import guard_to_dict, write_json
 from ..tables import guard_table, judgement_table
 from .console import ResultConsole
 from .exit_codes import EXIT_CODE_HELP, ExitCode
-from .inputs import BATCH_SIZE, Finite, ModelAndData, check_suffix, model_and_data
+from .inputs import (
+    BATCH_SIZE,
+    Finite,
+    ModelAndData,
+    check_suffix,
+    head_in_model,
+    model_and_data,
+)
 
 
 @click.group("guard", epilog=EXIT_CODE_HELP)
@@ -42,18 +49,19 @@ def fit_command(
     given.check_outputs("guard fit", {"output": output, "json": given.json_path})
     check_suffix("guard fit", "output", output, ".safetensors")
     model = given.load_model()
+    provenance = given.source
     images = given.load_images()
     guard = Guard.fit(
         model,
         images,
         false_positive_rate,
-        head=given.head_in_model(head, model),
+        head=head_in_model(head, model),
         batch_size=given.batch_size or BATCH_SIZE,
         seed=given.seed,
     )
     guard.save(output)
     if given.json_path is not None:
-        content = guard_to_dict(guard, None, given.source)
+        content = guard_to_dict(guard, None, provenance)
         write_json(given.json_path, content, operation="guard fit")
     console = ResultConsole()
     console.print(guard_table(guard))
@@ -85,13 +93,14 @@ def judge_command(
     """
     given.check_outputs("guard judge", {"json": given.json_path}, {"--guard": guard_path})
     model = given.load_model()
+    provenance = given.source | {"guard": guard_path}
     guard = Guard.load(guard_path, model)
     if false_positive_rate is not None:
         guard = guard.at_rate(false_positive_rate)
     images = given.load_images(need_labels=False)
     judgement = judge(guard, images, batch_size=given.batch_size or BATCH_SIZE)
     if given.json_path is not None:
-        content = guard_to_dict(guard, judgement, given.source | {"guard": guard_path})
+        content = guard_to_dict(guard, judgement, provenance)
         write_json(given.json_path, content, operation="guard judge")
     ResultConsole().print(judgement_table(judgement))
     return ExitCode.BACKDOORED if judgement.suspicious else ExitCode.CLEAN

@@ -215,15 +215,6 @@ class ModelAndData:
             )
         return images.sample(self.samples, self.seed)
 
-    def head_in_model(self, head: str | None, model: nn.Module) -> str | None:
-        """A layer's name as the loaded model has it, behind its normalisation.
-
-        Names of no layer of the user's own model are left as they are, for errors to tell.
-        """
-        behind = f"model.{head}"
-        known = isinstance(model, Normalized) and behind in dict(model.named_modules())
-        return behind if head is not None and known else head
-
     def scan(
         self,
         model: nn.Module,
@@ -236,7 +227,7 @@ class ModelAndData:
             model,
             images,
             input_shape=input_shape,
-            head=self.head_in_model(options.head, model),
+            head=head_in_model(options.head, model),
             metric="l2" if options.metric == "l2" else "standardized",
             quantile=options.quantile,
             alpha=options.alpha,
@@ -326,6 +317,17 @@ def check_suffix(operation: str, argument: str, path: str, suffix: str) -> None:
 def inner(model: nn.Module) -> nn.Module:
     """The user's own model inside a loaded one."""
     return model.model if isinstance(model, Normalized) else model
+
+
+def head_in_model(head: str | None, model: nn.Module) -> str | None:
+    """A layer's name as the loaded model has it, behind its normalisation.
+
+    Names of no layer of the user's own model are left as they are, for errors to tell.
+    """
+    if head is None or not isinstance(model, Normalized):
+        return head
+    known = (name for name, _ in model.named_modules(remove_duplicate=False))
+    return f"model.{head}" if f"model.{head}" in known else head
 
 
 def _collecting(

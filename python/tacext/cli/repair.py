@@ -23,6 +23,7 @@ from .inputs import (
     ModelAndData,
     ScanOptions,
     check_suffix,
+    head_in_model,
     inner,
     model_and_data,
     scan_options,
@@ -179,7 +180,7 @@ def repair_command(
         targets=targets or None,
         method=method,
         max_accuracy_drop=None if no_gate else max_accuracy_drop,
-        head=given.head_in_model(options.head, model),
+        head=head_in_model(options.head, model),
         settings=settings,
         checkpoint=checkpoint,
     )
