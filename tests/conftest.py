@@ -24,11 +24,6 @@ from tacext import ops, save_weights
 settings.register_profile("tacext", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("tacext")
 
-# The tests train small networks, which come out otherwise with other vector instructions: these are
-# what processors with AVX2 and with AVX-512 have in common. Read when the first kernel runs.
-for _name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR"):
-    os.environ.setdefault(_name, "avx2" if _name.startswith("ATEN") else "AVX2")
-
 # The models of the tests are so small that threads would mostly wait for one another; what must hold
 # at any number of threads has tests that set it.
 torch.set_num_threads(1)
