@@ -437,8 +437,9 @@ def test_what_a_compiled_model_compiles_is_repaired() -> None:
     with torch.no_grad():
         compiled(case.data.defender[0][:4])
     report = scan(compiled, case.data.defender, depth="fast")
-    found = repair(compiled, case.data.defender, report, [0], "patch", max_accuracy_drop=None)
-    plain = repair(case.backdoored, case.data.defender, None, [0], "patch", max_accuracy_drop=None)
+    patched = functools.partial(tacext.repair, targets=[0], method="patch", max_accuracy_drop=None)
+    found = patched(compiled, case.data.defender, report)
+    plain = patched(case.backdoored, case.data.defender)
     images = demo.white_corner(case.data.test[0])
     with torch.no_grad():
         assert torch.equal(found.model(images), plain.model(images))
