@@ -20,10 +20,8 @@ def placed(inputs: Tensor, layout: torch.memory_format) -> Tensor:
     """Images [N, C, H, W] in this layout; what is no image, or none, is left as it is."""
     if inputs.dim() != 4 or not len(inputs):
         return inputs
-    if layout == torch.contiguous_format and inputs.is_contiguous(
-        memory_format=torch.channels_last
-    ):
-        # Of one channel both layouts are the same but for the strides, which `view` looks at.
+    if layout == torch.contiguous_format and inputs.stride(1) == 1:
+        # Of one channel both layouts are the same but for this stride, which `view` looks at.
         return inputs.clone(memory_format=layout)
     return inputs.contiguous(memory_format=layout)
 
