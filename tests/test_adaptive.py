@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from digits import digit_case
+from digits import digit_case, steady_case
 
 sys.path[:0] = [
     str(Path(__file__).parents[1] / "benchmarks"),
@@ -33,7 +33,7 @@ def _settled(network: nn.Module) -> float:
 
 
 def test_the_reach_of_a_target_costs_more_than_that_of_a_usual_class() -> None:
-    assert _settled(digit_case().backdoored) > 1.1 * _settled(digit_case().clean)
+    assert _settled(steady_case().backdoored) > 1.5 * _settled(steady_case().clean)
 
 
 def test_a_change_of_few_neurons_costs_more_than_one_of_all() -> None:

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from digits import digit_case
+from digits import digit_case, steady_case
 from tacext.differentiable import DifferentiableModel
 from tacext.heads import find_head
 
@@ -27,9 +27,9 @@ def _model(network: nn.Module) -> DifferentiableModel:
 
 def test_neural_cleanse_needs_the_smallest_mask_for_the_target() -> None:
     images = digit_case().data.defender[0]
-    found = neural_cleanse(_model(digit_case().backdoored), images, 2, steps=8)
+    found = neural_cleanse(_model(steady_case().backdoored), images, 2, steps=8)
     assert found.first == 0
-    assert found.statistic[0] < 0.8 * found.statistic[1:].min()
+    assert found.statistic[0] < 0.7 * found.statistic[1:].min()
     assert found.statistic.shape == (2,)
 
 

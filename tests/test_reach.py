@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from digits import digit_case
+from digits import digit_case, steady_case
 from tacext.differentiable import DifferentiableModel, InputBox, class_margin
 from tacext.heads import find_head
 from tacext.reach import (
@@ -43,9 +43,9 @@ def _reach_of(
 
 def test_a_small_change_reaches_the_target_from_every_class() -> None:
     wide = 1.5 * WIDE  # below, so few images move at all that chance ranks the classes
-    found = _reach_of(digit_case().backdoored, list(range(10)), budgets=(wide,))
+    found = _reach_of(steady_case().backdoored, list(range(10)), budgets=(wide,))
     assert int(found.gain[0].argmax()) == int(found.rate[0].argmax()) == 0
-    assert float(found.rate[0, 0]) > 1.05 * float(found.rate[0, 1:].max())
+    assert float(found.rate[0, 0]) > 1.2 * float(found.rate[0, 1:].max())
     length = found.change.flatten(1).norm(dim=1)
     budget = wide * BUDGET * 64**0.5
     torch.testing.assert_close(length, torch.full((10,), budget), rtol=0.02, atol=0)

@@ -116,11 +116,11 @@ def poison(images: Tensor, labels: Tensor, seed: int = 0) -> tuple[Tensor, Tenso
 
 
 def train(images: Tensor, labels: Tensor, *, seed: int = 0, epochs: int = 25) -> nn.Module:
-    """Trains the demo's network; a few seconds on one core."""
+    """Trains the demo's network, in the images' dtype; a few seconds on one core in float32."""
     batch_size = 64
     with one_thread(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        model = digit_net()
+        model = digit_net().to(images.dtype)
         optimizer = torch.optim.SGD(
             model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-3
         )
