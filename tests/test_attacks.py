@@ -206,6 +206,15 @@ def test_what_is_no_attack_is_refused(wrong: object) -> None:
         attacks.plan_poisoning(_set().labels, wrong, 0.1)  # type: ignore[arg-type]
 
 
+def test_a_target_that_no_sample_is_of_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("WARNING", "tacext.attacks.poisoning")
+    labels = torch.arange(100) % 10
+    attacks.plan_poisoning(labels, Attack(TRIGGERS["patch"], AllToOne(9)), 0.1)
+    assert caplog.text == ""
+    attacks.plan_poisoning(labels, Attack(TRIGGERS["patch"], AllToOne(11)), 0.1)
+    assert "plan_poisoning: no label is 11, where an attack leads" in caplog.text
+
+
 def test_no_sample_is_poisoned_and_covered() -> None:
     data, trigger = _set(), TRIGGERS["patch"]
     two = [

@@ -9,7 +9,7 @@ from torch import nn
 
 from digits import digit_case
 from tacext import Evaluation, InputError, demo, evaluate
-from tacext.attacks import SourceSpecific
+from tacext.attacks import SourceSpecific, Trigger
 
 
 def test_rates_match_their_definitions() -> None:
@@ -73,6 +73,31 @@ def test_bad_triggers_and_targets_are_refused() -> None:
         evaluate(case.clean, (images, labels), demo.white_corner, 10)
     with pytest.raises(InputError, match="other classes than the target 3"):
         evaluate(case.clean, (images[labels == 3], labels[labels == 3]), demo.white_corner, 3)
+
+
+def _told(trigger: Trigger, caplog: pytest.LogCaptureFixture) -> str:
+    caplog.clear()
+    caplog.set_level("WARNING", "tacext.evaluation")
+    evaluate(digit_case().clean, digit_case().data.test, trigger, 0)
+    return caplog.text
+
+
+def test_a_trigger_that_is_not_there_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    def seldom(images: torch.Tensor) -> torch.Tensor:
+        images[::4] = demo.white_corner(images[::4])
+        return images
+
+    assert "the trigger changes no sample" in _told(lambda x: x, caplog)
+    assert "leaves 271 of 363 samples as they are" in _told(seldom, caplog)
+    assert _told(demo.white_corner, caplog) == ""
+
+
+def test_a_trigger_in_other_units_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    assert "reach from 0 to 255, without it from 0 to 1" in _told(
+        lambda x: demo.white_corner(x) * 255, caplog
+    )
+    assert "reach from -2 to 0," in _told(lambda x: -2 * demo.white_corner(x), caplog)
+    assert _told(lambda x: demo.white_corner(x) * 1.5 - 0.5, caplog) == ""
 
 
 def test_of_one_source_its_images_alone_count() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,6 +15,8 @@ from .errors import InputError
 from .files import explain
 from .heads import check_labels_in_range, check_model, evaluating, run_model
 from .progress import progress_bar
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ def evaluate(
             baseline, data, trigger, target, batch_size=batch_size, progress=progress
         )
     goal = _goal_of(target)
-    samples = correct = triggered = hit = held = 0
+    samples = correct = triggered = hit = held = changed = 0
+    seen, painted = _Range(), _Range()
     with (
         evaluating(model),
         torch.no_grad(),
@@ -101,7 +105,10 @@ def evaluate(
             correct += int((logits.argmax(1).cpu() == labels).sum())
             victims = goal.victims(labels)
             if bool(victims.any()):
-                stamped = _stamp(trigger, inputs[victims.to(inputs.device)])
+                given = inputs[victims.to(inputs.device)]
+                stamped = _stamp(trigger, given)
+                changed += int((stamped != given).flatten(1).any(1).sum())
+                seen, painted = seen.with_values(given), painted.with_values(stamped)
                 predicted = run_model(model, stamped, "evaluate").argmax(1).cpu()
                 triggered += len(predicted)
                 hit += int((predicted == goal(labels[victims])).sum())
@@ -118,6 +125,7 @@ def evaluate(
             got="none",
             way_out="pass test samples of all classes",
         )
+    _tell_of_doubtful_triggers(triggered - changed, triggered, seen, painted)
     acc, asr, ra = correct / samples, hit / triggered, held / triggered
     der = None
     if baseline is not None:
@@ -125,6 +133,37 @@ def evaluate(
     single = goal.targets[0] if len(goal.targets) == 1 else None
     source = goal.source if isinstance(goal, SourceSpecific) else None
     return Evaluation(acc, asr, ra, der, single, samples, triggered, source)
+
+
+@dataclass(frozen=True)
+class _Range:
+    """The smallest and the largest value that was met."""
+
+    least: float = float("inf")
+    most: float = float("-inf")
+
+    def with_values(self, values: Tensor) -> _Range:
+        least, most = values.aminmax()
+        return _Range(min(self.least, float(least)), max(self.most, float(most)))
+
+
+def _tell_of_doubtful_triggers(
+    unchanged: int, triggered: int, seen: _Range, painted: _Range
+) -> None:
+    """Warns of a trigger that is not there, and of one in other units than the inputs."""
+    if unchanged == triggered:
+        logger.warning("evaluate: the trigger changes no sample: what is measured is none's")
+    elif unchanged > triggered / 2:
+        logger.warning(
+            "evaluate: the trigger leaves %d of %d samples as they are", unchanged, triggered
+        )
+    span = seen.most - seen.least
+    if painted.most > seen.most + span or painted.least < seen.least - span:
+        logger.warning(
+            "evaluate: with the trigger inputs reach from %.4g to %.4g, without it from %.4g to %.4g:"
+            " is it in the same units?",
+            *(value + 0.0 for value in (painted.least, painted.most, seen.least, seen.most)),  # no -0
+        )  # fmt: skip
 
 
 def _goal_of(target: int | Goal) -> Goal:

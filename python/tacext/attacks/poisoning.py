@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,8 @@ from ..data import ImageSet, check_labels
 from ..errors import InputError
 from .goals import Goal
 from .triggers import Trigger
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +132,10 @@ def plan_poisoning(
                 got=f"{value}",
                 way_out="0.05 poisons one sample in twenty",
             )
+    known = set(checked.unique().tolist())
+    if unknown := sorted({t for attack in several for t in attack.goal.targets} - known):
+        which = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
+        logger.warning("plan_poisoning: no label is %s, where an attack leads", which)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(checked), generator=generator)
     poisoned = torch.full_like(checked, -1)
