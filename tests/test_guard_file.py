@@ -57,6 +57,22 @@ def test_a_guard_knows_its_model(tmp_path: Path) -> None:
         )
 
 
+def test_a_guard_stands_beside_the_model_behind_data_parallel_and_back(tmp_path: Path) -> None:
+    images, file = digit_case().data.test[0], tmp_path / "guard.safetensors"
+    wrapped = nn.DataParallel(digit_case().backdoored, device_ids=[])
+    guard().save(file)
+    loaded = Guard.load(file, wrapped)
+    assert loaded.info.head == "module." + guard().info.head
+    loaded.save(file)
+    again = Guard.load(file, digit_case().backdoored)
+    assert again.info == guard().info
+    with torch.no_grad():
+        assert same(loaded(images), guard()(images))
+        assert same(again(images), guard()(images))
+    with pytest.raises(InputError, match=r"Guard.load: model: expected the model that"):
+        Guard.load(file, nn.DataParallel(digit_case().clean, device_ids=[]))
+
+
 def test_a_loaded_guard_no_longer_depends_on_its_file(tmp_path: Path) -> None:
     file, images = tmp_path / "guard.safetensors", digit_case().data.test[0]
     guard().save(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Container
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
@@ -240,7 +241,8 @@ class Guard(nn.Module):
 
         Args:
             path: a file that `save` wrote.
-            model: with the same weights, on any device, perhaps in half precision.
+            model: with the same weights, on any device, perhaps in half precision, or behind
+                DataParallel.
 
         Raises:
             FileError: a file that is missing, damaged, or none of a guard.
@@ -250,7 +252,9 @@ class Guard(nn.Module):
         check_model(model, operation)
         scorer, info = read_guard(path, operation)
         model = unwrapped(model)
-        module = dict(model.named_modules(remove_duplicate=False)).get(info.head)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        name = _name_here(info.head, modules)
+        module = modules.get(name)
         known = isinstance(module, nn.Linear | nn.Conv2d) and (
             module.weight.flatten(1).shape == scorer.mean.shape
         )
@@ -262,8 +266,14 @@ class Guard(nn.Module):
                 got=f"a {type(model).__name__} with other weights or another normalisation",
                 way_out="load that model, with the same normalisation around it, or fit a guard for this",
             )
-        tapped = TappedModel(model, info.head, info.ends_in_head)
-        return cls(tapped, scorer.to(tapped.head.weight.device), info)
+        tapped = TappedModel(model, name, info.ends_in_head)
+        return cls(tapped, scorer.to(tapped.head.weight.device), replace(info, head=name))
+
+
+def _name_here(head: str, modules: Container[str]) -> str:
+    """The head's name in this model, where one of the two stands behind DataParallel."""
+    bare = head.removeprefix("module.")
+    return next((name for name in (head, bare, f"module.{bare}") if name in modules), head)
 
 
 def labelled(data: DataLike | Tensor) -> DataLike:
