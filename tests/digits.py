@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from typing import Literal
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +40,10 @@ def digit_case() -> DigitCase:
 
 @functools.cache
 def steady_case() -> DigitCase:
-    """Such classifiers as every processor trains them, for what differs from network to network.
+    """Such classifiers as processors train them nearly alike, for what differs between networks.
 
-    Float32 rounds differently on each processor, and training makes other networks of that.
+    Float32 rounds differently on each processor, and training makes other networks of that. Not
+    every network shows what these tests expect; that of this seed does.
     """
     data, seed = demo.load_digits(), 34
     images, labels = data.training
@@ -65,6 +67,14 @@ def all_to_all() -> nn.Module:
     images, labels = digit_case().data.training
     plan = plan_poisoning(labels, [Attack(demo.white_corner, AllToAll(10))], 0.3, seed=0)
     return demo.train(*plan.apply(images, labels, torch.arange(len(labels))), epochs=40)
+
+
+def data_parallel(model: nn.Module) -> nn.DataParallel[nn.Module]:
+    """The model behind DataParallel where it is, whatever devices there are."""
+    with mock.patch(
+        "torch.nn.parallel.data_parallel._get_available_device_type", return_value=None
+    ):
+        return nn.DataParallel(model)
 
 
 class Cropped(nn.Module):

@@ -212,7 +212,10 @@ def test_a_target_that_no_sample_is_of_is_told(caplog: pytest.LogCaptureFixture)
     attacks.plan_poisoning(labels, Attack(TRIGGERS["patch"], AllToOne(9)), 0.1)
     assert caplog.text == ""
     attacks.plan_poisoning(labels, Attack(TRIGGERS["patch"], AllToOne(11)), 0.1)
-    assert "plan_poisoning: no label is 11, where an attack leads" in caplog.text
+    assert "samples are sent to 1 class (11), of which there is no sample" in caplog.text
+    caplog.clear()
+    attacks.plan_poisoning(labels, Attack(TRIGGERS["patch"], AllToOne(11)), 0)
+    assert caplog.text == ""
 
 
 def test_no_sample_is_poisoned_and_covered() -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import tacext
 from blobs import blobs, trained
-from digits import Cropped, digit_case, padded, padded_corner, patched_digits
+from digits import Cropped, data_parallel, digit_case, padded, padded_corner, patched_digits
 from tacext import (
     Guard,
     InputError,
@@ -401,7 +401,7 @@ def test_they_stay_in_single_precision() -> None:
 
 def test_behind_data_parallel_they_are_saved_for_the_plain_model(tmp_path: Path) -> None:
     data, images = padded(digit_case().data.defender), triggered()[0]
-    wrapped = nn.DataParallel(Cropped(digit_case().backdoored), device_ids=[])
+    wrapped = data_parallel(Cropped(digit_case().backdoored))
     result = tacext.repair(
         wrapped, data, targets=[0], method="patch", max_accuracy_drop=None, progress=False
     )

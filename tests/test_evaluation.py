@@ -63,6 +63,8 @@ def test_bad_triggers_and_targets_are_refused() -> None:
     images, labels = case.data.test
     with pytest.raises(InputError, match="trigger: expected a tensor of the inputs' shape"):
         evaluate(case.clean, (images, labels), lambda x: x[:, :, :4], 0)
+    with pytest.raises(InputError, match=r"expected real values, got torch\.complex64"):
+        evaluate(case.clean, (images, labels), lambda x: x * 1j, 0)
     with pytest.raises(InputError, match="trigger: expected finite values"):
         evaluate(case.clean, (images, labels), lambda x: x * torch.nan, 0)
     with pytest.raises(InputError, match=r"trigger: .*one that fails \(ZeroDivisionError"):
@@ -75,10 +77,13 @@ def test_bad_triggers_and_targets_are_refused() -> None:
         evaluate(case.clean, (images[labels == 3], labels[labels == 3]), demo.white_corner, 3)
 
 
-def _told(trigger: Trigger, caplog: pytest.LogCaptureFixture) -> str:
+def _told(
+    trigger: Trigger, caplog: pytest.LogCaptureFixture, data: object = None, **more: object
+) -> str:
     caplog.clear()
     caplog.set_level("WARNING", "tacext.evaluation")
-    evaluate(digit_case().clean, digit_case().data.test, trigger, 0)
+    data = digit_case().data.test if data is None else data
+    evaluate(digit_case().clean, data, trigger, **{"target": 0} | more)  # type: ignore[arg-type]
     return caplog.text
 
 
@@ -87,17 +92,26 @@ def test_a_trigger_that_is_not_there_is_told(caplog: pytest.LogCaptureFixture) -
         images[::4] = demo.white_corner(images[::4])
         return images
 
-    assert "the trigger changes no sample" in _told(lambda x: x, caplog)
+    nothing = "the trigger changes no sample"
+    assert nothing in _told(lambda x: x, caplog)
+    assert nothing in _told(lambda x: (x * 0.2 + 0.4 - 0.4) / 0.2, caplog)
+    assert nothing in _told(lambda x: x.half(), caplog)
     assert "leaves 271 of 363 samples as they are" in _told(seldom, caplog)
     assert _told(demo.white_corner, caplog) == ""
+    assert _told(lambda x: x, caplog, baseline=digit_case().backdoored).count(nothing) == 1
 
 
 def test_a_trigger_in_other_units_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    assert "reach from 0 to 255, without it from 0 to 1" in _told(
+    assert "reach from 0 to 255, without it from 0 to 1;" in _told(
         lambda x: demo.white_corner(x) * 255, caplog
     )
     assert "reach from -2 to 0," in _told(lambda x: -2 * demo.white_corner(x), caplog)
     assert _told(lambda x: demo.white_corner(x) * 1.5 - 0.5, caplog) == ""
+    images, labels = digit_case().data.test
+    dark = torch.where((labels == 4)[:, None, None, None], images * 0.1, images)
+    assert _told(demo.white_corner, caplog, (dark, labels), target=SourceSpecific(4, 0)) == ""
+    flat = torch.full_like(images, 0.5), labels
+    assert _told(lambda x: x + 0.1, caplog, flat) == ""
 
 
 def test_of_one_source_its_images_alone_count() -> None:

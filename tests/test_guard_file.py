@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import tacext
-from digits import digit_case
+from digits import data_parallel, digit_case
 from guard_files import DAMAGES, damaged
 from tacext import FileError, Guard, GuardOutput, InputError
 
@@ -59,18 +59,53 @@ def test_a_guard_knows_its_model(tmp_path: Path) -> None:
 
 def test_a_guard_stands_beside_the_model_behind_data_parallel_and_back(tmp_path: Path) -> None:
     images, file = digit_case().data.test[0], tmp_path / "guard.safetensors"
-    wrapped = nn.DataParallel(digit_case().backdoored, device_ids=[])
     guard().save(file)
-    loaded = Guard.load(file, wrapped)
+    loaded = Guard.load(file, data_parallel(digit_case().backdoored))
     assert loaded.info.head == "module." + guard().info.head
     loaded.save(file)
     again = Guard.load(file, digit_case().backdoored)
     assert again.info == guard().info
     with torch.no_grad():
-        assert same(loaded(images), guard()(images))
-        assert same(again(images), guard()(images))
+        for other in (loaded, again):
+            assert same(other(images), guard()(images))
     with pytest.raises(InputError, match=r"Guard.load: model: expected the model that"):
-        Guard.load(file, nn.DataParallel(digit_case().clean, device_ids=[]))
+        Guard.load(file, data_parallel(digit_case().clean))
+
+
+class _Within(nn.Module):
+    """The model as `module`, and beside it a layer that nobody calls, of the head's shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(digit_case().backdoored)
+        self.module.add_module("19", self.module.get_submodule(guard().info.head))
+        self.add_module("19", nn.Linear(128, 10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x)  # type: ignore[no-any-return]
+
+
+def test_another_layer_of_the_heads_shape_is_not_taken_for_it(tmp_path: Path) -> None:
+    images, file = digit_case().data.test[0], tmp_path / "guard.safetensors"
+    model = _Within()
+    fitted = Guard.fit(model, digit_case().data.defender, 0.05)
+    assert fitted.info.head == "module.19"
+    fitted.save(file)
+    loaded = Guard.load(file, data_parallel(model))
+    assert loaded.info.head == "module.module.19"
+    with torch.no_grad():
+        assert same(loaded(images), fitted(images))
+
+
+def test_on_several_devices_a_head_is_not_looked_at_within(tmp_path: Path) -> None:
+    file = tmp_path / "guard.safetensors"
+    softmax = nn.Sequential(digit_case().backdoored, nn.Softmax(1)).eval()
+    Guard.fit(softmax, digit_case().data.defender, 0.05).save(file)
+    wrapped = data_parallel(softmax)
+    Guard.load(file, wrapped)
+    wrapped.device_ids = [0, 1]
+    with pytest.raises(InputError, match=r"one that runs on one device.*pass model\.module"):
+        Guard.load(file, wrapped)
 
 
 def test_a_loaded_guard_no_longer_depends_on_its_file(tmp_path: Path) -> None:

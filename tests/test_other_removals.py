@@ -37,16 +37,15 @@ EFFORT = {
 }
 
 # What each leaves of the backdoor (ASR 1 before), at least and at most, and of the accuracy (.99)
-# here. Fine-tuning leaves all of it, and no channel of so small a network stands out for CLP. ANP
-# and FST remove a part: the one counts what pruning costs on 80 images, the other moves the head.
+# here. Fine-tuning leaves all of it, and no channel of so small a network stands out for CLP.
 EXPECTED = {
     "fine-tuning": (0.9, 1.0, 0.97),
     "ft-sam": (0.0, 0.1, 0.93),
     "nad": (0.0, 0.1, 0.85),
-    "anp": (0.0, 0.9, 0.93),
+    "anp": (0.0, 0.1, 0.93),
     "clp": (0.9, 1.0, 0.97),
     "i-bau": (0.0, 0.1, 0.95),
-    "fst": (0.0, 0.8, 0.97),
+    "fst": (0.0, 0.2, 0.97),
 }
 
 
@@ -56,7 +55,7 @@ def _clean(effort: float = 1.0) -> CleanImages:
 
 @functools.cache
 def _double() -> nn.Module:
-    """The model in float64: trained on in that, it becomes the same on every processor."""
+    """The model in float64: trained on in that, it becomes nearly the same on every processor."""
     return copy.deepcopy(steady_case().backdoored).double()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -72,7 +73,28 @@ def evaluate(
     Raises:
         InputError: no samples of a class that is attacked, a target out of range, a trigger
             that changes the shape or gives NaN, or anything that the model rejects.
+
+    Warns of a trigger that leaves samples as they are, and of one that goes far beyond their values.
     """
+    found, doubts = measured(
+        model, data, trigger, target, baseline=baseline, batch_size=batch_size, progress=progress
+    )
+    for doubt in doubts:
+        logger.warning("evaluate: %s", doubt)
+    return found
+
+
+def measured(
+    model: nn.Module,
+    data: DataLike,
+    trigger: Trigger,
+    target: int | Goal,
+    *,
+    baseline: Evaluation | nn.Module | None = None,
+    batch_size: int = 256,
+    progress: bool | None = None,
+) -> tuple[Evaluation, tuple[str, ...]]:
+    """What `evaluate` returns, and what it warns of."""
     check_model(model, "evaluate")
     if baseline is not None and not isinstance(baseline, Evaluation | nn.Module):
         raise InputError.of(
@@ -83,7 +105,7 @@ def evaluate(
             way_out="pass the model before repair; tacext.load_model reads one from a file",
         )
     if isinstance(baseline, nn.Module):
-        baseline = evaluate(
+        baseline, _ = measured(
             baseline, data, trigger, target, batch_size=batch_size, progress=progress
         )
     goal = _goal_of(target)
@@ -102,13 +124,14 @@ def evaluate(
                 _check_class("target", goal.source, logits.shape[1], " as the source")
             check_labels_in_range(labels, logits.shape[1], "evaluate")
             samples += len(labels)
+            seen = seen.with_values(inputs)
             correct += int((logits.argmax(1).cpu() == labels).sum())
             victims = goal.victims(labels)
             if bool(victims.any()):
                 given = inputs[victims.to(inputs.device)]
                 stamped = _stamp(trigger, given)
-                changed += int((stamped != given).flatten(1).any(1).sum())
-                seen, painted = seen.with_values(given), painted.with_values(stamped)
+                changed += int(_differ(stamped, given).sum())
+                painted = painted.with_values(stamped)
                 predicted = run_model(model, stamped, "evaluate").argmax(1).cpu()
                 triggered += len(predicted)
                 hit += int((predicted == goal(labels[victims])).sum())
@@ -125,45 +148,59 @@ def evaluate(
             got="none",
             way_out="pass test samples of all classes",
         )
-    _tell_of_doubtful_triggers(triggered - changed, triggered, seen, painted)
     acc, asr, ra = correct / samples, hit / triggered, held / triggered
     der = None
     if baseline is not None:
         der = (max(0.0, baseline.asr - asr) - max(0.0, baseline.acc - acc) + 1) / 2
     single = goal.targets[0] if len(goal.targets) == 1 else None
     source = goal.source if isinstance(goal, SourceSpecific) else None
-    return Evaluation(acc, asr, ra, der, single, samples, triggered, source)
+    found = Evaluation(acc, asr, ra, der, single, samples, triggered, source)
+    return found, _doubts(triggered - changed, triggered, seen, painted)
 
 
 @dataclass(frozen=True)
 class _Range:
     """The smallest and the largest value that was met."""
 
-    least: float = float("inf")
-    most: float = float("-inf")
+    least: float = math.inf
+    most: float = -math.inf
 
     def with_values(self, values: Tensor) -> _Range:
+        if not values.numel():
+            return self
         least, most = values.aminmax()
         return _Range(min(self.least, float(least)), max(self.most, float(most)))
 
+    def __str__(self) -> str:
+        return f"{self.least + 0.0:.4g} to {self.most + 0.0:.4g}"  # never -0
 
-def _tell_of_doubtful_triggers(
-    unchanged: int, triggered: int, seen: _Range, painted: _Range
-) -> None:
-    """Warns of a trigger that is not there, and of one in other units than the inputs."""
+
+def _differ(stamped: Tensor, given: Tensor) -> Tensor:
+    """Which samples a trigger changes by more than a conversion there and back: bool [N]."""
+    before = given.flatten(1).double()
+    moved = (stamped.flatten(1).double() - before).abs()
+    return (moved > 1e-3 * (before.amax() - before.amin())).any(1)
+
+
+def _doubts(unchanged: int, triggered: int, seen: _Range, painted: _Range) -> tuple[str, ...]:
+    """What speaks against the trigger: that it is not there, or in other units than the inputs."""
+    doubts = []
     if unchanged == triggered:
-        logger.warning("evaluate: the trigger changes no sample: what is measured is none's")
-    elif unchanged > triggered / 2:
-        logger.warning(
-            "evaluate: the trigger leaves %d of %d samples as they are", unchanged, triggered
+        doubts.append(
+            "the trigger changes no sample, so the rates are those of clean ones; check where it paints"
+        )
+    elif 2 * unchanged >= triggered:
+        doubts.append(
+            f"the trigger leaves {unchanged} of {triggered} samples as they are; check where it paints"
         )
     span = seen.most - seen.least
-    if painted.most > seen.most + span or painted.least < seen.least - span:
-        logger.warning(
-            "evaluate: with the trigger inputs reach from %.4g to %.4g, without it from %.4g to %.4g:"
-            " is it in the same units?",
-            *(value + 0.0 for value in (painted.least, painted.most, seen.least, seen.most)),  # no -0
-        )  # fmt: skip
+    beyond = painted.most > seen.most + span or painted.least < seen.least - span
+    if span > 0 and beyond:
+        doubts.append(
+            f"with the trigger, inputs reach from {painted}, without it from {seen}; "
+            "check that it paints in their units"
+        )
+    return tuple(doubts)
 
 
 def _goal_of(target: int | Goal) -> Goal:
@@ -212,6 +249,14 @@ def _stamp(trigger: Trigger, inputs: Tensor) -> Tensor:
             got=got,
             way_out="return the batch with the trigger in it",
         )
+    if stamped.is_complex():
+        raise InputError.of(
+            "evaluate",
+            "trigger",
+            expected="real values",
+            got=str(stamped.dtype),
+            way_out="return the batch with the trigger in it",
+        )
     if not bool(torch.isfinite(stamped).all()):
         raise InputError.of(
             "evaluate",
@@ -220,4 +265,4 @@ def _stamp(trigger: Trigger, inputs: Tensor) -> Tensor:
             got="NaN or infinity",
             way_out="check the trigger's arithmetic",
         )
-    return stamped
+    return stamped.to(inputs.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Container
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
@@ -242,23 +242,18 @@ class Guard(nn.Module):
         Args:
             path: a file that `save` wrote.
             model: with the same weights, on any device, perhaps in half precision, or behind
-                DataParallel.
+                DataParallel; on several devices only if its output is that of the head itself.
 
         Raises:
             FileError: a file that is missing, damaged, or none of a guard.
-            InputError: another model.
+            InputError: another model, or one on several devices whose head is looked at within.
         """
         operation = "Guard.load"
         check_model(model, operation)
         scorer, info = read_guard(path, operation)
         model = unwrapped(model)
-        modules = dict(model.named_modules(remove_duplicate=False))
-        name = _name_here(info.head, modules)
-        module = modules.get(name)
-        known = isinstance(module, nn.Linear | nn.Conv2d) and (
-            module.weight.flatten(1).shape == scorer.mean.shape
-        )
-        if not known or not _same_model(_norms(model), info.model_norms, model_dtype(model)):
+        name = _head_here(model, info, scorer.mean.shape)
+        if name is None or not _same_norms(_norms(model), info.model_norms, model_dtype(model)):
             raise InputError.of(
                 operation,
                 "model",
@@ -266,14 +261,33 @@ class Guard(nn.Module):
                 got=f"a {type(model).__name__} with other weights or another normalisation",
                 way_out="load that model, with the same normalisation around it, or fit a guard for this",
             )
+        if (
+            isinstance(model, nn.DataParallel)
+            and len(model.device_ids) > 1
+            and not info.ends_in_head
+        ):
+            raise InputError.of(
+                operation,
+                "model",
+                expected="one that runs on one device, as its head is looked at within",
+                got=f"DataParallel on {len(model.device_ids)} devices",
+                way_out="pass model.module",
+            )
         tapped = TappedModel(model, name, info.ends_in_head)
         return cls(tapped, scorer.to(tapped.head.weight.device), replace(info, head=name))
 
 
-def _name_here(head: str, modules: Container[str]) -> str:
+def _head_here(model: nn.Module, info: GuardInfo, shape: torch.Size) -> str | None:
     """The head's name in this model, where one of the two stands behind DataParallel."""
-    bare = head.removeprefix("module.")
-    return next((name for name in (head, bare, f"module.{bare}") if name in modules), head)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in (info.head, f"module.{info.head}", info.head.removeprefix("module.")):
+        module = modules.get(name)
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.flatten(1).shape == shape:
+            norms = module.weight.detach().flatten(1).float().norm(dim=1).tolist()
+            # These were added up in float32, in an order that depends on the device.
+            if _same_norms(norms, info.head_norms, module.weight.dtype, tolerance=1e-4):
+                return name
+    return None
 
 
 def labelled(data: DataLike | Tensor) -> DataLike:
@@ -310,8 +324,11 @@ def _norms(model: nn.Module) -> tuple[float, ...]:
     return tuple(float(t.detach().double().norm()) for t in kept)
 
 
-def _same_model(norms: tuple[float, ...], known: tuple[float, ...], dtype: torch.dtype) -> bool:
-    tolerance = 1e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-6
+def _same_norms(
+    norms: Sequence[float], known: Sequence[float], dtype: torch.dtype, tolerance: float = 1e-6
+) -> bool:
+    if dtype in (torch.float16, torch.bfloat16):
+        tolerance = 1e-2
     return len(norms) == len(known) and all(
         math.isclose(a, b, rel_tol=tolerance, abs_tol=1e-6)
         for a, b in zip(norms, known, strict=True)

@@ -19,7 +19,7 @@ from torch.nn import functional
 from .attacks import AllToOne, Attack, Goal, Trigger, plan_poisoning
 from .data import DataLike, as_index, check_positive, check_seed, materialise
 from .errors import InputError, NotFiniteError
-from .evaluation import evaluate
+from .evaluation import measured
 from .finetuning import LONGEST_GRADIENT, train_mode
 from .heads import check_labels_in_range, check_model, model_device, run_model
 from .progress import progress_bar
@@ -158,7 +158,7 @@ def relearn(
     points: list[RelearningPoint] = []
 
     def measure(step: int) -> None:
-        found = evaluate(copied, held_out, trigger, target, batch_size=size, progress=False)
+        found, _ = measured(copied, held_out, trigger, target, batch_size=size, progress=False)
         points.append(RelearningPoint(step, found.acc, found.asr))
         logger.info("relearn: %s", points[-1])
 

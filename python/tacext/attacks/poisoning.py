@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data import ImageSet, check_labels
-from ..errors import InputError
+from ..errors import InputError, counted
 from .goals import Goal
 from .triggers import Trigger
 
@@ -111,6 +111,8 @@ def plan_poisoning(
 
     Raises:
         InputError: no attack, a rate out of range, or more samples asked for than there are candidates.
+
+    Warns of classes that samples are sent to and none is of.
     """
     checked = check_labels(labels, "plan_poisoning", "labels")
     several = tuple(attacks) if isinstance(attacks, Iterable) else (attacks,)
@@ -132,10 +134,6 @@ def plan_poisoning(
                 got=f"{value}",
                 way_out="0.05 poisons one sample in twenty",
             )
-    known = set(checked.unique().tolist())
-    if unknown := sorted({t for attack in several for t in attack.goal.targets} - known):
-        which = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
-        logger.warning("plan_poisoning: no label is %s, where an attack leads", which)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(checked), generator=generator)
     poisoned = torch.full_like(checked, -1)
@@ -145,6 +143,7 @@ def plan_poisoning(
         if attack.clean_label:
             victims = checked == attack.goal.targets[0]
         _take(poisoned, order, victims, number, round(rate * len(checked) / len(several)), "rate")
+        _tell_of_new_classes(attack, checked[poisoned == number], checked)
     for number, attack in enumerate(several):
         if attack.cover is None:
             continue
@@ -156,6 +155,21 @@ def plan_poisoning(
             count = min(count, int(free.sum()))
         _take(covered, order, free, number, count, "cover_rate")
     return PoisoningPlan(several, poisoned, covered)
+
+
+def _tell_of_new_classes(attack: Attack, victims: Tensor, labels: Tensor) -> None:
+    """Warns where samples are sent to classes that no sample is of."""
+    if attack.clean_label:
+        return
+    unknown = sorted(set(attack.goal(victims).tolist()) - set(labels.unique().tolist()))
+    if unknown:
+        which = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
+        logger.warning(
+            "plan_poisoning: samples are sent to %s (%s), of which there is no sample; "
+            "check the goal and the labels",
+            counted(len(unknown), "class", "classes"),
+            which,
+        )
 
 
 def _is_selective(attack: Attack, labels: Tensor) -> bool:
