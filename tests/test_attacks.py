@@ -213,6 +213,9 @@ def test_a_target_that_no_sample_is_of_is_told(caplog: pytest.LogCaptureFixture)
     assert caplog.text == ""
     attacks.plan_poisoning(labels, Attack(TRIGGERS["patch"], AllToOne(11)), 0.1)
     assert "samples are sent to 1 class (11), of which there is no sample" in caplog.text
+    fewer = torch.arange(100) // 10 * 2
+    attacks.plan_poisoning(fewer, Attack(TRIGGERS["patch"], AllToAll(20)), 1)
+    assert "sent to 10 classes (1, 3, 5, 7, 9, 11, 13, 15, ...), of" in caplog.text
     caplog.clear()
     attacks.plan_poisoning(labels, Attack(TRIGGERS["patch"], AllToOne(11)), 0)
     assert caplog.text == ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from typing_extensions import Self
 
 
@@ -16,6 +18,11 @@ def printable(text: str) -> str:
 def counted(number: int, one: str, many: str | None = None) -> str:
     """A number with its noun: "1 sample", "2 samples"."""
     return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def listed(values: Sequence[object], most: int = 8) -> str:
+    """The first few of them: "0, 1, 2", or "0, 1, ..." where there are more."""
+    return ", ".join([*map(str, values[:most]), *(["..."] if len(values) > most else [])])
 
 
 class TacextError(Exception):

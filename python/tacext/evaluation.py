@@ -177,9 +177,9 @@ class _Range:
 
 def _differ(stamped: Tensor, given: Tensor) -> Tensor:
     """Which samples a trigger changes by more than a conversion there and back: bool [N]."""
-    before = given.flatten(1).double()
-    moved = (stamped.flatten(1).double() - before).abs()
-    return (moved > 1e-3 * (before.amax() - before.amin())).any(1)
+    least, most = given.aminmax()
+    moved = (stamped.to(given.dtype) - given).abs()
+    return (moved > 1e-3 * (most - least)).flatten(1).any(1)
 
 
 def _doubts(unchanged: int, triggered: int, seen: _Range, painted: _Range) -> tuple[str, ...]:

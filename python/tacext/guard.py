@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .data import DataLike, check_seed
-from .errors import InputError, counted
+from .errors import InputError, counted, listed
 from .files import StrPath
 from .guard_file import GuardInfo, read_guard, write_guard
 from .guard_fit import different_rows, fit_scorer
@@ -151,12 +151,11 @@ class Guard(nn.Module):
                 100 * accuracy,
             )
         if unseen := info.unseen_classes:
-            few = ", ".join(map(str, unseen[:8])) + (", ..." if len(unseen) > 8 else "")
             logger.warning(
                 "Guard.fit: no sample was taken for %s (%s); inputs taken for them will mostly be "
                 "flagged; pass samples of them",
                 counted(len(unseen), "class", "classes"),
-                few,
+                listed(unseen),
             )
         return cls(tapped, scorer, info)
 

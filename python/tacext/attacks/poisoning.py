@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data import ImageSet, check_labels
-from ..errors import InputError, counted
+from ..errors import InputError, counted, listed
 from .goals import Goal
 from .triggers import Trigger
 
@@ -163,12 +163,11 @@ def _tell_of_new_classes(attack: Attack, victims: Tensor, labels: Tensor) -> Non
         return
     unknown = sorted(set(attack.goal(victims).tolist()) - set(labels.unique().tolist()))
     if unknown:
-        which = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
         logger.warning(
             "plan_poisoning: samples are sent to %s (%s), of which there is no sample; "
             "check the goal and the labels",
             counted(len(unknown), "class", "classes"),
-            which,
+            listed(unknown),
         )
 
 
