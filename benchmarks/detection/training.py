@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from tacext import ImageSet, attacks, evaluate
 from tacext.attacks import AllToOne, Attack, BoundedNoiseTrigger, InputAwareTrigger, Trigger
+from tacext.evaluation import measured
 
 _BATCH = {"mnist": 64}  # others: 128
 # Passes over the training set; small networks on few images need more of CIFAR-10.
@@ -137,14 +138,15 @@ def _train_with_fixed_trigger(run: _Training, planned: tuple[Attack, ...]) -> No
     source = _only_source(planned)
     if source is not None:  # there are no more candidates than its images
         rate = min(rate, 0.8 * float((labels == source).double().mean()))
-    plan = attacks.plan_poisoning(
-        labels, planned, rate, cover_rate=COVER.get(spec.attack, 0.0) * rate, seed=spec.seed
-    )
+    plan = None  # of a clean model
+    if planned:
+        cover_rate = COVER.get(spec.attack, 0.0) * rate
+        plan = attacks.plan_poisoning(labels, planned, rate, cover_rate=cover_rate, seed=spec.seed)
     for epoch in range(run.epochs):
         for index in run.batches(epoch):
             clean, labels_of_clean = run.augmented(index)
             batch, true = clean, labels_of_clean
-            if planned:
+            if plan is not None:
                 batch, true = plan.apply(batch, true, index)
             with run.autocast:
                 loss = functional.cross_entropy(run.model(batch).float(), true)
@@ -230,9 +232,9 @@ def train(spec: Spec, data: images.Data, full: bool = False) -> Trained:
 
 
 def measure(model: nn.Module, test: ImageSet, planned: tuple[Attack, ...]) -> tuple[float, float]:
-    """ACC, and the lowest ASR of the attacks."""
+    """ACC, and the lowest ASR of the attacks; 0 where there is none."""
     if not planned:
-        probe: Trigger = lambda x: x
-        return evaluate(model, test, probe, 0).acc, 0.0
+        unmarked: Trigger = lambda x: x
+        return measured(model, test, unmarked, 0)[0].acc, 0.0
     found = [evaluate(model, test, attack.trigger, attack.goal) for attack in planned]
     return found[0].acc, min(result.asr for result in found)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tacext import Evaluation, evaluate
 from tacext.attacks import AllToOne, Attack
+from tacext.evaluation import measured
 
 MOST_SAMPLES = 2500  # images beyond these are never given to a defender
 MEASURED = 3000  # of the others
@@ -70,7 +71,7 @@ class RepairCase:
     def measure(self, model: nn.Module) -> list[Evaluation]:
         """On images that no defender has seen: of each attack, or of none."""
         if not self.attacks:
-            return [evaluate(model, self.measured, lambda x: x, 0, progress=False)]
+            return [measured(model, self.measured, lambda x: x, 0, progress=False)[0]]
         return [
             evaluate(model, self.measured, attack.trigger, attack.goal, progress=False)
             for attack in self.attacks
