@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,14 @@ settings.load_profile("tacext")
 # The models of the tests are so small that threads would mostly wait for one another; what must hold
 # at any number of threads has tests that set it.
 torch.set_num_threads(1)
+
+
+# torch.compile keeps code between runs and does not tell apart what was compiled for vectors of
+# another width, which then crashes.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    str(Path(tempfile.gettempdir()) / f"tacext-inductor-{torch.backends.cpu.get_cpu_capability()}"),
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -36,12 +36,13 @@ from tacext.second_look import (
     norm_evidence,
     reach_evidence,
     share_evidence,
+    tuning_evidence,
 )
 from tacext.source_patch import SourcePatch
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence"
 TABLE = Path(__file__).resolve().parents[2] / "python" / "tacext" / "calibration.json"
-VERSION = 6
+VERSION = 7
 
 # The norms that the constants are fitted on: those of a scan by default.
 NORM = "standardized 1 2500"
@@ -83,6 +84,10 @@ def read_case(file: Path, norm: str = NORM) -> Case:
         images = raw["patch"]["images"]
         evidence["share"] = share_evidence(np.array(raw["reach"]["rate"][-1]), images)
         evidence["patch"] = share_evidence(np.array(raw["patch"]["rate"]), images)
+    if "waves" in raw:
+        rate, beside = wave_rates(raw)
+        evidence["wave"] = share_evidence(rate, raw["waves"]["images"])
+        evidence["tuning"] = tuning_evidence(rate, beside, raw["waves"]["images"])
     if "prototype_norm" in raw:
         evidence["margin"] = margin_evidence(np.array(raw["margin"]["margin"]))
         evidence["prototype"] = norm_evidence(np.array(raw["prototype_norm"]))
@@ -94,6 +99,12 @@ def read_case(file: Path, norm: str = NORM) -> Case:
     return Case(
         file.stem, attack, network, dataset, targets, evidence, shuffled, patched, source, raw
     )
+
+
+def wave_rates(raw: dict[str, Any]) -> tuple[_FloatArray, _FloatArray]:
+    """Of the best waves [C] and of those beside them [C, 2]."""
+    rate, beside = (np.array(raw["waves"][name], dtype=np.float64) for name in ("rate", "beside"))
+    return rate, beside
 
 
 def source_of(raw: dict[str, Any]) -> SourcePatch | None:

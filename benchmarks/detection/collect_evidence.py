@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import sys
 import time
@@ -33,6 +34,7 @@ from tacext.observation import Metric, observe, solve
 from tacext.sample_keeper import LookKeeper
 from tacext.second_look import MOST_CLASSES, look_again, shuffle_budgets
 from tacext.source_patch import SourcePatch
+from tacext.waves import Waves
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence"
 SAMPLES = 2500
@@ -113,6 +115,7 @@ def _look(model: nn.Module, data: ImageSet, seed: int) -> dict[str, Any]:
             "seconds": round(found.reach.seconds, 2),
         },
         "source": _source(found.source),
+        "waves": waves_to_json(found.waves),
         "shuffle": shuffled
         and {
             "share": float(f"{shuffled.share:.4g}"),
@@ -129,6 +132,20 @@ def _source(found: SourcePatch | None) -> dict[str, Any] | None:
         return None
     told = {name: value for name, value in vars(found).items() if name != "pattern"}
     return told | {"seconds": round(found.seconds, 2)}
+
+
+def waves_to_json(found: Waves | None) -> dict[str, Any] | None:
+    """What waves did; null beside a wave that has one neighbour alone."""
+    if found is None:
+        return None
+    beside = [[None if math.isnan(x) else x for x in pair] for pair in _rounded(found.beside)]
+    return {
+        "rate": _rounded(found.rate),
+        "beside": beside,
+        "wave": found.wave.tolist(),
+        "images": found.images,
+        "seconds": round(found.seconds, 2),
+    }
 
 
 def collect(model: nn.Module, data: ImageSet, seed: int = 0) -> dict[str, Any]:

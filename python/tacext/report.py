@@ -20,6 +20,7 @@ from .guard_judgement import Judgement
 from .ops import Status
 from .repair_result import RepairResult
 from .scan_report import ScanReport
+from .waves import PHASES
 
 __all__ = [
     "evaluation_to_dict",
@@ -97,6 +98,7 @@ def scan_to_dict(
         "patch": _patch(report),
         "shuffle": _shuffle(report),
         "source_patch": _source_patch(report),
+        "waves": _waves(report),
         "detectable_ratio": report.test.detectable_ratio,
         "metric": report.metric,
         "quantile": report.quantile,
@@ -163,6 +165,25 @@ def _source_patch(report: ScanReport) -> Json | None:
         "row": found.corner[0],
         "column": found.corner[1],
     }
+
+
+def _waves(report: ScanReport) -> list[Json] | None:
+    look = None if report.evidence is None else report.evidence.look
+    if look is None or look.waves is None:
+        return None
+    found = look.waves
+    return [
+        {
+            "class": k,
+            "rate": rate,
+            "axis": ("columns", "rows")[axis],
+            "periods": periods,
+            "phase": phase / PHASES,
+        }
+        for k, (rate, (axis, periods, phase)) in enumerate(
+            zip(found.rate.tolist(), found.wave.tolist(), strict=True)
+        )
+    ]
 
 
 def repair_to_dict(result: RepairResult, source: Json | None = None) -> Json:

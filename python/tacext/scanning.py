@@ -58,7 +58,7 @@ def scan(
     exactly (arXiv 2511.08944); a class whose norm |s_k| is abnormally small is suspect. A thorough
     scan then asks the gradients how far one small change of the input drives all images into each
     class, how many images a small patch moves, whether one change shuffles the classes, and whether a
-    small patch in a corner leads a single class astray.
+    small patch in a corner leads a single class astray; and it lays faint waves over some images.
 
     Args:
         model: maps inputs [N, ...] to logits [N, C] through a last nn.Linear, or a 1x1 nn.Conv2d at

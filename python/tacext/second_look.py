@@ -24,6 +24,7 @@ from .reach import BUDGETS, Reach, reach
 from .sample_keeper import MOST_BYTES
 from .shuffle import FEWEST_IMAGES_A_CLASS, Shuffle, shuffle
 from .source_patch import SourcePatch, source_patch
+from .waves import Waves, has_waves, waves
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class SecondLook:
         shuffle: the best shuffle of the classes; None without samples enough of every class.
         source: the patch that leads a single class astray; None without room for patches, or without
             samples enough of single classes.
+        waves: what faint waves do; None without room for them, of few samples and of many classes.
         seconds: altogether.
     """
 
@@ -68,6 +70,7 @@ class SecondLook:
     patch: PatchReach | None = field(repr=False)
     shuffle: Shuffle | None = field(repr=False)
     source: SourcePatch | None = field(repr=False)
+    waves: Waves | None = field(repr=False)
     seconds: float
 
 
@@ -214,7 +217,10 @@ def look_again(
             )
         except InputError as error:  # what was gathered before stands
             logger.warning("%s: no search for backdoors of single classes (%s)", operation, error)
-    return SecondLook(classes, found, patched, shuffled, led, time.perf_counter() - begin)
+    waved = None
+    if has_waves(box.shape) and head.num_classes <= MOST_CLASSES:
+        waved = waves(with_gradients, box, samples, batch_size=batch_size, progress=progress)
+    return SecondLook(classes, found, patched, shuffled, led, waved, time.perf_counter() - begin)
 
 
 def norm_evidence(norm: _FloatArray) -> _FloatArray:
@@ -233,6 +239,14 @@ def share_evidence(rate: _FloatArray, images: int) -> _FloatArray:
     """Empirical logits of shares [J] of about so many images: of none and of all as finite as these tell."""
     moved = rate * images
     evidence: _FloatArray = np.log((moved + 0.5) / (images - moved + 0.5))
+    return evidence
+
+
+def tuning_evidence(rate: _FloatArray, beside: _FloatArray, images: int) -> _FloatArray:
+    """How far the logits of shares [J] lie above the mean of those beside them [J, 2], not all NaN."""
+    evidence: _FloatArray = share_evidence(rate, images) - np.nanmean(
+        share_evidence(beside, images), 1
+    )
     return evidence
 
 
@@ -261,4 +275,9 @@ def evidence_of(norm: _FloatArray, look: SecondLook) -> Mapping[str, _FloatArray
     if patch is not None and patch.images >= FEWEST_IMAGES_OF_SHARES:
         evidence["share"] = of_all(share_evidence(look.reach.rate[-1].numpy(), patch.images))
         evidence["patch"] = of_all(share_evidence(patch.rate.numpy(), patch.images))
+    waved = look.waves
+    if waved is not None:
+        rate, beside = waved.rate.numpy(), waved.beside.numpy()
+        evidence["wave"] = share_evidence(rate, waved.images)
+        evidence["tuning"] = tuning_evidence(rate, beside, waved.images)
     return evidence

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .detection import LARGEST_DOUBT, NormTest, Verdict
+from .errors import counted
 from .joint_test import Calibration, JointTest, judge_jointly, logit_of_share
 from .max_margin import MaxMargin
 from .second_look import FEWEST_IMAGES_OF_SHARES, MOST_CLASSES, SecondLook, evidence_of
@@ -42,10 +43,11 @@ SMALLEST_PATCH = 0.8
 # as would be significant and lifts their margin half as much: two targets, not a class like it.
 _GAIN_TO_BE_NAMED = 0.5
 
-# A patch that moves so many images is told of where its class is a suspect.
+# A patch or a wave that moves so many images is told of where its class is a suspect.
 _MOVES_MOST = 0.5
 
 _MOST_MOVES_TOLD = 4
+_WAVE_RUNS = ("from left to right", "from top to bottom")
 
 _NO_SOURCES = (
     f"; backdoors of single classes were not looked for, which takes at most {MOST_CLASSES} classes, and "
@@ -153,7 +155,7 @@ def weigh(
         named = [(of_joint, joint.suspects), (of_patch, patched), (of_source, led)]
         suspects = _by_p_value(named)
         k = suspects[0]
-        reason = f"class {k} stands out in {_kinds_that_tell(joint, k)}{_told_of_patch(look, k)}"
+        reason = f"class {k} stands out in {_kinds_that_tell(joint, k)}{_told_of(look, k)}"
         if led and of_source == min(p for p, classes in named if classes):
             reason = f"{_told_of_source(look)}: a backdoor of single classes"
         return Finding("backdoored", suspects, p_value, reason, beside(suspects)), evidence
@@ -174,7 +176,7 @@ def weigh(
             reason = f"{_told_of_source(look)}, but not surely enough: {compared}"
         else:
             k = joint.most_suspicious if of_joint == p_value else _class_by_patch(look)
-            reason = f"class {k} stands out, but not enough: {compared}{_told_of_patch(look, k)}"
+            reason = f"class {k} stands out, but not enough: {compared}{_told_of(look, k)}"
         return Finding("inconclusive", (), p_value, reason, beside(())), evidence
     if test.verdict == "backdoored":
         reason = f"{test.reason}; what gradients show does not bear it out: p = {p_value:.2g}"
@@ -259,6 +261,22 @@ def _classes_by_patch(look: SecondLook, alpha: float, calibration: Calibration) 
         and float(found.gain[j]) >= _GAIN_TO_BE_NAMED * float(found.gain[first])
     ]
     return tuple(found.classes[j] for j in (first, *named))
+
+
+def _told_of(look: SecondLook, k: int) -> str:
+    """Of the patch and of the wave into a class, where they move most images."""
+    return _told_of_patch(look, k) + _told_of_wave(look, k)
+
+
+def _told_of_wave(look: SecondLook, k: int) -> str:
+    found = look.waves
+    if found is None or float(found.rate[k]) < _MOVES_MOST:
+        return ""
+    axis, periods, _ = found.wave[k].tolist()
+    return (
+        f"; a wave of {counted(periods, 'period')} {_WAVE_RUNS[axis]} sends {float(found.rate[k]):.0%} of the images "
+        "of other classes there"
+    )
 
 
 def _told_of_patch(look: SecondLook, k: int) -> str:

@@ -1,0 +1,158 @@
+"""Waves: which class a faint sinusoid over the whole image sends all images into.
+
+The trigger of a clean-label attack of that name (Barni et al., SIG, arXiv 1902.11237) is such a wave,
+and so large that no small change of the input comes near it. It needs no gradients to be seen: there
+are few waves, and each is tried. What a texture looks like to a clean model it looks like at all
+frequencies about it, and wherever its crests lie; a trigger is one wave and not its neighbours.
+
+    columns  ~~~~  frequency 2, 3, ...  x  phase 0, 1/4, 1/2, 3/4 of a period
+    rows     ~~~~  likewise
+
+    class k: share of the images that its best wave sends into k, and how far that lies above the
+             share of the two waves next to it in frequency, whatever their phase
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .differentiable import DifferentiableModel, InputBox
+from .progress import progress_bar
+
+# Share of the range of the inputs: 40 of 255, which CIFAR-10 is attacked with.
+AMPLITUDE = 0.16
+PHASES = 4
+# A period of four pixels falls on the same places of every stride of four, and shorter ones are no
+# longer seen as waves: clean networks send nearly all images of those into one class.
+_SHORTEST_PERIOD = 4
+_MOST_FREQUENCIES = 7
+# A single period is a shade of light: it says what a class looks like (of digits, an eight), and is
+# there for the next wave to be compared with.
+_FEWEST_PERIODS = 2
+
+# Images that waves are laid over. On the bench 64 and 100 show what these do; fewer are not looked at.
+IMAGES = 40
+
+
+@dataclass(frozen=True, eq=False)
+class Waves:
+    """What faint waves do to clean images.
+
+    Attributes:
+        rate: float64 [C], the share of images of other classes that the best wave sends into each
+            class, of those that were not taken for it before.
+        beside: float64 [C, 2], the same of the waves of one period less and one more, as the
+            mean over their phases; NaN where none was tried.
+        wave: int64 [C, 3], the best wave: 0 along columns or 1 along rows, periods across the image,
+            and quarters of a period that it is shifted by.
+        images: how many there were of other classes, on average.
+        seconds: of the search.
+    """
+
+    rate: Tensor
+    beside: Tensor
+    wave: Tensor = field(repr=False)
+    images: int
+    seconds: float
+
+
+def frequencies(shape: Sequence[int]) -> range:
+    """Periods across the image, for images [channels, height, width]; the first is a neighbour alone."""
+    return range(1, min(_MOST_FREQUENCIES, (min(shape[1:]) - 1) // _SHORTEST_PERIOD) + 1)
+
+
+def has_waves(shape: Sequence[int]) -> bool:
+    """Whether inputs of this shape are images on which a wave has neighbours to compare it with."""
+    return len(shape) == 3 and len(frequencies(shape)) > _FEWEST_PERIODS
+
+
+def _wave(box: InputBox, axis: int, frequency: int, phase: int) -> Tensor:
+    """One wave, float32, broadcastable to the inputs; its amplitude is that of each channel's range."""
+    length = box.shape[2 - axis]
+    at = frequency * torch.arange(length, dtype=torch.float64) / length + phase / PHASES
+    line = AMPLITUDE * torch.sin(2 * math.pi * at).float()
+    return (box.high - box.low) * (line[None, :] if axis == 0 else line[:, None])
+
+
+def waves(
+    model: DifferentiableModel,
+    box: InputBox,
+    samples: tuple[Tensor, Tensor],
+    *,
+    batch_size: int = 128,
+    progress: bool | None = None,
+) -> Waves | None:
+    """Lays every wave over a few clean images and tells where they go.
+
+    Args:
+        model: the classifier; no gradients are taken.
+        box: the inputs that it may be given: images for which `has_waves`.
+        samples: clean inputs [N, channels, height, width] and labels [N] in a random order, of which
+            the first `IMAGES` are taken.
+        batch_size: inputs in a pass, at most.
+        progress: whether to show a progress bar; None shows it on a terminal.
+
+    Returns:
+        None with fewer than `IMAGES` samples.
+
+    Raises:
+        InputError: the model rejects changed inputs, or gives NaN or infinity for them.
+    """
+    begin = time.perf_counter()
+    inputs, labels = samples[0][:IMAGES].float(), samples[1][:IMAGES]
+    if len(labels) < IMAGES:
+        return None
+    classes, tried = model.head.num_classes, frequencies(box.shape)
+    at = torch.arange(classes)
+
+    def predicted(added: Tensor | float) -> Tensor:
+        parts = [
+            model.logits(model.place(box.clamp(x + added))).argmax(1).cpu()
+            for x in inputs.split(batch_size)
+        ]
+        return torch.cat(parts)
+
+    shares = torch.zeros(2, len(tried), PHASES, classes, dtype=torch.float64)
+    with (
+        model.open(),
+        torch.no_grad(),
+        progress_bar("waves", 2 * len(tried) * PHASES, progress) as advance,
+    ):
+        movable = (labels[:, None] != at) & (predicted(0.0)[:, None] != at)
+        count = movable.sum(0)
+        for axis in range(2):
+            for i, frequency in enumerate(tried):
+                for phase in range(PHASES):
+                    sent = predicted(_wave(box, axis, frequency, phase))[:, None] == at
+                    moved = (sent & movable).sum(0)
+                    shares[axis, i, phase] = moved / count.clamp_min(1).double()
+                    advance(1)
+    first = _FEWEST_PERIODS - tried.start
+    best = shares[:, first:].flatten(0, 2).argmax(0)
+    along, row, shift = torch.unravel_index(best, shares[:, first:].shape[:3])
+    row = row + first
+    wave = torch.stack([along, row + tried.start, shift], 1)
+    return Waves(
+        shares[along, row, shift, at],
+        _beside(shares.mean(2), along, row),
+        wave,
+        round(float(count.double().mean())),
+        time.perf_counter() - begin,
+    )
+
+
+def _beside(mean: Tensor, axis: Tensor, row: Tensor) -> Tensor:
+    """Of the waves before and after each class's best one, [C, 2], from means over phases [2, F, C]."""
+    at = torch.arange(mean.shape[2])
+    found = torch.full((mean.shape[2], 2), math.nan, dtype=torch.float64)
+    for side, step in enumerate((-1, 1)):
+        other = row + step
+        there = (other >= 0) & (other < mean.shape[1])
+        found[there, side] = mean[axis[there], other[there], at[there]]
+    return found
