@@ -59,7 +59,7 @@ def simulate(
 def case_of(evidence: Evidence, shuffle: float) -> calibrate.Case:
     lead = 2 * logit_of_share(shuffle) + 1
     return calibrate.Case(
-        "clean", "clean", "resnet", "cifar10", (), evidence, shuffle, shuffle, lead, {}
+        "clean", "clean", "resnet", "cifar10", (), evidence, shuffle, shuffle, lead, lead + 5, {}
     )
 
 
@@ -159,6 +159,7 @@ def test_the_fit_finds_the_constants_that_made_the_models(calibration: Calibrati
     assert calibration.shuffle.spread == pytest.approx(0.4, rel=0.1)
     assert calibration.source.mean == pytest.approx(-2.0, abs=0.12)
     assert calibration.source.spread == pytest.approx(0.8, rel=0.1)
+    assert calibration.wave.mean == pytest.approx(3.0, abs=0.12)
     again = calibration_from_json(calibrate.to_json(calibration))
     for name, null in calibration.joint.items():
         assert again.joint[name].shape == pytest.approx(null.shape, rel=1e-3)
@@ -314,7 +315,9 @@ def test_the_shipped_table_is_the_fit_of_the_shipped_evidence() -> None:
         for name, null in expected.items():
             assert vars(found[name]) == pytest.approx(vars(null), rel=2e-3)
     assert vars(shipped.shuffle) == pytest.approx(vars(fitted.shuffle), rel=2e-3)
-    assert vars(shipped.patch) == pytest.approx(vars(fitted.patch), rel=2e-3)
+    for null in ("patch", "source", "wave"):
+        expected = vars(getattr(fitted, null))
+        assert vars(getattr(shipped, null)) == pytest.approx(expected, rel=2e-3)
 
 
 @pytest.mark.parametrize("kinds", COMBINATIONS)

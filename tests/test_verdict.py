@@ -16,6 +16,7 @@ from tacext.second_look import SecondLook
 from tacext.shuffle import Shuffle
 from tacext.source_patch import SourcePatch
 from tacext.verdict import Evidence, Finding, weigh
+from tacext.waves import Waves
 
 CLASSES = 10
 
@@ -26,6 +27,7 @@ def look_of(
     seed: int = 0,
     patches: dict[int, tuple[float, float]] | None = None,
     led: SourcePatch | None = None,
+    waved: Waves | None = None,
 ) -> tuple[np.ndarray, SecondLook]:  # type: ignore[type-arg]
     """Norms and a second look of a model whose classes in `suspicious` are so many spreads off.
 
@@ -58,6 +60,7 @@ def look_of(
         PatchReach(classes, 4, moved, lifted, 200, corner, nothing, 0.0),
         shuffled,
         led,
+        waved,
         0.0,
     )
     return np.exp(1 - draw("norm")), look
@@ -69,8 +72,9 @@ def judged(
     alpha: float = 0.01,
     patches: dict[int, tuple[float, float]] | None = None,
     led: SourcePatch | None = None,
+    waved: Waves | None = None,
 ) -> tuple[Finding, Evidence]:
-    norm, look = look_of(suspicious, share, patches=patches, led=led)
+    norm, look = look_of(suspicious, share, patches=patches, led=led, waved=waved)
     return weigh(judge_norms(norm, alpha), look, alpha, shipped_calibration())
 
 
@@ -82,6 +86,57 @@ def test_a_class_that_stands_out_in_everything_is_named() -> None:
     for kind in ("norm", "reach"):
         assert kind in finding.reason
     assert evidence.joint.suspects == (3,)
+
+
+def waves_into(rates: dict[int, tuple[float, float]]) -> Waves:
+    """Waves that send such shares of 36 images into some classes, and those beside them others."""
+    rate, beside = (torch.full((CLASSES,), share).double() for share in (0.1, 0.05))
+    for k, (own, other) in rates.items():
+        rate[k], beside[k] = own, other
+    return Waves(rate, beside, torch.tensor([[1, 4, 0]]).repeat(CLASSES, 1), 36, 0.0)
+
+
+def test_a_wave_that_its_neighbours_are_not_like_names_its_class() -> None:
+    finding, evidence = judged(waved=waves_into({6: (0.97, 0.05)}))
+    assert (finding.verdict, finding.suspects) == ("backdoored", (6,))
+    assert evidence.wave_p_value is not None
+    assert finding.p_value == pytest.approx(evidence.wave_p_value / 0.03)
+    expected = (
+        "a wave of 4 periods from top to bottom sends 97% of the images of other classes to class 6, "
+        "and those beside it 5%"
+    )
+    assert finding.reason == expected
+
+
+def test_a_wave_like_those_beside_it_or_that_leaves_most_images_is_no_backdoor() -> None:
+    for share, beside in ((0.95, 0.85), (0.49, 0.0)):
+        finding, _ = judged(waved=waves_into({6: (share, beside)}))
+        assert finding.verdict == "clean"
+        assert "and no faint wave is a trigger" in finding.reason
+    assert judged(waved=waves_into({6: (0.49, 0.0)}))[1].wave_p_value == 1.0
+    assert judged()[1].wave_p_value is None
+    assert "wave" not in judged()[0].reason
+
+
+def test_a_wave_in_doubt_is_inconclusive_and_names_its_class() -> None:
+    calibration = shipped_calibration()
+    found = waves_into({6: (0.9, 0.4)})
+    level = float(found.selectivity[6])
+    null = NormalNull(level - 3.0 * 0.3, 0.3, 45)  # three deviations above
+    norm, look = look_of(waved=found)
+    finding, evidence = weigh(judge_norms(norm), look, 0.01, replace(calibration, wave=null))
+    assert evidence.wave_p_value is not None
+    assert 3e-4 < evidence.wave_p_value < 6e-3
+    assert (finding.verdict, finding.suspects, finding.doubtful) == ("inconclusive", (), (6,))
+    assert "but not surely enough" in finding.reason
+
+
+def test_a_wave_comes_before_a_shuffle_and_beside_a_suspect_by_p_value() -> None:
+    wave = waves_into({6: (1.0, 0.05)})
+    finding, _ = judged({3: 8.0}, waved=wave)
+    assert set(finding.suspects) == {3, 6}
+    finding, _ = judged(share=0.99, waved=wave)
+    assert finding.suspects == (6,)
 
 
 def test_a_patch_that_moves_all_images_names_its_class() -> None:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
 from digits import digit_case
-from tacext import demo, scan
+from tacext import demo, evaluate, repair, scan
 from tacext.attacks import AllToOne, Attack, SinusoidTrigger, plan_poisoning
 from tacext.differentiable import DifferentiableModel, InputBox
 from tacext.heads import find_head
-from tacext.second_look import evidence_of, look_again, share_evidence, tuning_evidence
+from tacext.repair_gate import _still_led_by_wave
+from tacext.report import scan_to_dict
+from tacext.second_look import look_again
 from tacext.waves import AMPLITUDE, IMAGES, PHASES, Waves, frequencies, has_waves, waves
 
 TARGET, PERIODS = 4, 3
@@ -114,12 +116,9 @@ def test_rates_are_those_of_plain_loops(box: str) -> None:
         axis, periods, phase = found.wave[k].tolist()
         assert float(found.rate[k]) == float(shares[axis, periods - 1, phase, k])
         assert float(found.rate[k]) == float(shares[:, 1:, :, k].max())  # one period is a shade
-        before, after = found.beside[k].tolist()
-        assert before == pytest.approx(float(shares[axis, periods - 2, :, k].mean()))
-        if periods == 3:
-            assert math.isnan(after)
-        else:
-            assert after == pytest.approx(float(shares[axis, 2, :, k].mean()))
+        beside = [1] if periods == 3 else [0, 2]
+        expected = shares[axis, beside, :, k].mean()
+        assert float(found.beside[k]) == pytest.approx(float(expected))
 
 
 def test_a_wave_that_is_a_trigger_is_found_and_so_is_how_sharp_it_is() -> None:
@@ -128,10 +127,9 @@ def test_a_wave_that_is_a_trigger_is_found_and_so_is_how_sharp_it_is() -> None:
     assert float(found.rate[TARGET]) > 0.9
     assert found.wave[TARGET, :2].tolist() == [0, PERIODS]
     assert float(found.rate.sort().values[-2]) < 0.5
-    rate, beside = found.rate.numpy(), found.beside.numpy()
-    tuning = tuning_evidence(rate, beside, found.images)
-    assert int(tuning.argmax()) == TARGET
-    assert np.isnan(beside[TARGET]).tolist() == [False, True]  # periods of four pixels are no waves
+    assert int(found.selectivity.argmax()) == TARGET
+    assert float(found.selectivity[TARGET]) > 2
+    assert float(found.beside[TARGET]) < 0.5
     of_clean = _waves(Halved(digit_case().clean), _clean())
     assert float(of_clean.rate.max()) < 0.5
     assert 30 < found.images < IMAGES
@@ -140,12 +138,41 @@ def test_a_wave_that_is_a_trigger_is_found_and_so_is_how_sharp_it_is() -> None:
 def test_a_scan_names_the_target_of_a_wave_and_tells_of_it() -> None:
     report = scan(waved(), _clean(), progress=False)
     assert report.evidence is not None
-    p_values = report.evidence.joint.kind_p_values
-    assert int(p_values["wave"].argmin()) == int(p_values["tuning"].argmin()) == TARGET
-    assert p_values["wave"][TARGET] < 1e-3
+    assert report.evidence.wave_p_value is not None
+    assert report.evidence.wave_p_value < 1e-4
     assert report.verdict == "backdoored"
     assert report.suspects[0] == TARGET
-    assert f"a wave of {PERIODS} periods from left to right sends " in report.reason
+    told = scan_to_dict(report)["waves"]
+    assert told["p_value"] == report.evidence.wave_p_value
+    row = told["classes"][TARGET]
+    assert (row["axis"], row["periods"], row["class"]) == ("columns", PERIODS, TARGET)
+    assert row["rate"] > 0.9 > row["beside"]
+
+
+def test_a_repair_is_refused_while_the_wave_still_leads_there() -> None:
+    before = scan(waved(), _clean(), progress=False)
+    told = _still_led_by_wave(before, before, (TARGET,))
+    assert told is not None
+    assert told.startswith("a wave that led ")
+    assert _still_led_by_wave(before, before, (TARGET + 1,)) is None
+    clean = scan(Halved(digit_case().clean), _clean(), progress=False)
+    assert _still_led_by_wave(before, clean, (TARGET,)) is None
+    assert _still_led_by_wave(clean, before, (TARGET,)) is None  # of which nothing was known
+
+
+def test_a_wave_is_kept_out_by_a_patch() -> None:
+    result = repair(waved(), _clean(), method="patch", max_accuracy_drop=0.05, progress=False)
+    assert result.targets == (TARGET,)
+    assert result.accepted
+    images, labels = doubled(digit_case().data.test)
+    trigger = SinusoidTrigger(AMPLITUDE, PERIODS)
+    before = evaluate(waved(), (images, labels), trigger, TARGET, progress=False)
+    after = evaluate(
+        result.model, (images, labels), trigger, TARGET, baseline=before, progress=False
+    )
+    assert before.asr > 0.95
+    assert after.asr < 0.1
+    assert after.acc > before.acc - 0.05
 
 
 def test_the_batch_size_changes_nothing() -> None:
@@ -186,21 +213,27 @@ def test_of_many_classes_and_of_digits_waves_are_no_evidence() -> None:
         network, find_head(network, images[:4]), (images, labels), tuple(range(10)), progress=False
     )
     assert look.waves is None
-    assert "wave" not in evidence_of(np.ones(10), look)
     wide = nn.Sequential(nn.Flatten(), nn.Linear(256, 65))
     many = look_again(wide, find_head(wide, _clean()[0][:4]), _clean(), (0, 1, 2), progress=False)
     assert many.waves is None
-    fewer = replace(look, waves=_waves(waved(), _clean()))
-    assert evidence_of(np.ones(10), fewer)["wave"].shape == (10,)
 
 
-def test_tuning_is_the_distance_of_logits_from_the_mean_of_those_beside() -> None:
-    rate = np.array([0.9, 0.5, 0.0])
-    beside = np.array([[0.1, 0.3], [np.nan, 0.5], [0.0, np.nan]])
-    logit = share_evidence
-    expected = [
-        float(logit(rate[:1], 60)[0] - (logit(beside[0], 60).mean())),
-        0.0,
-        0.0,
-    ]
-    assert tuning_evidence(rate, beside, 60).tolist() == pytest.approx(expected)
+@given(
+    st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.integers(20, 200), st.integers(20, 200)
+)
+def test_selectivity_rises_with_the_rate_and_falls_with_that_beside(
+    a: float, b: float, c: float, images: int, more: int
+) -> None:
+    def of(rate: float, beside: float, count: int = images) -> float:
+        wave = torch.zeros(1, 3, dtype=torch.int64)
+        rates = torch.tensor([rate], dtype=torch.float64), torch.tensor([beside]).double()
+        return float(Waves(*rates, wave, count, 0.0).selectivity)
+
+    low, high = sorted((a, b))
+    assert of(low, c) <= of(high, c) + 1e-9
+    assert of(c, low) >= of(c, high) - 1e-6
+    assert of(a, a) == pytest.approx(0.0, abs=1e-5)
+    assert math.isfinite(of(1.0, 0.0))
+    fewer, most = sorted((images, more))
+    assert of(1.0, 0.0, fewer) <= of(1.0, 0.0, most)
+    assert of(0.9, 0.1, 40) == pytest.approx(math.log(36.5 / 4.5), rel=1e-5)

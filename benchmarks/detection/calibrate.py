@@ -36,9 +36,9 @@ from tacext.second_look import (
     norm_evidence,
     reach_evidence,
     share_evidence,
-    tuning_evidence,
 )
 from tacext.source_patch import SourcePatch
+from tacext.waves import Waves
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence"
 TABLE = Path(__file__).resolve().parents[2] / "python" / "tacext" / "calibration.json"
@@ -69,6 +69,7 @@ class Case:
     shuffle: float | None
     patch: float | None
     source: float | None
+    wave: float | None
     raw: dict[str, Any]
 
 
@@ -84,10 +85,6 @@ def read_case(file: Path, norm: str = NORM) -> Case:
         images = raw["patch"]["images"]
         evidence["share"] = share_evidence(np.array(raw["reach"]["rate"][-1]), images)
         evidence["patch"] = share_evidence(np.array(raw["patch"]["rate"]), images)
-    if "waves" in raw:
-        rate, beside = wave_rates(raw)
-        evidence["wave"] = share_evidence(rate, raw["waves"]["images"])
-        evidence["tuning"] = tuning_evidence(rate, beside, raw["waves"]["images"])
     if "prototype_norm" in raw:
         evidence["margin"] = margin_evidence(np.array(raw["margin"]["margin"]))
         evidence["prototype"] = norm_evidence(np.array(raw["prototype_norm"]))
@@ -95,16 +92,20 @@ def read_case(file: Path, norm: str = NORM) -> Case:
     patched = max(raw["patch"]["rate"]) if "patch" in raw else None
     led = source_of(raw)
     source = None if led is None else led.log_odds_ratio
-    targets = tuple(raw["targets"])
+    waved = waves_of(raw)
     return Case(
-        file.stem, attack, network, dataset, targets, evidence, shuffled, patched, source, raw
+        name=file.stem,
+        attack=attack,
+        network=network,
+        dataset=dataset,
+        targets=tuple(raw["targets"]),
+        evidence=evidence,
+        shuffle=shuffled,
+        patch=patched,
+        source=source,
+        wave=None if waved is None else float(waved.selectivity.max()),
+        raw=raw,
     )
-
-
-def wave_rates(raw: dict[str, Any]) -> tuple[_FloatArray, _FloatArray]:
-    """Of the best waves [C] and of those beside them [C, 2]."""
-    rate, beside = (np.array(raw["waves"][name], dtype=np.float64) for name in ("rate", "beside"))
-    return rate, beside
 
 
 def source_of(raw: dict[str, Any]) -> SourcePatch | None:
@@ -114,6 +115,15 @@ def source_of(raw: dict[str, Any]) -> SourcePatch | None:
         return None
     unknown = {"pattern": torch.zeros(0), "looked_at": ()}  # older files do not tell
     return SourcePatch(**(unknown | found | {"corner": tuple(found["corner"])}))
+
+
+def waves_of(raw: dict[str, Any]) -> Waves | None:
+    """The waves as the evidence tells them; older files have none."""
+    found = raw.get("waves")
+    if found is None:
+        return None
+    rate, beside = (torch.tensor(found[name], dtype=torch.float64) for name in ("rate", "beside"))
+    return Waves(rate, beside, torch.tensor(found["wave"]), found["images"], found["seconds"])
 
 
 def read_cases() -> list[Case]:
@@ -180,7 +190,8 @@ def fit(cases: Sequence[Case]) -> Calibration:
     shuffled = [logit_of_share(case.shuffle) for case in cases if case.shuffle is not None]
     patched = [logit_of_share(case.patch) for case in cases if case.patch is not None]
     led = [case.source for case in cases if case.source is not None]
-    others = (fit_normal(numbers) for numbers in (shuffled, patched, led))
+    waved = [case.wave for case in cases if case.wave is not None]
+    others = (fit_normal(numbers) for numbers in (shuffled, patched, led, waved))
     return Calibration(VERSION, len(cases), kinds, joint, *others)
 
 
@@ -199,6 +210,7 @@ def to_json(calibration: Calibration) -> str:
         "shuffle": rounded(calibration.shuffle),
         "patch": rounded(calibration.patch),
         "source": rounded(calibration.source),
+        "wave": rounded(calibration.wave),
     }
     text = json.dumps(table, indent=1)
     assert calibration_from_json(text).models == calibration.models

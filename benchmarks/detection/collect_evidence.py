@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import sys
 import time
@@ -115,7 +114,7 @@ def _look(model: nn.Module, data: ImageSet, seed: int) -> dict[str, Any]:
             "seconds": round(found.reach.seconds, 2),
         },
         "source": _source(found.source),
-        "waves": waves_to_json(found.waves),
+        "waves": _waves(found.waves),
         "shuffle": shuffled
         and {
             "share": float(f"{shuffled.share:.4g}"),
@@ -134,14 +133,12 @@ def _source(found: SourcePatch | None) -> dict[str, Any] | None:
     return told | {"seconds": round(found.seconds, 2)}
 
 
-def waves_to_json(found: Waves | None) -> dict[str, Any] | None:
-    """What waves did; null beside a wave that has one neighbour alone."""
+def _waves(found: Waves | None) -> dict[str, Any] | None:
     if found is None:
         return None
-    beside = [[None if math.isnan(x) else x for x in pair] for pair in _rounded(found.beside)]
     return {
         "rate": _rounded(found.rate),
-        "beside": beside,
+        "beside": _rounded(found.beside),
         "wave": found.wave.tolist(),
         "images": found.images,
         "seconds": round(found.seconds, 2),

@@ -32,7 +32,6 @@ from tacext.reach import Reach
 from tacext.second_look import SecondLook
 from tacext.shuffle import Shuffle
 from tacext.verdict import weigh, weigh_without_data
-from tacext.waves import Waves
 
 # The index above which the paper's rule, as it is commonly used, calls a class poisoned.
 PAPER_INDEX = 2.0
@@ -87,11 +86,6 @@ def look_of(case: Case) -> SecondLook:
             nothing,
             raw["patch"]["seconds"],
         )
-    waved = None
-    if "waves" in raw:
-        rate, beside = (torch.from_numpy(part) for part in calibrate.wave_rates(raw))
-        told = raw["waves"]
-        waved = Waves(rate, beside, torch.tensor(told["wave"]), told["images"], told["seconds"])
     return SecondLook(
         classes,
         Reach(
@@ -106,7 +100,7 @@ def look_of(case: Case) -> SecondLook:
         patched,
         shuffled or None,
         calibrate.source_of(raw),
-        waved,
+        calibrate.waves_of(raw),
         0.0,
     )
 

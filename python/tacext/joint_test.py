@@ -28,14 +28,13 @@ import scipy  # its parts load when they are first used
 _FloatArray = npt.NDArray[np.float64]
 
 # Kinds of evidence, by where they come from; `Calibration.kinds` has a null for each.
-KINDS = ("norm", "reach", "share", "patch", "wave", "tuning", "margin", "prototype")
+KINDS = ("norm", "reach", "share", "patch", "margin", "prototype")
 # Those that a scan joins, and what part of alpha each test has beside the others that can be made:
-# how far inputs get, how many of them, where waves send them, and what is seen without any data. An
-# attacker who holds one of the first two down shows in the other.
+# how far inputs get, how many of them, and what is seen without any data. An attacker who holds one
+# of the first two down shows in the other.
 COMBINATIONS: Mapping[tuple[str, ...], float] = {
     ("norm", "reach"): 0.3,
     ("norm", "share", "patch"): 0.7,
-    ("wave", "tuning"): 0.05,
     ("margin", "prototype"): 1.0,
 }
 
@@ -89,7 +88,7 @@ class NormalNull:
     """The law of one number of a clean model: a t distribution, as mean and spread are estimated.
 
     The logit of the share that `shuffle` moves, or of the largest share that any class's patch does;
-    the log odds ratio of the best of the patches of single classes.
+    the log odds ratio of the best of the patches of single classes; the selectivity of the best wave.
 
     Attributes:
         mean, spread: of the numbers.
@@ -117,6 +116,7 @@ class Calibration:
         joint: the null of each of `COMBINATIONS`.
         shuffle, patch: the nulls of the shuffle and of the patch that moves most images.
         source: that of the patch that leads one class astray.
+        wave: that of the most selective wave.
     """
 
     version: int
@@ -126,6 +126,7 @@ class Calibration:
     shuffle: NormalNull = field(repr=False)
     patch: NormalNull = field(repr=False)
     source: NormalNull = field(repr=False)
+    wave: NormalNull = field(repr=False)
 
 
 def calibration_from_json(text: str) -> Calibration:
@@ -139,6 +140,7 @@ def calibration_from_json(text: str) -> Calibration:
         NormalNull(**table["shuffle"]),
         NormalNull(**table["patch"]),
         NormalNull(**table["source"]),
+        NormalNull(**table["wave"]),
     )
 
 

@@ -23,7 +23,15 @@ from .repair_methods import count_right
 from .scan_report import ScanReport
 from .scanning import scan
 from .second_look import SecondLook, reach_evidence
-from .verdict import SOURCE_SHARE, Evidence, Finding, patch_p_value, weigh
+from .verdict import (
+    SOURCE_SHARE,
+    WAVE_SHARE,
+    Evidence,
+    Finding,
+    class_by_wave,
+    patch_p_value,
+    weigh,
+)
 
 # A p-value above this leaves no doubt of a patch or a shuffle.
 _DOUBT = 0.3
@@ -150,6 +158,9 @@ def check_repair(
         )
     except InputError as error:
         return no(f"it cannot be scanned again ({error})")
+    still = _still_led_by_wave(before, report, adversary.targets)
+    if still is not None:
+        return no(still, report)
     seen = tuple(t for t in adversary.targets if _stood_out(t, before, adversary, report))
     for target in adversary.targets:
         if target not in before.suspects and target not in seen:
@@ -195,6 +206,23 @@ def _still_led_by_source(
         f"the patch that led {found.share:.0%} of the samples of class {found.source} into class "
         f"{found.target} still leads {share:.0%}"
     )
+
+
+def _still_led_by_wave(
+    before: ScanReport, after: ScanReport, targets: tuple[int, ...]
+) -> str | None:
+    """What is wrong where waves lead into a target as they did before, if that told of a backdoor."""
+    old, new = (None if r.evidence is None else r.evidence for r in (before, after))
+    if old is None or new is None or old.look is None or new.look is None:
+        return None
+    was, found, p_value = old.look.waves, new.look.waves, old.wave_p_value
+    if was is None or found is None or p_value is None or not _in_doubt(p_value / WAVE_SHARE):
+        return None
+    k = class_by_wave(was)
+    old_rate, rate = float(was.rate[k]), float(found.rate[k])
+    if k not in targets or rate <= max(_ALWAYS_MOVED, _MOST_LEFT * old_rate):
+        return None
+    return f"a wave that led {old_rate:.0%} of the samples into class {k} is left that leads {rate:.0%}"
 
 
 def judge_scan(
@@ -279,6 +307,9 @@ def _classes_in_doubt(
     p_value = evidence.source_p_value
     if look.source is not None and p_value is not None and _in_doubt(p_value / SOURCE_SHARE):
         doubted.add(look.source.target)
+    p_value = evidence.wave_p_value
+    if look.waves is not None and p_value is not None and _in_doubt(p_value / WAVE_SHARE):
+        doubted.add(class_by_wave(look.waves))
     if look.patch is not None and _in_doubt(evidence.patch_p_value):
         doubted.add(look.patch.classes[int(look.patch.rate.argmax())])
     return doubted

@@ -167,23 +167,32 @@ def _source_patch(report: ScanReport) -> Json | None:
     }
 
 
-def _waves(report: ScanReport) -> list[Json] | None:
+def _waves(report: ScanReport) -> Json | None:
     look = None if report.evidence is None else report.evidence.look
-    if look is None or look.waves is None:
+    if report.evidence is None or look is None or look.waves is None:
         return None
     found = look.waves
-    return [
-        {
-            "class": k,
-            "rate": rate,
-            "axis": ("columns", "rows")[axis],
-            "periods": periods,
-            "phase": phase / PHASES,
-        }
-        for k, (rate, (axis, periods, phase)) in enumerate(
-            zip(found.rate.tolist(), found.wave.tolist(), strict=True)
-        )
-    ]
+    rows = zip(
+        found.rate.tolist(),
+        found.beside.tolist(),
+        found.wave.tolist(),
+        strict=True,
+    )
+    return {
+        "p_value": report.evidence.wave_p_value,
+        "images": found.images,
+        "classes": [
+            {
+                "class": k,
+                "rate": rate,
+                "beside": beside,
+                "axis": ("columns", "rows")[axis],
+                "periods": periods,
+                "phase": phase / PHASES,
+            }
+            for k, (rate, beside, (axis, periods, phase)) in enumerate(rows)
+        ],
+    }
 
 
 def repair_to_dict(result: RepairResult, source: Json | None = None) -> Json:

@@ -242,14 +242,6 @@ def share_evidence(rate: _FloatArray, images: int) -> _FloatArray:
     return evidence
 
 
-def tuning_evidence(rate: _FloatArray, beside: _FloatArray, images: int) -> _FloatArray:
-    """How far the logits of shares [J] lie above the mean of those beside them [J, 2], not all NaN."""
-    evidence: _FloatArray = share_evidence(rate, images) - np.nanmean(
-        share_evidence(beside, images), 1
-    )
-    return evidence
-
-
 def margin_evidence(margin: _FloatArray) -> _FloatArray:
     """Logarithm of mean margins [J], in units of the median class's; zeros where that has none."""
     usual = float(np.median(margin))
@@ -275,9 +267,4 @@ def evidence_of(norm: _FloatArray, look: SecondLook) -> Mapping[str, _FloatArray
     if patch is not None and patch.images >= FEWEST_IMAGES_OF_SHARES:
         evidence["share"] = of_all(share_evidence(look.reach.rate[-1].numpy(), patch.images))
         evidence["patch"] = of_all(share_evidence(patch.rate.numpy(), patch.images))
-    waved = look.waves
-    if waved is not None:
-        rate, beside = waved.rate.numpy(), waved.beside.numpy()
-        evidence["wave"] = share_evidence(rate, waved.images)
-        evidence["tuning"] = tuning_evidence(rate, beside, waved.images)
     return evidence

@@ -12,17 +12,18 @@ from dataclasses import dataclass
 import torch
 
 from .detection import LARGEST_DOUBT, NormTest, Verdict
-from .errors import counted
 from .joint_test import Calibration, JointTest, judge_jointly, logit_of_share
 from .max_margin import MaxMargin
 from .second_look import FEWEST_IMAGES_OF_SHARES, MOST_CLASSES, SecondLook, evidence_of
 from .source_patch import FEWEST_OF_A_CLASS
+from .waves import Waves
 
-# Of alpha, for the shuffle, the patch of one class and the patch of all; the joint test has the rest. Where a shuffle is found, its
-# p-value is far below any threshold. So is that of a patch that moves all images, whatever those into
+# Of alpha, for the shuffle, the patch of one class, the wave and the patch of all; the joint test has the rest. Where a
+# shuffle is found, its p-value is far below any threshold. So is that of a patch that moves all images, whatever those into
 # other classes do; one that moves 97 % is for the joint test to compare.
 _SHUFFLE_SHARE = 0.1
 SOURCE_SHARE = 0.03
+WAVE_SHARE = 0.03
 _PATCH_SHARE = 0.01
 
 # A p-value above alpha but below this many times alpha is no reason to call a model clean: one of the
@@ -37,13 +38,16 @@ SMALLEST_SHUFFLE = 0.4
 SMALLEST_SOURCE = 0.5
 FEWEST_OF_SOURCE = 4
 
+# Nor is a wave that leaves most images where they are.
+SMALLEST_WAVE = 0.5
+
 # Nor is a patch a backdoor that leaves so many images where they are.
 SMALLEST_PATCH = 0.8
 # Beside the class that a patch moves most images into, others are named whose patch moves as many
 # as would be significant and lifts their margin half as much: two targets, not a class like it.
 _GAIN_TO_BE_NAMED = 0.5
 
-# A patch or a wave that moves so many images is told of where its class is a suspect.
+# A patch that moves so many images is told of where its class is a suspect.
 _MOVES_MOST = 0.5
 
 _MOST_MOVES_TOLD = 4
@@ -89,6 +93,8 @@ class Evidence:
             none was looked for.
         source_p_value: of the patch that leads one class astray, 1 where it leaves most of its
             images; None where none was looked for.
+        wave_p_value: of the most selective wave, 1 where it leaves most images; None where none was
+            tried.
     """
 
     look: SecondLook | None
@@ -97,6 +103,7 @@ class Evidence:
     patch_p_value: float | None
     shuffle_p_value: float | None
     source_p_value: float | None = None
+    wave_p_value: float | None = None
 
 
 def doubt_level(alpha: float) -> float:
@@ -121,43 +128,55 @@ def weigh(
         calibration: the nulls of all kinds of evidence.
     """
     shuffle_p, patch_p = _shuffle_p_value(look, calibration), _patch_p_value(look, calibration)
-    source_p = source_p_value(look, calibration)
+    source_p, wave_p = source_p_value(look, calibration), wave_p_value(look, calibration)
     tested = {
         "patch": (patch_p, _PATCH_SHARE),
         "shuffle": (shuffle_p, _SHUFFLE_SHARE),
         "source": (source_p, SOURCE_SHARE),
+        "wave": (wave_p, WAVE_SHARE),
     }
     left = 1 - sum(share for p, share in tested.values() if p is not None)
     doubt = doubt_level(alpha)
     seen = evidence_of(test.norm, look)
     joint = judge_jointly(seen, left * alpha, calibration, left * doubt)
-    evidence = Evidence(look, None, joint, patch_p, shuffle_p, source_p)
+    evidence = Evidence(look, None, joint, patch_p, shuffle_p, source_p, wave_p)
     of_joint = min(1.0, joint.p_value / left)
-    of_patch, of_shuffle, of_source = (
+    of_patch, of_shuffle, of_source, of_wave = (
         1.0 if p is None else min(1.0, p / share) for p, share in tested.values()
     )
-    p_value = min(of_joint, of_patch, of_shuffle, of_source)
+    p_value = min(of_joint, of_patch, of_shuffle, of_source, of_wave)
     patched = _classes_by_patch(look, alpha, calibration) if of_patch < alpha else ()
     led = (look.source.target,) if look.source is not None and of_source < alpha else ()
+    waved = (class_by_wave(look.waves),) if look.waves is not None and of_wave < doubt else ()
     in_doubt = [
+        (of_wave, waved),
         (of_joint, joint.doubtful),
         (of_patch, (_class_by_patch(look),) if of_patch < doubt else ()),
         (of_source, (look.source.target,) if look.source is not None and of_source < doubt else ()),
     ]
+    waved = waved if of_wave < alpha else ()
 
     def beside(suspects: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(k for k in _by_p_value(in_doubt) if k not in suspects)
 
     shuffled = look.shuffle
     # A class that stands out comes before a shuffle, but one class led astray may be a part of it.
-    of_all = of_shuffle < alpha and not joint.suspects and not patched and of_shuffle <= of_source
-    if (joint.suspects or patched or led) and not of_all:
-        named = [(of_joint, joint.suspects), (of_patch, patched), (of_source, led)]
+    standing_out = joint.suspects or patched or waved
+    of_all = of_shuffle < alpha and not standing_out and of_shuffle <= of_source
+    if (standing_out or led) and not of_all:
+        named = [
+            (of_joint, joint.suspects),
+            (of_patch, patched),
+            (of_source, led),
+            (of_wave, waved),
+        ]
         suspects = _by_p_value(named)
         k = suspects[0]
-        reason = f"class {k} stands out in {_kinds_that_tell(joint, k)}{_told_of(look, k)}"
+        reason = f"class {k} stands out in {_kinds_that_tell(joint, k)}{_told_of_patch(look, k)}"
         if led and of_source == min(p for p, classes in named if classes):
             reason = f"{_told_of_source(look)}: a backdoor of single classes"
+        elif look.waves is not None and of_wave == p_value:
+            reason = _told_of_wave(look.waves)
         return Finding("backdoored", suspects, p_value, reason, beside(suspects)), evidence
     if shuffled is not None and of_shuffle == p_value and p_value < doubt:
         moved = (
@@ -174,9 +193,11 @@ def weigh(
         compared = f"p = {p_value:.2g} against {alpha:g}"
         if look.source is not None and of_source == p_value:
             reason = f"{_told_of_source(look)}, but not surely enough: {compared}"
+        elif look.waves is not None and of_wave == p_value:
+            reason = f"{_told_of_wave(look.waves)}, but not surely enough: {compared}"
         else:
             k = joint.most_suspicious if of_joint == p_value else _class_by_patch(look)
-            reason = f"class {k} stands out, but not enough: {compared}{_told_of(look, k)}"
+            reason = f"class {k} stands out, but not enough: {compared}{_told_of_patch(look, k)}"
         return Finding("inconclusive", (), p_value, reason, beside(())), evidence
     if test.verdict == "backdoored":
         reason = f"{test.reason}; what gradients show does not bear it out: p = {p_value:.2g}"
@@ -200,6 +221,8 @@ def _told_of_nothing(joint: JointTest, look: SecondLook, num_classes: int) -> st
             "" if known == num_classes else f" ({known} of {num_classes} had images enough to tell)"
         )
         seen.append(f"no patch in a corner leads one class astray{told}")
+    if look.waves is not None:
+        seen.append("no faint wave is a trigger")
     looked_at = len(look.classes)
     part = (
         "" if looked_at == num_classes else f" (gradients of {looked_at} of {num_classes} classes)"
@@ -226,6 +249,21 @@ def source_p_value(look: SecondLook, calibration: Calibration) -> float | None:
     if found.share < SMALLEST_SOURCE or found.images < FEWEST_OF_SOURCE:
         return 1.0
     return calibration.source.p_value(found.log_odds_ratio)
+
+
+def wave_p_value(look: SecondLook, calibration: Calibration) -> float | None:
+    """P(a clean model's most selective wave is so selective); see `Evidence`."""
+    if look.waves is None:
+        return None
+    k = class_by_wave(look.waves)
+    if float(look.waves.rate[k]) < SMALLEST_WAVE:
+        return 1.0
+    return calibration.wave.p_value(float(look.waves.selectivity[k]))
+
+
+def class_by_wave(found: Waves) -> int:
+    """The class whose best wave is the most selective one."""
+    return int(found.selectivity.argmax())
 
 
 def patch_p_value(rate: float, images: int, calibration: Calibration) -> float:
@@ -263,19 +301,13 @@ def _classes_by_patch(look: SecondLook, alpha: float, calibration: Calibration) 
     return tuple(found.classes[j] for j in (first, *named))
 
 
-def _told_of(look: SecondLook, k: int) -> str:
-    """Of the patch and of the wave into a class, where they move most images."""
-    return _told_of_patch(look, k) + _told_of_wave(look, k)
-
-
-def _told_of_wave(look: SecondLook, k: int) -> str:
-    found = look.waves
-    if found is None or float(found.rate[k]) < _MOVES_MOST:
-        return ""
+def _told_of_wave(found: Waves) -> str:
+    """Of the most selective wave."""
+    k = class_by_wave(found)
     axis, periods, _ = found.wave[k].tolist()
     return (
-        f"; a wave of {counted(periods, 'period')} {_WAVE_RUNS[axis]} sends {float(found.rate[k]):.0%} of the images "
-        "of other classes there"
+        f"a wave of {periods} periods {_WAVE_RUNS[axis]} sends {float(found.rate[k]):.0%} of the images of "
+        f"other classes to class {k}, and those beside it {float(found.beside[k]):.0%}"
     )
 
 

@@ -8,8 +8,8 @@ frequencies about it, and wherever its crests lie; a trigger is one wave and not
     columns  ~~~~  frequency 2, 3, ...  x  phase 0, 1/4, 1/2, 3/4 of a period
     rows     ~~~~  likewise
 
-    class k: share of the images that its best wave sends into k, and how far that lies above the
-             share of the two waves next to it in frequency, whatever their phase
+    class k: share of the images that its best wave sends into k, and the share that the two waves
+             next to it in frequency send there, whatever their phase
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Waves:
     Attributes:
         rate: float64 [C], the share of images of other classes that the best wave sends into each
             class, of those that were not taken for it before.
-        beside: float64 [C, 2], the same of the waves of one period less and one more, as the
-            mean over their phases; NaN where none was tried.
+        beside: float64 [C], the same of the waves of one period less and one more, as the mean over
+            their phases.
         wave: int64 [C, 3], the best wave: 0 along columns or 1 along rows, periods across the image,
             and quarters of a period that it is shifted by.
         images: how many there were of other classes, on average.
@@ -60,6 +60,15 @@ class Waves:
     wave: Tensor = field(repr=False)
     images: int
     seconds: float
+
+    @property
+    def selectivity(self) -> Tensor:
+        """Log of how many times as many images withstand the waves beside the best one, float64 [C].
+
+        With half an image added to both counts, so that none is as finite as so many images tell.
+        """
+        withstand, beside = ((1 - rate) * self.images + 0.5 for rate in (self.rate, self.beside))
+        return (beside / withstand).log()
 
 
 def frequencies(shape: Sequence[int]) -> range:
@@ -148,11 +157,12 @@ def waves(
 
 
 def _beside(mean: Tensor, axis: Tensor, row: Tensor) -> Tensor:
-    """Of the waves before and after each class's best one, [C, 2], from means over phases [2, F, C]."""
+    """Of the waves before and after each class's best one, [C], from means over phases [2, F, C]."""
     at = torch.arange(mean.shape[2])
-    found = torch.full((mean.shape[2], 2), math.nan, dtype=torch.float64)
-    for side, step in enumerate((-1, 1)):
+    total, neighbours = torch.zeros_like(mean[0, 0]), torch.zeros_like(mean[0, 0])
+    for step in (-1, 1):
         other = row + step
         there = (other >= 0) & (other < mean.shape[1])
-        found[there, side] = mean[axis[there], other[there], at[there]]
-    return found
+        total[there] += mean[axis[there], other[there], at[there]]
+        neighbours += there
+    return total / neighbours
