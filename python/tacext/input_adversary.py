@@ -21,6 +21,7 @@ from .patch_reach import PatchReach, Patterns
 from .reach import BUDGET, Reach, UniversalChanges
 from .sample_keeper import MOST_SAMPLES
 from .second_look import changes_and_patches, split_samples
+from .waves import Waves, class_by_wave, wave_pattern
 
 # What leads fewer of the samples into a target tells little of the trigger.
 FEWEST_LED = 0.3
@@ -70,21 +71,30 @@ class InputAdversary:
         found: the changes of `reach` into the targets.
         patched: the patches of `patch_reach` into them; None where there is no room for any.
         device: of the model.
+        in_place: longer changes, [...], that lead more inputs into some targets than those found do.
 
     Attributes:
         targets, found, patched: as given.
     """
 
     def __init__(
-        self, box: InputBox, found: Reach, patched: PatchReach | None, device: torch.device
+        self,
+        box: InputBox,
+        found: Reach,
+        patched: PatchReach | None,
+        device: torch.device,
+        in_place: Mapping[int, Tensor] | None = None,
     ) -> None:
         self.targets = found.classes
         self.found, self.patched = found, patched
         self._box = box
         length = found.budgets[-1] * BUDGET * box.diagonal
-        self._first_changes = found.change.to(device)
+        self._first_changes = found.change.to(device, copy=True)
+        for target, change in (in_place or {}).items():
+            self._first_changes[self.targets.index(target)] = change.to(device)
         self._changes = [
-            UniversalChanges(box, change[None], length) for change in self._first_changes
+            UniversalChanges(box, change[None], max(length, float(change.norm())))
+            for change in self._first_changes
         ]
         self._first_patterns = self._patterns = None
         if patched is not None:
@@ -105,11 +115,15 @@ class InputAdversary:
         labels: Tensor,
         targets: tuple[int, ...],
         *,
+        waves: Waves | None = None,
         batch_size: int = 128,
         seed: int = 0,
         progress: bool | None = None,
     ) -> InputAdversary:
         """Looks for what drives these clean samples [N, ...] into the targets.
+
+        `waves` are those of a scan that held the most selective of them for a trigger: where it leads
+        more inputs into a target than the change that is found, it takes its place.
 
         Raises:
             NoGradientError: the model has no gradients with respect to its inputs.
@@ -125,7 +139,13 @@ class InputAdversary:
         found, patched = changes_and_patches(
             differentiable, box, fit, held_out, targets, batch_size, seed, progress
         )
-        return cls(box, found, patched, differentiable.device)
+        in_place = {}
+        k = -1 if waves is None else class_by_wave(waves)
+        if waves is not None and k in targets:
+            by_change = float(found.rate[-1, found.classes.index(k)])
+            if float(waves.rate[k]) > by_change:
+                in_place[k] = wave_pattern(box, *waves.wave[k].tolist())
+        return cls(box, found, patched, differentiable.device, in_place)
 
     def attack(self, inputs: Tensor, step: int) -> Tensor:
         """The inputs [N, ...], the first half with a change on, the others with a patch."""

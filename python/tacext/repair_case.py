@@ -19,6 +19,7 @@ from .input_adversary import InputAdversary
 from .ops import Status
 from .repair_settings import RepairSettings
 from .scan_report import ScanReport
+from .verdict import doubt_level, telling_waves
 
 # Of fewer held-out samples nothing can be judged.
 FEWEST_HELD_OUT = 50
@@ -61,6 +62,7 @@ def seek_adversary(
     targets: tuple[int, ...],
     settings: RepairSettings,
     progress: bool | None,
+    report: ScanReport,
 ) -> tuple[InputAdversary | None, str]:
     """What the model is trained against beside shifted latents, or why there is nothing."""
     try:
@@ -69,6 +71,7 @@ def seek_adversary(
             head,
             *samples,
             targets,
+            waves=telling_waves(report.evidence, doubt_level(report.alpha)),
             batch_size=settings.batch_size,
             seed=settings.seed,
             progress=progress,

@@ -23,15 +23,8 @@ from .repair_methods import count_right
 from .scan_report import ScanReport
 from .scanning import scan
 from .second_look import SecondLook, reach_evidence
-from .verdict import (
-    SOURCE_SHARE,
-    WAVE_SHARE,
-    Evidence,
-    Finding,
-    class_by_wave,
-    patch_p_value,
-    weigh,
-)
+from .verdict import SOURCE_SHARE, Evidence, Finding, patch_p_value, telling_waves, weigh
+from .waves import class_by_wave
 
 # A p-value above this leaves no doubt of a patch or a shuffle.
 _DOUBT = 0.3
@@ -212,11 +205,10 @@ def _still_led_by_wave(
     before: ScanReport, after: ScanReport, targets: tuple[int, ...]
 ) -> str | None:
     """What is wrong where waves lead into a target as they did before, if that told of a backdoor."""
-    old, new = (None if r.evidence is None else r.evidence for r in (before, after))
-    if old is None or new is None or old.look is None or new.look is None:
-        return None
-    was, found, p_value = old.look.waves, new.look.waves, old.wave_p_value
-    if was is None or found is None or p_value is None or not _in_doubt(p_value / WAVE_SHARE):
+    was = telling_waves(before.evidence, _DOUBT)
+    look = None if after.evidence is None else after.evidence.look
+    found = None if look is None else look.waves
+    if was is None or found is None:
         return None
     k = class_by_wave(was)
     old_rate, rate = float(was.rate[k]), float(found.rate[k])
@@ -307,9 +299,8 @@ def _classes_in_doubt(
     p_value = evidence.source_p_value
     if look.source is not None and p_value is not None and _in_doubt(p_value / SOURCE_SHARE):
         doubted.add(look.source.target)
-    p_value = evidence.wave_p_value
-    if look.waves is not None and p_value is not None and _in_doubt(p_value / WAVE_SHARE):
-        doubted.add(class_by_wave(look.waves))
+    if (found := telling_waves(evidence, _DOUBT)) is not None:
+        doubted.add(class_by_wave(found))
     if look.patch is not None and _in_doubt(evidence.patch_p_value):
         doubted.add(look.patch.classes[int(look.patch.rate.argmax())])
     return doubted
@@ -322,11 +313,14 @@ def _in_doubt(p_value: float | None) -> bool:
 def _stood_out(
     target: int, before: ScanReport, adversary: InputAdversary, after: ScanReport
 ) -> bool:
-    """Whether changes or patches led into a target of the original as into no class of a clean model.
+    """Whether changes, patches or a wave led into a target of the original as into no class of a clean model.
 
     So says a thorough scan of the original; where that was fast, the adversary, whose changes are
     compared with those into the other classes of the repaired model, which hardly touched them.
     """
+    found = telling_waves(before.evidence, before.alpha)
+    if found is not None and class_by_wave(found) == target:
+        return True
     calibration, turn = shipped_calibration(), adversary.targets.index(target)
     patches = [(adversary.patched, turn)] if adversary.patched is not None else []
     gain, classes = adversary.found.gain, adversary.found.classes

@@ -193,7 +193,7 @@ def repair(
     adversary, blind = None, ""
     if not (method == "finetune" and _is_blind(settings)):
         adversary, blind = seek_adversary(
-            model, found, (inputs[training], labels[training]), chosen, shared, progress
+            model, found, (inputs[training], labels[training]), chosen, shared, progress, report
         )
     case = RepairCase(
         model,

@@ -16,7 +16,7 @@ from .joint_test import Calibration, JointTest, judge_jointly, logit_of_share
 from .max_margin import MaxMargin
 from .second_look import FEWEST_IMAGES_OF_SHARES, MOST_CLASSES, SecondLook, evidence_of
 from .source_patch import FEWEST_OF_A_CLASS
-from .waves import Waves
+from .waves import Waves, class_by_wave
 
 # Of alpha, for the shuffle, the patch of one class, the wave and the patch of all; the joint test has the rest. Where a
 # shuffle is found, its p-value is far below any threshold. So is that of a patch that moves all images, whatever those into
@@ -261,9 +261,11 @@ def wave_p_value(look: SecondLook, calibration: Calibration) -> float | None:
     return calibration.wave.p_value(float(look.waves.selectivity[k]))
 
 
-def class_by_wave(found: Waves) -> int:
-    """The class whose best wave is the most selective one."""
-    return int(found.selectivity.argmax())
+def telling_waves(evidence: Evidence | None, level: float) -> Waves | None:
+    """The waves of a scan, if the most selective of them is significant, or in doubt, at this level."""
+    if evidence is None or evidence.look is None or evidence.wave_p_value is None:
+        return None
+    return evidence.look.waves if evidence.wave_p_value / WAVE_SHARE < level else None
 
 
 def patch_p_value(rate: float, images: int, calibration: Calibration) -> float:

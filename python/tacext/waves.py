@@ -71,6 +71,11 @@ class Waves:
         return (beside / withstand).log()
 
 
+def class_by_wave(found: Waves) -> int:
+    """The class whose best wave is the most selective one."""
+    return int(found.selectivity.argmax())
+
+
 def frequencies(shape: Sequence[int]) -> range:
     """Periods across the image, for images [channels, height, width]; the first is a neighbour alone."""
     return range(1, min(_MOST_FREQUENCIES, (min(shape[1:]) - 1) // _SHORTEST_PERIOD) + 1)
@@ -81,12 +86,20 @@ def has_waves(shape: Sequence[int]) -> bool:
     return len(shape) == 3 and len(frequencies(shape)) > _FEWEST_PERIODS
 
 
-def _wave(box: InputBox, axis: int, frequency: int, phase: int) -> Tensor:
-    """One wave, float32, broadcastable to the inputs; its amplitude is that of each channel's range."""
+def wave_pattern(box: InputBox, axis: int, periods: int, phase: int) -> Tensor:
+    """What a wave adds to the inputs, float32 of their shape; its amplitude is that of each channel's range.
+
+    Args:
+        box: the inputs, images [channels, height, width].
+        axis: 0 for a wave from left to right, 1 for one from top to bottom.
+        periods: across the image.
+        phase: by how many parts of a period in `PHASES` it is shifted.
+    """
     length = box.shape[2 - axis]
-    at = frequency * torch.arange(length, dtype=torch.float64) / length + phase / PHASES
+    at = periods * torch.arange(length, dtype=torch.float64) / length + phase / PHASES
     line = AMPLITUDE * torch.sin(2 * math.pi * at).float()
-    return (box.high - box.low) * (line[None, :] if axis == 0 else line[:, None])
+    wave = (box.high - box.low) * (line[None, :] if axis == 0 else line[:, None])
+    return wave.expand(box.shape)
 
 
 def waves(
@@ -138,7 +151,7 @@ def waves(
         for axis in range(2):
             for i, frequency in enumerate(tried):
                 for phase in range(PHASES):
-                    sent = predicted(_wave(box, axis, frequency, phase))[:, None] == at
+                    sent = predicted(wave_pattern(box, axis, frequency, phase))[:, None] == at
                     moved = (sent & movable).sum(0)
                     shares[axis, i, phase] = moved / count.clamp_min(1).double()
                     advance(1)
