@@ -38,8 +38,8 @@ SMALLEST_SHUFFLE = 0.4
 SMALLEST_SOURCE = 0.5
 FEWEST_OF_SOURCE = 4
 
-# Nor is a wave that leaves most images where they are.
-SMALLEST_WAVE = 0.5
+# Nor is a wave that leaves so many images where they are.
+SMALLEST_WAVE = 0.8
 
 # Nor is a patch a backdoor that leaves so many images where they are.
 SMALLEST_PATCH = 0.8
