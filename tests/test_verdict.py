@@ -112,7 +112,7 @@ def test_a_wave_like_those_beside_it_or_that_leaves_most_images_is_no_backdoor()
     for share, beside in ((0.95, 0.85), (0.49, 0.0)):
         finding, _ = judged(waved=waves_into({6: (share, beside)}))
         assert finding.verdict == "clean"
-        assert "and no faint wave is a trigger" in finding.reason
+        assert "and no faint wave that was tried is a trigger" in finding.reason
     assert judged(waved=waves_into({6: (0.49, 0.0)}))[1].wave_p_value == 1.0
     assert judged()[1].wave_p_value is None
     assert "wave" not in judged()[0].reason

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from digits import digit_case
-from tacext import demo, evaluate, repair, scan
+from tacext import InputError, ScanReport, demo, evaluate, repair, scan, second_look
 from tacext.attacks import AllToOne, Attack, SinusoidTrigger, plan_poisoning
 from tacext.differentiable import DifferentiableModel, InputBox
 from tacext.heads import find_head
@@ -24,9 +24,11 @@ from tacext.report import scan_to_dict
 from tacext.second_look import look_again
 from tacext.waves import (
     AMPLITUDE,
+    FEWEST_OF_OTHERS,
     IMAGES,
     PHASES,
     Waves,
+    class_by_wave,
     frequencies,
     has_waves,
     wave_pattern,
@@ -101,13 +103,15 @@ def _plainly(network: nn.Module, images: Tensor, labels: Tensor, box: InputBox) 
                     for k in range(classes):
                         others = (labels != k) & (before != k)
                         hit = (after == k)[others].double()
-                        shares[axis, f - 1, phase, k] = hit.mean() if len(hit) else 0.0
+                        shares[axis, f - 1, phase, k] = (
+                            hit.mean() if len(hit) >= FEWEST_OF_OTHERS else 0.0
+                        )
     return shares
 
 
 @pytest.mark.parametrize("box", ["unit", "of each channel"])
 def test_rates_are_those_of_plain_loops(box: str) -> None:
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(2, 6, 5, 2), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 5 * 6, 4)
     ).eval()
@@ -127,9 +131,12 @@ def test_rates_are_those_of_plain_loops(box: str) -> None:
         axis, periods, phase = found.wave[k].tolist()
         assert float(found.rate[k]) == float(shares[axis, periods - 1, phase, k])
         assert float(found.rate[k]) == float(shares[:, 1:, :, k].max())  # one period is a shade
-        beside = [1] if periods == 3 else [0, 2]
-        expected = shares[axis, beside, :, k].mean()
+        neighbours = {2: [0, 2], 3: [1]}
+        expected = shares[axis, neighbours[periods], :, k].mean()
         assert float(found.beside[k]) == pytest.approx(float(expected))
+        for other, f, p in (shares[:, 1:, :, k] == found.rate[k]).nonzero().tolist():
+            assert shares[other, neighbours[f + 2], :, k].mean() >= expected - 1e-12, p
+    assert int((found.rate > 0).sum()) >= 2
 
 
 def test_a_wave_that_is_a_trigger_is_found_and_so_is_how_sharp_it_is() -> None:
@@ -161,21 +168,28 @@ def test_a_scan_names_the_target_of_a_wave_and_tells_of_it() -> None:
 
 
 def test_a_repair_is_refused_while_the_wave_still_leads_there() -> None:
+    images, labels = _clean()
     before = scan(waved(), _clean(), progress=False)
-    told = _still_led_by_wave(before, before, (TARGET,))
-    assert told is not None
-    assert told.startswith("a wave that led ")
-    assert _still_led_by_wave(before, before, (TARGET + 1,)) is None
-    clean = scan(Halved(digit_case().clean), _clean(), progress=False)
-    assert _still_led_by_wave(before, clean, (TARGET,)) is None
-    assert _still_led_by_wave(clean, before, (TARGET,)) is None  # of which nothing was known
+    head = find_head(waved(), images[:4])
+
+    def told(network: nn.Module, target: int, report: ScanReport) -> str | None:
+        adversary = InputAdversary.sought(waved(), head, images, labels, (target,), progress=False)
+        return _still_led_by_wave(network, _clean(), report, adversary, 64)
+
+    refused = told(waved(), TARGET, before)
+    assert refused is not None
+    assert refused.startswith("the wave that led ")
+    assert refused.endswith("still leads 100%")
+    assert told(waved(), TARGET + 1, before) is None
+    clean = Halved(digit_case().clean)
+    assert told(clean, TARGET, before) is None
+    assert told(waved(), TARGET, scan(clean, _clean(), progress=False)) is None  # nothing was known
 
 
 def test_a_wave_takes_the_place_of_a_change_that_leads_fewer_there() -> None:
     images, labels = _clean()
     head = find_head(waved(), images[:4])
     found = _waves(waved(), (images, labels))
-    found = replace(found, rate=found.rate + 1)  # as if the change led fewer there
     targets = (1, TARGET)
     usual = InputAdversary.sought(waved(), head, images, labels, targets, progress=False)
     led = InputAdversary.sought(waved(), head, images, labels, targets, waves=found, progress=False)
@@ -183,7 +197,9 @@ def test_a_wave_takes_the_place_of_a_change_that_leads_fewer_there() -> None:
     torch.testing.assert_close(led.first_attacks(1, images)[0], expected)
     assert torch.equal(led.first_attacks(0, images)[0], usual.first_attacks(0, images)[0])
     assert float(led.moved(waved(), images, labels, 128)[1, 0]) > 0.95
-    kept = replace(found, rate=torch.zeros_like(found.rate))  # fewer than the change leads there
+    weak = found.wave.clone()
+    weak[TARGET] = torch.tensor([1, 2, 2])  # leads fewer there than the change
+    kept = replace(found, wave=weak)
     same = InputAdversary.sought(waved(), head, images, labels, targets, waves=kept, progress=False)
     assert torch.equal(same.first_attacks(1, images)[0], usual.first_attacks(1, images)[0])
     led.attack(images[:32], 1)
@@ -221,6 +237,38 @@ def test_classes_that_all_images_are_of_are_reached_by_none() -> None:
     found = _waves(waved(), (images, torch.full_like(labels, 7)))
     assert float(found.rate[7]) == 0.0
     assert bool(found.rate.isfinite().all())
+
+
+def test_a_class_that_nearly_all_images_are_of_tells_nothing() -> None:
+    images, labels = _clean()
+    marked = SinusoidTrigger(AMPLITUDE, PERIODS)(images)
+    others = (labels != TARGET).nonzero().flatten()
+    own = (labels == TARGET).nonzero().flatten()
+    one = torch.cat([others[:1], own[:39]])
+    assert float(waved()(marked[others[:1]]).argmax(1)) == TARGET  # that one is sent there
+    found = _waves(waved(), (images[one], labels[one]))
+    assert float(found.rate[TARGET]) == float(found.selectivity[TARGET]) == 0.0
+
+
+def test_the_class_is_that_of_the_most_selective_wave_of_those_that_move_most() -> None:
+    rate, beside = torch.tensor([0.1, 0.79, 0.85]).double(), torch.tensor([0.0, 0.0, 0.4]).double()
+    found = Waves(rate, beside, torch.zeros(3, 3, dtype=torch.int64), 36, 0.0)
+    assert int(found.selectivity.argmax()) == 1
+    assert class_by_wave(found) == 2
+
+
+def test_a_model_that_cannot_take_waves_is_judged_by_the_rest(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise InputError("scan: model: too bright")
+
+    monkeypatch.setattr(second_look, "waves", failing)
+    report = scan(waved(), _clean(), progress=False)
+    assert report.evidence is not None
+    assert report.evidence.look is not None
+    assert report.evidence.look.waves is report.evidence.wave_p_value is None
+    assert "no waves were tried (scan: model: too bright)" in caplog.text
 
 
 def test_few_samples_are_not_looked_at() -> None:

@@ -43,6 +43,27 @@ def _as(known: Tensor, stored: Tensor) -> Tensor:
     return stored.to(known)
 
 
+@torch.no_grad()
+def _led_by(
+    model: DifferentiableModel,
+    box: InputBox,
+    samples: tuple[Tensor, Tensor],
+    change: Tensor,
+    target: int,
+    batch_size: int,
+) -> float:
+    """The share of samples of other classes that are taken for the target with a change on."""
+    others = samples[0][samples[1] != target]
+    with model.open():
+        hits = sum(
+            int(
+                (model.logits(model.place(box.clamp(x.float() + change))).argmax(1) == target).sum()
+            )
+            for x in others.split(batch_size)
+        )
+    return hits / max(1, len(others))
+
+
 def not_the_target(logits: Tensor, target: int) -> Tensor:
     """-log(1 - p_t), [N], also where p_t is 1 to the last bit."""
     logits = logits.float()
@@ -71,10 +92,10 @@ class InputAdversary:
         found: the changes of `reach` into the targets.
         patched: the patches of `patch_reach` into them; None where there is no room for any.
         device: of the model.
-        in_place: longer changes, [...], that lead more inputs into some targets than those found do.
+        waves: axis, periods and phase of those that take the place of the changes into some targets.
 
     Attributes:
-        targets, found, patched: as given.
+        box, targets, found, patched, waves: as given.
     """
 
     def __init__(
@@ -83,15 +104,16 @@ class InputAdversary:
         found: Reach,
         patched: PatchReach | None,
         device: torch.device,
-        in_place: Mapping[int, Tensor] | None = None,
+        waves: Mapping[int, tuple[int, int, int]] | None = None,
     ) -> None:
         self.targets = found.classes
         self.found, self.patched = found, patched
-        self._box = box
+        self.waves = dict(waves or {})
+        self.box = box
         length = found.budgets[-1] * BUDGET * box.diagonal
         self._first_changes = found.change.to(device, copy=True)
-        for target, change in (in_place or {}).items():
-            self._first_changes[self.targets.index(target)] = change.to(device)
+        for target, wave in self.waves.items():
+            self._first_changes[self.targets.index(target)] = wave_pattern(box, *wave).to(device)
         self._changes = [
             UniversalChanges(box, change[None], max(length, float(change.norm())))
             for change in self._first_changes
@@ -123,7 +145,7 @@ class InputAdversary:
         """Looks for what drives these clean samples [N, ...] into the targets.
 
         `waves` are those of a scan that held the most selective of them for a trigger: where it leads
-        more inputs into a target than the change that is found, it takes its place.
+        as many inputs into a target as the change that is found, it takes its place.
 
         Raises:
             NoGradientError: the model has no gradients with respect to its inputs.
@@ -139,13 +161,14 @@ class InputAdversary:
         found, patched = changes_and_patches(
             differentiable, box, fit, held_out, targets, batch_size, seed, progress
         )
-        in_place = {}
-        k = -1 if waves is None else class_by_wave(waves)
-        if waves is not None and k in targets:
-            by_change = float(found.rate[-1, found.classes.index(k)])
-            if float(waves.rate[k]) > by_change:
-                in_place[k] = wave_pattern(box, *waves.wave[k].tolist())
-        return cls(box, found, patched, differentiable.device, in_place)
+        led_by: dict[int, tuple[int, int, int]] = {}
+        if waves is not None and (k := class_by_wave(waves)) in targets:
+            axis, periods, phase = waves.wave[k].tolist()
+            wave = wave_pattern(box, axis, periods, phase)
+            led = _led_by(differentiable, box, held_out, wave, k, batch_size)
+            if led >= float(found.rate[-1, found.classes.index(k)]):
+                led_by[k] = axis, periods, phase
+        return cls(box, found, patched, differentiable.device, led_by)
 
     def attack(self, inputs: Tensor, step: int) -> Tensor:
         """The inputs [N, ...], the first half with a change on, the others with a patch."""
@@ -154,7 +177,7 @@ class InputAdversary:
         inputs = inputs.to(changes.change.device).float()
         self._changed = len(inputs) if patterns is None else -(-len(inputs) // 2)
         change = changes.change.detach().clone().requires_grad_(True)
-        attacked = self._box.clamp(inputs[: self._changed] + change)
+        attacked = self.box.clamp(inputs[: self._changed] + change)
         self._attack = [change]
         if patterns is None:
             return attacked
@@ -222,7 +245,7 @@ class InputAdversary:
     def first_attacks(self, turn: int, inputs: Tensor) -> list[Tensor]:
         """The inputs [N, ...] with the change, and with the patch, that was found at first for a target."""
         placed = inputs.to(self._first_changes.device).float()
-        attacked = [self._box.clamp(placed + self._first_changes[turn])]
+        attacked = [self.box.clamp(placed + self._first_changes[turn])]
         if self._first_patterns is not None:
             attacked.append(self._first_patterns.paste(turn, placed.clone()))
         return attacked

@@ -24,7 +24,7 @@ from .scan_report import ScanReport
 from .scanning import scan
 from .second_look import SecondLook, reach_evidence
 from .verdict import SOURCE_SHARE, Evidence, Finding, patch_p_value, telling_waves, weigh
-from .waves import class_by_wave
+from .waves import class_by_wave, wave_pattern
 
 # A p-value above this leaves no doubt of a patch or a shuffle.
 _DOUBT = 0.3
@@ -134,7 +134,9 @@ def check_repair(
                 return no(
                     f"the {kind} that led {a:.0%} of the samples into class {target} still leads {b:.0%}"
                 )
-    still = _still_led_by_source(repaired, held_out, before, adversary.targets, batch_size)
+    still = _still_led_by_source(
+        repaired, held_out, before, adversary.targets, batch_size
+    ) or _still_led_by_wave(repaired, held_out, before, adversary, batch_size)
     if still is not None:
         return no(still)
     try:
@@ -151,9 +153,6 @@ def check_repair(
         )
     except InputError as error:
         return no(f"it cannot be scanned again ({error})")
-    still = _still_led_by_wave(before, report, adversary.targets)
-    if still is not None:
-        return no(still, report)
     seen = tuple(t for t in adversary.targets if _stood_out(t, before, adversary, report))
     for target in adversary.targets:
         if target not in before.suspects and target not in seen:
@@ -202,19 +201,24 @@ def _still_led_by_source(
 
 
 def _still_led_by_wave(
-    before: ScanReport, after: ScanReport, targets: tuple[int, ...]
+    repaired: nn.Module,
+    held_out: tuple[Tensor, Tensor],
+    before: ScanReport,
+    adversary: InputAdversary,
+    batch_size: int,
 ) -> str | None:
-    """What is wrong where waves lead into a target as they did before, if that told of a backdoor."""
-    was = telling_waves(before.evidence, _DOUBT)
-    look = None if after.evidence is None else after.evidence.look
-    found = None if look is None else look.waves
-    if was is None or found is None:
+    """What is wrong where the wave that told of a backdoor still leads into the target."""
+    found = telling_waves(before.evidence, _DOUBT)
+    if found is None or (k := class_by_wave(found)) not in adversary.targets:
         return None
-    k = class_by_wave(was)
-    old_rate, rate = float(was.rate[k]), float(found.rate[k])
-    if k not in targets or rate <= max(_ALWAYS_MOVED, _MOST_LEFT * old_rate):
+    others = held_out[0][held_out[1] != k].float()
+    led = adversary.box.clamp(others + wave_pattern(adversary.box, *found.wave[k].tolist()))
+    reached = torch.full((len(led),), k)
+    share = count_right(repaired, led, reached, batch_size) / max(1, len(led))
+    rate = float(found.rate[k])
+    if share <= max(_ALWAYS_MOVED, _MOST_LEFT * rate):
         return None
-    return f"a wave that led {old_rate:.0%} of the samples into class {k} is left that leads {rate:.0%}"
+    return f"the wave that led {rate:.0%} of the samples into class {k} still leads {share:.0%}"
 
 
 def judge_scan(

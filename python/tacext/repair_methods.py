@@ -264,7 +264,9 @@ def checkpoint_of(case: RepairCase, settings: FinetuneSettings) -> FinetuneCheck
     """
     if case.checkpoint is None:
         return None
-    more = (list(case.targets), case.head.name, case.quantile)
+    more: list[object] = [list(case.targets), case.head.name, case.quantile]
+    if case.adversary is not None and case.adversary.waves:
+        more.append(sorted((k, *wave) for k, wave in case.adversary.waves.items()))
     belongs_to = fingerprint(case.model, (case.inputs, case.labels), settings, *more)
     return FinetuneCheckpoint(case.checkpoint, belongs_to)
 

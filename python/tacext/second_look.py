@@ -52,7 +52,7 @@ FEWEST_IMAGES_OF_SHARES = 100
 
 @dataclass(frozen=True, eq=False)
 class SecondLook:
-    """What gradients show.
+    """What gradients show, and waves.
 
     Attributes:
         classes: those that were looked at, ascending.
@@ -219,7 +219,10 @@ def look_again(
             logger.warning("%s: no search for backdoors of single classes (%s)", operation, error)
     waved = None
     if has_waves(box.shape) and head.num_classes <= MOST_CLASSES:
-        waved = waves(with_gradients, box, samples, batch_size=batch_size, progress=progress)
+        try:
+            waved = waves(with_gradients, box, samples, batch_size=batch_size, progress=progress)
+        except InputError as error:
+            logger.warning("%s: no waves were tried (%s)", operation, error)
     return SecondLook(classes, found, patched, shuffled, led, waved, time.perf_counter() - begin)
 
 

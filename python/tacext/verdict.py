@@ -16,7 +16,7 @@ from .joint_test import Calibration, JointTest, judge_jointly, logit_of_share
 from .max_margin import MaxMargin
 from .second_look import FEWEST_IMAGES_OF_SHARES, MOST_CLASSES, SecondLook, evidence_of
 from .source_patch import FEWEST_OF_A_CLASS
-from .waves import Waves, class_by_wave
+from .waves import SMALLEST_WAVE, Waves, class_by_wave
 
 # Of alpha, for the shuffle, the patch of one class, the wave and the patch of all; the joint test has the rest. Where a
 # shuffle is found, its p-value is far below any threshold. So is that of a patch that moves all images, whatever those into
@@ -37,9 +37,6 @@ SMALLEST_SHUFFLE = 0.4
 # A patch that leaves most images of the class, or of so few, is no backdoor of it.
 SMALLEST_SOURCE = 0.5
 FEWEST_OF_SOURCE = 4
-
-# Nor is a wave that leaves so many images where they are.
-SMALLEST_WAVE = 0.8
 
 # Nor is a patch a backdoor that leaves so many images where they are.
 SMALLEST_PATCH = 0.8
@@ -147,14 +144,14 @@ def weigh(
     p_value = min(of_joint, of_patch, of_shuffle, of_source, of_wave)
     patched = _classes_by_patch(look, alpha, calibration) if of_patch < alpha else ()
     led = (look.source.target,) if look.source is not None and of_source < alpha else ()
-    waved = (class_by_wave(look.waves),) if look.waves is not None and of_wave < doubt else ()
+    by_wave = () if look.waves is None else (class_by_wave(look.waves),)
+    waved = by_wave if of_wave < alpha else ()
     in_doubt = [
-        (of_wave, waved),
+        (of_wave, by_wave if of_wave < doubt else ()),
         (of_joint, joint.doubtful),
         (of_patch, (_class_by_patch(look),) if of_patch < doubt else ()),
         (of_source, (look.source.target,) if look.source is not None and of_source < doubt else ()),
     ]
-    waved = waved if of_wave < alpha else ()
 
     def beside(suspects: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(k for k in _by_p_value(in_doubt) if k not in suspects)
@@ -222,7 +219,7 @@ def _told_of_nothing(joint: JointTest, look: SecondLook, num_classes: int) -> st
         )
         seen.append(f"no patch in a corner leads one class astray{told}")
     if look.waves is not None:
-        seen.append("no faint wave is a trigger")
+        seen.append("no faint wave that was tried is a trigger")
     looked_at = len(look.classes)
     part = (
         "" if looked_at == num_classes else f" (gradients of {looked_at} of {num_classes} classes)"

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .differentiable import DifferentiableModel, InputBox
 from .progress import progress_bar
@@ -36,8 +37,13 @@ _MOST_FREQUENCIES = 7
 # there for the next wave to be compared with.
 _FEWEST_PERIODS = 2
 
+# A wave that leaves more images where they are is no trigger.
+SMALLEST_WAVE = 0.8
+
 # Images that waves are laid over. On the bench 64 and 100 show what these do; fewer are not looked at.
 IMAGES = 40
+# Of fewer images of other classes, where nearly all are of one, a share tells nothing of that class.
+FEWEST_OF_OTHERS = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +52,7 @@ class Waves:
 
     Attributes:
         rate: float64 [C], the share of images of other classes that the best wave sends into each
-            class, of those that were not taken for it before.
+            class, of those that were not taken for it before; 0 where these are too few to tell.
         beside: float64 [C], the same of the waves of one period less and one more, as the mean over
             their phases.
         wave: int64 [C, 3], the best wave: 0 along columns or 1 along rows, periods across the image,
@@ -72,8 +78,9 @@ class Waves:
 
 
 def class_by_wave(found: Waves) -> int:
-    """The class whose best wave is the most selective one."""
-    return int(found.selectivity.argmax())
+    """The class whose best wave is the most selective of those that move enough images, if any does."""
+    enough = found.rate >= SMALLEST_WAVE
+    return int(torch.where(enough, found.selectivity, -torch.inf).argmax())
 
 
 def frequencies(shape: Sequence[int]) -> range:
@@ -153,29 +160,27 @@ def waves(
                 for phase in range(PHASES):
                     sent = predicted(wave_pattern(box, axis, frequency, phase))[:, None] == at
                     moved = (sent & movable).sum(0)
-                    shares[axis, i, phase] = moved / count.clamp_min(1).double()
+                    enough = count >= FEWEST_OF_OTHERS
+                    shares[axis, i, phase] = enough * moved / count.clamp_min(1).double()
                     advance(1)
     first = _FEWEST_PERIODS - tried.start
-    best = shares[:, first:].flatten(0, 2).argmax(0)
-    along, row, shift = torch.unravel_index(best, shares[:, first:].shape[:3])
-    row = row + first
-    wave = torch.stack([along, row + tried.start, shift], 1)
+    beside = _beside(shares.mean(2))[:, first:, None]
+    shares = shares[:, first:]
+    # Shares of few images are often equal: of such waves that one is it whose neighbours move least.
+    best = (shares - 1e-3 * beside).flatten(0, 2).argmax(0)
+    along, row, shift = torch.unravel_index(best, shares.shape[:3])
     return Waves(
         shares[along, row, shift, at],
-        _beside(shares.mean(2), along, row),
-        wave,
+        beside[along, row, 0, at],
+        torch.stack([along, row + _FEWEST_PERIODS, shift], 1),
         round(float(count.double().mean())),
         time.perf_counter() - begin,
     )
 
 
-def _beside(mean: Tensor, axis: Tensor, row: Tensor) -> Tensor:
-    """Of the waves before and after each class's best one, [C], from means over phases [2, F, C]."""
-    at = torch.arange(mean.shape[2])
-    total, neighbours = torch.zeros_like(mean[0, 0]), torch.zeros_like(mean[0, 0])
-    for step in (-1, 1):
-        other = row + step
-        there = (other >= 0) & (other < mean.shape[1])
-        total[there] += mean[axis[there], other[there], at[there]]
-        neighbours += there
-    return total / neighbours
+def _beside(mean: Tensor) -> Tensor:
+    """For means over phases [2, F, C] those of the frequencies before and after each."""
+    padded = functional.pad(mean, (0, 0, 1, 1))
+    count = functional.pad(torch.ones_like(mean), (0, 0, 1, 1))
+    found: Tensor = (padded[:, :-2] + padded[:, 2:]) / (count[:, :-2] + count[:, 2:])
+    return found
