@@ -182,7 +182,10 @@ def test_a_scan_names_the_target_and_tells_of_the_source() -> None:
     assert clean.verdict == "clean"
     assert clean.evidence is not None
     assert clean.evidence.source_p_value == 1
-    assert "no patch in a corner leads one class astray and no faint wave that was tried" in clean.reason
+    assert (
+        "no patch in a corner leads one class astray and no faint wave that was tried"
+        in clean.reason
+    )
 
 
 def test_classes_with_few_images_are_no_sources() -> None:
