@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +15,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from digits import digit_case
-from tacext import InputError, ScanReport, demo, evaluate, repair, scan, second_look
+from tacext import (
+    FinetuneSettings,
+    InputError,
+    ScanReport,
+    demo,
+    evaluate,
+    repair,
+    scan,
+    second_look,
+)
 from tacext.attacks import AllToOne, Attack, SinusoidTrigger, plan_poisoning
 from tacext.differentiable import DifferentiableModel, InputBox
 from tacext.heads import find_head
 from tacext.input_adversary import InputAdversary
+from tacext.repair_case import RepairCase
 from tacext.repair_gate import _still_led_by_wave
+from tacext.repair_methods import checkpoint_of
 from tacext.report import scan_to_dict
 from tacext.second_look import look_again
 from tacext.waves import (
@@ -186,7 +198,7 @@ def test_a_repair_is_refused_while_the_wave_still_leads_there() -> None:
     assert told(waved(), TARGET, scan(clean, _clean(), progress=False)) is None  # nothing was known
 
 
-def test_a_wave_takes_the_place_of_a_change_that_leads_fewer_there() -> None:
+def test_a_wave_takes_the_place_of_a_change_that_leads_fewer_there(tmp_path: Path) -> None:
     images, labels = _clean()
     head = find_head(waved(), images[:4])
     found = _waves(waved(), (images, labels))
@@ -202,6 +214,28 @@ def test_a_wave_takes_the_place_of_a_change_that_leads_fewer_there() -> None:
     kept = replace(found, wave=weak)
     same = InputAdversary.sought(waved(), head, images, labels, targets, waves=kept, progress=False)
     assert torch.equal(same.first_attacks(1, images)[0], usual.first_attacks(1, images)[0])
+    shifts = torch.zeros(2, head.latent_dim, dtype=torch.float64)
+    known = [
+        checkpoint_of(
+            RepairCase(
+                waved(),
+                head,
+                images,
+                labels,
+                shifts,
+                targets,
+                adversary,
+                None,
+                1.0,
+                None,
+                tmp_path / "a.safetensors",
+            ),
+            FinetuneSettings(),
+        )
+        for adversary in (usual, led, same)
+    ]
+    belongs_to = [None if file is None else file._belongs_to for file in known]
+    assert belongs_to[0] == belongs_to[2] != belongs_to[1]  # a training with the wave is another
     led.attack(images[:32], 1)
     length = float(wave_pattern(BOX, *found.wave[TARGET].tolist()).norm())
     for step in range(6):
