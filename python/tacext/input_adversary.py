@@ -54,6 +54,7 @@ def _led_by(
 ) -> float:
     """The share of samples of other classes that are taken for the target with a change on."""
     others = samples[0][samples[1] != target]
+    change = change.to(others.device)
     with model.open():
         hits = sum(
             int(

@@ -212,7 +212,8 @@ def _still_led_by_wave(
     if found is None or (k := class_by_wave(found)) not in adversary.targets:
         return None
     others = held_out[0][held_out[1] != k].float()
-    led = adversary.box.clamp(others + wave_pattern(adversary.box, *found.wave[k].tolist()))
+    wave = wave_pattern(adversary.box, *found.wave[k].tolist())
+    led = adversary.box.clamp(others + wave.to(others.device))
     reached = torch.full((len(led),), k)
     share = count_right(repaired, led, reached, batch_size) / max(1, len(led))
     rate = float(found.rate[k])

@@ -172,12 +172,7 @@ def _waves(report: ScanReport) -> Json | None:
     if report.evidence is None or look is None or look.waves is None:
         return None
     found = look.waves
-    rows = zip(
-        found.rate.tolist(),
-        found.beside.tolist(),
-        found.wave.tolist(),
-        strict=True,
-    )
+    rows = zip(found.rate.tolist(), found.beside.tolist(), found.wave.tolist(), strict=True)
     return {
         "p_value": report.evidence.wave_p_value,
         "images": found.images,

@@ -155,12 +155,12 @@ def waves(
     ):
         movable = (labels[:, None] != at) & (predicted(0.0)[:, None] != at)
         count = movable.sum(0)
+        enough = count >= FEWEST_OF_OTHERS
         for axis in range(2):
             for i, frequency in enumerate(tried):
                 for phase in range(PHASES):
                     sent = predicted(wave_pattern(box, axis, frequency, phase))[:, None] == at
                     moved = (sent & movable).sum(0)
-                    enough = count >= FEWEST_OF_OTHERS
                     shares[axis, i, phase] = enough * moved / count.clamp_min(1).double()
                     advance(1)
     first = _FEWEST_PERIODS - tried.start
