@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from scipy import optimize, special, stats
 
+from tacext.corner_patches import CornerPatches
 from tacext.joint_test import (
     COMBINATIONS,
     KINDS,
@@ -32,6 +33,7 @@ from tacext.joint_test import (
     moderated_p_values,
 )
 from tacext.second_look import (
+    corner_evidence,
     margin_evidence,
     norm_evidence,
     reach_evidence,
@@ -42,7 +44,7 @@ from tacext.waves import Waves
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence"
 TABLE = Path(__file__).resolve().parents[2] / "python" / "tacext" / "calibration.json"
-VERSION = 7
+VERSION = 8
 
 # The norms that the constants are fitted on: those of a scan by default.
 NORM = "standardized 1 2500"
@@ -85,6 +87,8 @@ def read_case(file: Path, norm: str = NORM) -> Case:
         images = raw["patch"]["images"]
         evidence["share"] = share_evidence(np.array(raw["reach"]["rate"][-1]), images)
         evidence["patch"] = share_evidence(np.array(raw["patch"]["rate"]), images)
+    if raw.get("corners") is not None:
+        evidence["corner"] = corner_evidence(np.array(raw["corners"]["gain"]))
     if "prototype_norm" in raw:
         evidence["margin"] = margin_evidence(np.array(raw["margin"]["margin"]))
         evidence["prototype"] = norm_evidence(np.array(raw["prototype_norm"]))
@@ -124,6 +128,25 @@ def waves_of(raw: dict[str, Any]) -> Waves | None:
         return None
     rate, beside = (torch.tensor(found[name], dtype=torch.float64) for name in ("rate", "beside"))
     return Waves(rate, beside, torch.tensor(found["wave"]), found["images"], found["seconds"])
+
+
+def corners_of(raw: dict[str, Any]) -> CornerPatches | None:
+    """The squares in corners as the evidence tells them; older files have none."""
+    found = raw.get("corners")
+    if found is None:
+        return None
+    gain, rate = (torch.tensor(found[name], dtype=torch.float64) for name in ("gain", "rate"))
+    return CornerPatches(
+        classes=tuple(range(gain.shape[1])),
+        sides=tuple(found["sides"]),
+        gain=gain,
+        rate=rate,
+        images=found["images"],
+        scale=found["scale"],
+        corner=torch.tensor(found["corner"]),
+        pattern=(),
+        seconds=found["seconds"],
+    )
 
 
 def read_cases() -> list[Case]:

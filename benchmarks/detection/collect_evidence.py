@@ -25,6 +25,7 @@ from make_zoo import Record, load_model, read_record
 from torch import Tensor, nn
 
 from tacext import ImageSet
+from tacext.corner_patches import CornerPatches
 from tacext.data import as_batches
 from tacext.data_free import observe_prototypes
 from tacext.differentiable import InputBox
@@ -77,6 +78,7 @@ def _look(model: nn.Module, data: ImageSet, seed: int) -> dict[str, Any]:
     for inputs, labels in as_batches(data, operation="scan", batch_size=256):
         keeper.add(inputs, labels)
     inputs, labels = keeper.all.samples()
+    assert keeper.by_class is not None
     head = find_head(model, inputs[:4])
     assert head.num_classes <= MOST_CLASSES  # of more, a scan looks at some, by their norms
     found = look_again(
@@ -88,7 +90,8 @@ def _look(model: nn.Module, data: ImageSet, seed: int) -> dict[str, Any]:
         seed=seed,
         progress=False,
     )
-    shuffled = found.shuffle
+    shuffled, reached = found.shuffle, found.reach
+    assert reached is not None
     assert found.patch is not None  # all images of the zoo have room for patches
     seen, noise = observe_prototypes(
         model, head, InputBox.unit(inputs.shape[1:]), batch_size=128, seed=seed, progress=False
@@ -107,19 +110,20 @@ def _look(model: nn.Module, data: ImageSet, seed: int) -> dict[str, Any]:
             "seconds": round(found.patch.seconds, 2),
         },
         "reach": {
-            "budgets": found.reach.budgets,
-            "gain": _rounded(found.reach.gain),
-            "rate": _rounded(found.reach.rate),
-            "scale": float(f"{found.reach.scale:.4g}"),
-            "seconds": round(found.reach.seconds, 2),
+            "budgets": reached.budgets,
+            "gain": _rounded(reached.gain),
+            "rate": _rounded(reached.rate),
+            "scale": float(f"{reached.scale:.4g}"),
+            "seconds": round(reached.seconds, 2),
         },
         "source": _source(found.source),
         "waves": _waves(found.waves),
+        "corners": _corners(found.corners),
         "shuffle": shuffled
         and {
             "share": float(f"{shuffled.share:.4g}"),
             "budget": shuffled.budget,
-            "budgets": shuffle_budgets(found.reach.budgets),
+            "budgets": shuffle_budgets(reached.budgets),
             "destinations": shuffled.destinations,
             "seconds": round(shuffled.seconds, 2),
         },
@@ -141,6 +145,20 @@ def _waves(found: Waves | None) -> dict[str, Any] | None:
         "beside": _rounded(found.beside),
         "wave": found.wave.tolist(),
         "images": found.images,
+        "seconds": round(found.seconds, 2),
+    }
+
+
+def _corners(found: CornerPatches | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {
+        "sides": found.sides,
+        "gain": _rounded(found.gain),
+        "rate": _rounded(found.rate),
+        "images": found.images,
+        "scale": float(f"{found.scale:.4g}"),
+        "corner": found.corner.tolist(),
         "seconds": round(found.seconds, 2),
     }
 

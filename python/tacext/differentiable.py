@@ -97,13 +97,15 @@ class DifferentiableModel:
         operation: str,
         *,
         without_gradients: str = 'or depth="fast"',
+        gradients: bool = True,
     ) -> None:
         self._without = without_gradients  # the way out of having none
         self.head = head
         self.operation = operation
         self.device = model_device(model)
         self._model = model
-        if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        made = (*model.parameters(), *model.buffers())
+        if gradients and any(tensor.is_inference() for tensor in made):
             raise NoGradientError.of(
                 operation,
                 "model",

@@ -28,13 +28,14 @@ import scipy  # its parts load when they are first used
 _FloatArray = npt.NDArray[np.float64]
 
 # Kinds of evidence, by where they come from; `Calibration.kinds` has a null for each.
-KINDS = ("norm", "reach", "share", "patch", "margin", "prototype")
+KINDS = ("norm", "reach", "share", "patch", "corner", "margin", "prototype")
 # Those that a scan joins, and what part of alpha each test has beside the others that can be made:
-# how far inputs get, how many of them, and what is seen without any data. An attacker who holds one
-# of the first two down shows in the other.
+# how far inputs get, how many of them, what is seen without gradients, and without any data. An
+# attacker who holds one of the first two down shows in the other, one who hides gradients in the third.
 COMBINATIONS: Mapping[tuple[str, ...], float] = {
-    ("norm", "reach"): 0.3,
-    ("norm", "share", "patch"): 0.7,
+    ("norm", "reach"): 0.15,
+    ("norm", "share", "patch"): 0.35,
+    ("norm", "corner"): 0.5,
     ("margin", "prototype"): 1.0,
 }
 

@@ -22,7 +22,7 @@ from .joint_test import moderated_p_values, shipped_calibration
 from .repair_methods import count_right
 from .scan_report import ScanReport
 from .scanning import scan
-from .second_look import SecondLook, reach_evidence
+from .second_look import SecondLook, corner_evidence, reach_evidence
 from .verdict import SOURCE_SHARE, Evidence, Finding, patch_p_value, telling_waves, weigh
 from .waves import class_by_wave, wave_pattern
 
@@ -237,7 +237,7 @@ def judge_scan(
             what counts is how many get there.
     """
     look = None if report.evidence is None else report.evidence.look
-    if look is None:
+    if look is None or look.reach is None:
         return False, f"a scan of the repaired model could not look for new ways: {report.reason}"
     wrong = _led_anew(look, targets, seen if limited else ())
     if wrong:
@@ -266,7 +266,8 @@ def _led_anew(look: SecondLook, targets: tuple[int, ...], limited: tuple[int, ..
         targets: the classes that were repaired.
         limited: those that a limit keeps inputs out of.
     """
-    patch = look.patch
+    patch, reach = look.patch, look.reach
+    assert reach is not None
     for target in targets:
         if patch is not None and target in patch.classes:
             rate = float(patch.rate[patch.classes.index(target)])
@@ -279,8 +280,8 @@ def _led_anew(look: SecondLook, targets: tuple[int, ...], limited: tuple[int, ..
         if target not in look.classes:
             return f"class {target} was not looked at again"
         others = [j for j, k in enumerate(look.classes) if k not in targets]
-        own = look.reach.rate[:, look.classes.index(target)]
-        usual = look.reach.rate[:, others].median(dim=1).values if others else torch.zeros_like(own)
+        own = reach.rate[:, look.classes.index(target)]
+        usual = reach.rate[:, others].median(dim=1).values if others else torch.zeros_like(own)
         beyond = own > usual.clamp(min=_ALWAYS_MOVED)
         if bool(beyond.any()):
             j = int((own - usual).argmax())
@@ -330,13 +331,19 @@ def _stood_out(
     patches = [(adversary.patched, turn)] if adversary.patched is not None else []
     gain, classes = adversary.found.gain, adversary.found.classes
     look = None if before.evidence is None else before.evidence.look
-    if look is not None and target in look.classes:
+    in_corners: list[float] = []
+    if look is not None and look.corners is not None and target in look.classes:
+        own = moderated_p_values(
+            corner_evidence(look.corners.gain.numpy()), calibration.kinds["corner"]
+        )
+        in_corners = [len(own) * float(np.nan_to_num(own[look.classes.index(target)], nan=1.0))]
+    if look is not None and look.reach is not None and target in look.classes:
         gain, classes = look.reach.gain, look.classes
         if look.patch is not None and target in look.patch.classes:
             patches.append((look.patch, look.patch.classes.index(target)))
     else:
         look = None if after.evidence is None else after.evidence.look
-        if look is not None and target in look.classes:
+        if look is not None and look.reach is not None and target in look.classes:
             budgets = min(len(gain), len(look.reach.gain))
             mixed = look.reach.gain[:budgets].clone()
             mixed[:, look.classes.index(target)] = gain[:budgets, turn]
@@ -345,8 +352,8 @@ def _stood_out(
     by_patch = [patch_p_value(float(p.rate[j]), p.images, calibration) for p, j in patches]
     by_change = moderated_p_values(reach_evidence(gain.numpy()), calibration.kinds["reach"])
     p_value = len(classes) * float(np.nan_to_num(by_change[classes.index(target)], nan=1.0))
-    kinds = 2
-    return kinds * min([p_value, *by_patch]) < after.alpha
+    kinds = 2 + len(in_corners)
+    return kinds * min([p_value, *by_patch, *in_corners]) < after.alpha
 
 
 def _without_norms(
@@ -363,11 +370,14 @@ def _without_norms(
     if set(report.test.suspects) <= set(seen):
         test = dataclasses.replace(test, verdict="clean", suspects=())
     look = report.evidence.look
-    if limited:
+    unknown = [look.classes.index(t) for t in seen if t in look.classes]
+    if limited and look.reach is not None:
         gain, rate = look.reach.gain.clone(), look.reach.rate.clone()
-        unknown = [look.classes.index(t) for t in seen if t in look.classes]
         gain[:, unknown] = rate[:, unknown] = torch.nan
-        look = dataclasses.replace(
-            look, reach=dataclasses.replace(look.reach, gain=gain, rate=rate)
-        )
+        reach = dataclasses.replace(look.reach, gain=gain, rate=rate)
+        look = dataclasses.replace(look, reach=reach)
+    if limited and look.corners is not None:
+        gain = look.corners.gain.clone()
+        gain[:, unknown] = torch.nan
+        look = dataclasses.replace(look, corners=dataclasses.replace(look.corners, gain=gain))
     return weigh(test, look, report.alpha, shipped_calibration())

@@ -12,6 +12,8 @@ from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
+from torch import Tensor
+
 from . import ops
 from .evaluation import Evaluation
 from .files import StrPath, write_text_atomically
@@ -99,6 +101,7 @@ def scan_to_dict(
         "shuffle": _shuffle(report),
         "source_patch": _source_patch(report),
         "waves": _waves(report),
+        "corner_patches": _corner_patches(report),
         "detectable_ratio": report.test.detectable_ratio,
         "metric": report.metric,
         "quantile": report.quantile,
@@ -122,17 +125,17 @@ def _patch(report: ScanReport) -> Json | None:
     found = look.patch
     return {
         "side": found.side,
-        "classes": [
-            {"class": k, "rate": rate, "gain": gain, "row": row, "column": column}
-            for k, rate, gain, (row, column) in zip(
-                found.classes,
-                found.rate.tolist(),
-                found.gain.tolist(),
-                found.corner.tolist(),
-                strict=True,
-            )
-        ],
+        "classes": _squares(found.classes, found.rate, found.gain, found.corner),
     }
+
+
+def _squares(classes: Sequence[int], rate: Tensor, gain: Tensor, corner: Tensor) -> list[Json]:
+    """One row a class: what its square does, and where it lies."""
+    rows = zip(classes, rate.tolist(), gain.tolist(), corner.tolist(), strict=True)
+    return [
+        {"class": k, "rate": moved, "gain": lifted, "row": row, "column": column}
+        for k, moved, lifted, (row, column) in rows
+    ]
 
 
 def _shuffle(report: ScanReport) -> Json | None:
@@ -186,6 +189,23 @@ def _waves(report: ScanReport) -> Json | None:
                 "phase": phase / PHASES,
             }
             for k, (rate, beside, (axis, periods, phase)) in enumerate(rows)
+        ],
+    }
+
+
+def _corner_patches(report: ScanReport) -> Json | None:
+    look = None if report.evidence is None else report.evidence.look
+    if report.evidence is None or look is None or look.corners is None:
+        return None
+    found = look.corners
+    return {
+        "images": found.images,
+        "squares": [
+            {
+                "side": side,
+                "classes": _squares(found.classes, found.rate[i], found.gain[i], found.corner[i]),
+            }
+            for i, side in enumerate(found.sides)
         ],
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .corner_patches import FEWEST_IMAGES
 from .patch_reach import has_room
 
 # Samples that are kept, and the memory that they may take.
@@ -121,16 +122,19 @@ class ClassKeeper:
 
 
 class LookKeeper:
-    """What a thorough scan keeps: a choice of all samples, and one of every class's.
+    """What a scan keeps: a choice of all samples, and one of every class's.
 
     Attributes:
-        all, by_class: of these.
+        all, by_class: of these. Without gradients the former are few, the first of those that there are
+            with them, and there are none of the latter.
     """
 
-    def __init__(self, seed: int = 0) -> None:
-        self.all, self.by_class = SampleKeeper(seed), ClassKeeper(seed)
+    def __init__(self, seed: int = 0, *, gradients: bool = True) -> None:
+        self.all = SampleKeeper(seed, None if gradients else FEWEST_IMAGES)
+        self.by_class = ClassKeeper(seed) if gradients else None
 
     def add(self, inputs: Tensor, labels: Tensor) -> None:
         """A batch [N, ...] with its labels [N]."""
         self.all.add(inputs, labels)
-        self.by_class.add(inputs, labels)
+        if self.by_class is not None:
+            self.by_class.add(inputs, labels)

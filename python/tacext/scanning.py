@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ from .ops import MinimalPerturbation, SolverSettings, Status
 from .reach import ENOUGH_GAIN
 from .sample_keeper import LookKeeper
 from .scan_report import Depth, ScanReport, ScanTimings
-from .second_look import SecondLook, classes_to_look_at, look_again
+from .second_look import SecondLook, classes_to_look_at, look_again, look_without_gradients
 from .verdict import Evidence, Finding, finding_of_norms, weigh
 
 logger = logging.getLogger(__name__)
@@ -55,10 +55,11 @@ def scan(
     """Scans a classifier for a backdoor, with a few clean samples and no knowledge of the trigger.
 
     For every class k the minimal latent perturbation s_k that sends all samples to k is solved
-    exactly (arXiv 2511.08944); a class whose norm |s_k| is abnormally small is suspect. A thorough
-    scan then asks the gradients how far one small change of the input drives all images into each
-    class, how many images a small patch moves, whether one change shuffles the classes, and whether a
-    small patch in a corner leads a single class astray; and it lays faint waves over some images.
+    exactly (arXiv 2511.08944); a class whose norm |s_k| is abnormally small is suspect. Then random
+    squares are laid into the corners of a few images, and faint waves over them. A thorough scan also
+    asks the gradients how far one small change of the input drives all images into each class, how
+    many images a small patch moves, whether one change shuffles the classes, and whether a small patch
+    in a corner leads a single class astray.
 
     Args:
         model: maps inputs [N, ...] to logits [N, C] through a last nn.Linear, or a 1x1 nn.Conv2d at
@@ -78,12 +79,13 @@ def scan(
         alpha: false-alarm rate of the verdict on a clean model, over all classes and all evidence
             together; between 0 and 1. It is that of one scan: of several quantiles, choose one
             before looking.
-        depth: "thorough" looks twice, which takes some seconds to minutes and a model with
-            gradients (of another, a warning says so, and it is never called clean); "fast" judges
-            the norms alone, and misses more.
+        depth: "thorough" asks gradients as well, which takes some seconds to minutes and a model
+            that has them (of another, a warning says so, and it is never called clean); "fast" runs
+            the model forward alone, some thousand times more than there are samples, and misses more.
+            Of inputs that are no images, or of less than 12 pixels, it judges the norms alone.
         batch_size: samples in a forward pass, where the data is not already in batches.
         settings: of the exact solver.
-        seed: of the random choices of a thorough scan; on one machine the same seed gives the same
+        seed: of all random choices; on one machine the same seed gives the same
             report.
         progress: whether to show a progress bar; None shows it on a terminal.
 
@@ -134,7 +136,7 @@ def scan(
         )
         return replace(report, limited=limited_classes(model))
     assert data is not None
-    keeper = LookKeeper(seed) if depth == "thorough" else None
+    keeper = LookKeeper(seed, gradients=depth == "thorough")
     observation = observe(
         model,
         data,
@@ -167,7 +169,7 @@ def scan(
     tested = time.perf_counter()
     looked = tested
     # Where the norms have nothing to compare the model is beyond any test.
-    if keeper is not None and not math.isnan(test.usual_norm):
+    if not math.isnan(test.usual_norm):
         look, notes = _look_again(model, observation, keeper, norm, batch_size, seed, progress)
         looked = time.perf_counter()
         if look is not None:
@@ -215,29 +217,44 @@ def _look_again(
     seed: int,
     progress: bool | None,
 ) -> tuple[SecondLook | None, list[str]]:
-    """The second look, or a warning of why there is none."""
+    """The second look, as far as there is one, and a warning of why there is no more."""
     if not keeper.all.one_shape:
-        return None, ["the inputs differ in shape, so that only the norms were tested"]
-    try:
-        look = look_again(
-            model,
-            observation.head,
-            keeper.all.samples(),
-            classes_to_look_at(norm),
-            keeper.by_class.samples(),
-            batch_size=min(batch_size, _LOOK_BATCH_SIZE),
-            seed=seed,
-            progress=progress,
-        )
-    except InputError as error:
-        return None, [f"only the norms were tested, as a second look was not possible ({error})"]
-    if float(look.reach.gain[-1].median()) < ENOUGH_GAIN:
+        # Where gradients were not asked for, nobody expects more of such inputs.
+        told = ["the inputs differ in shape, so that only the norms were tested"]
+        return None, told if keeper.by_class is not None else []
+    samples, classes = keeper.all.samples(), classes_to_look_at(norm)
+    more: dict[str, Any] = {
+        "batch_size": min(batch_size, _LOOK_BATCH_SIZE),
+        "seed": seed,
+        "progress": progress,
+    }
+    notes: list[str] = []
+    look = None
+    if keeper.by_class is not None:
+        try:
+            look = look_again(
+                model, observation.head, samples, classes, keeper.by_class.samples(), **more
+            )
+        except InputError as error:
+            notes = [f"gradients were not asked, as that was not possible ({error})"]
+    if look is None:
+        try:
+            look = look_without_gradients(model, observation.head, samples, classes, **more)
+        except InputError as error:
+            notes = [*notes, f"no changed inputs were tried, as that was not possible ({error})"]
+    if look is None and notes:
+        notes = [f"only the norms were tested: {'; '.join(notes)}"]
+    if (
+        look is not None
+        and look.reach is not None
+        and float(look.reach.gain[-1].median()) < ENOUGH_GAIN
+    ):
         unmoved = (
             "no change of the inputs moves the model much, by its gradients at least; what hides them "
             "would hide a backdoor from the second look, too"
         )
         return look, [unmoved]
-    return look, []
+    return look, notes
 
 
 def _explained(test: NormTest, norm: npt.NDArray[np.float64], quantile: float) -> NormTest:

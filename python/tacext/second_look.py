@@ -1,4 +1,6 @@
-"""The second look of a scan: evidence that needs gradients, from a few of the clean samples.
+"""The second look of a scan: evidence of changed inputs, from a few of the clean samples.
+
+A thorough scan asks gradients as well, a fast one runs the model forward alone.
 
 Of heads with very many classes only those with the smallest norms are looked at, beside others to
 compare them with.
@@ -16,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from .corner_patches import CornerPatches, corner_patches
 from .differentiable import DifferentiableModel, InputBox
 from .errors import InputError, counted
 from .heads import Head
@@ -52,25 +55,28 @@ FEWEST_IMAGES_OF_SHARES = 100
 
 @dataclass(frozen=True, eq=False)
 class SecondLook:
-    """What gradients show, and waves.
+    """What changed inputs show.
 
     Attributes:
         classes: those that were looked at, ascending.
-        reach: universal changes into each class.
+        reach: universal changes into each class; None where gradients were not asked, and then so are
+            patch, shuffle and source.
         patch: universal patches into each class; None where inputs are no images with room for one.
         shuffle: the best shuffle of the classes; None without samples enough of every class.
         source: the patch that leads a single class astray; None without room for patches, or without
             samples enough of single classes.
         waves: what faint waves do; None without room for them, of few samples and of many classes.
+        corners: random squares in the corners; None without room for them, and of few samples.
         seconds: altogether.
     """
 
     classes: tuple[int, ...]
-    reach: Reach = field(repr=False)
+    reach: Reach | None = field(repr=False)
     patch: PatchReach | None = field(repr=False)
     shuffle: Shuffle | None = field(repr=False)
     source: SourcePatch | None = field(repr=False)
     waves: Waves | None = field(repr=False)
+    corners: CornerPatches | None = field(repr=False)
     seconds: float
 
 
@@ -166,7 +172,7 @@ def look_again(
     seed: int = 0,
     progress: bool | None = None,
 ) -> SecondLook:
-    """Gathers the evidence that needs gradients.
+    """Gathers all evidence, that which needs gradients first.
 
     Args:
         model: the classifier; it is left as it was.
@@ -217,13 +223,76 @@ def look_again(
             )
         except InputError as error:  # what was gathered before stands
             logger.warning("%s: no search for backdoors of single classes (%s)", operation, error)
-    waved = None
-    if has_waves(box.shape) and head.num_classes <= MOST_CLASSES:
-        try:
-            waved = waves(with_gradients, box, samples, batch_size=batch_size, progress=progress)
-        except InputError as error:
-            logger.warning("%s: no waves were tried (%s)", operation, error)
-    return SecondLook(classes, found, patched, shuffled, led, waved, time.perf_counter() - begin)
+    cornered = None
+    try:
+        cornered = corner_patches(
+            with_gradients,
+            box,
+            samples,
+            classes,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+        )
+    except InputError as error:
+        logger.warning("%s: no squares in the corners were tried (%s)", operation, error)
+    waved = _waves(with_gradients, box, samples, batch_size, progress)
+    seconds = time.perf_counter() - begin
+    return SecondLook(classes, found, patched, shuffled, led, waved, cornered, seconds)
+
+
+@torch.inference_mode(False)
+def look_without_gradients(
+    model: nn.Module,
+    head: Head,
+    samples: tuple[Tensor, Tensor],
+    classes: tuple[int, ...],
+    *,
+    batch_size: int = 128,
+    operation: str = "scan",
+    seed: int = 0,
+    progress: bool | None = None,
+) -> SecondLook | None:
+    """Gathers the evidence that takes no more than passes forward; arguments as of `look_again`.
+
+    Returns:
+        None where there is nothing to gather: inputs are no images, too small, or too few.
+
+    Raises:
+        InputError: inputs that are changed are rejected, do not fit into memory or give NaN or
+            infinity.
+    """
+    begin = time.perf_counter()
+    samples = samples[0].clone(), samples[1].clone()  # of inference mode, perhaps
+    if not len(samples[1]):
+        return None
+    box = InputBox.around(samples[0])
+    forward = DifferentiableModel(model, head, operation, gradients=False)
+    cornered = corner_patches(
+        forward, box, samples, classes, batch_size=batch_size, seed=seed, progress=progress
+    )
+    if cornered is None:  # norms and waves alone are nothing to join
+        return None
+    waved = _waves(forward, box, samples, batch_size, progress)
+    seconds = time.perf_counter() - begin
+    return SecondLook(classes, None, None, None, None, waved, cornered, seconds)
+
+
+def _waves(
+    model: DifferentiableModel,
+    box: InputBox,
+    samples: tuple[Tensor, Tensor],
+    batch_size: int,
+    progress: bool | None,
+) -> Waves | None:
+    """What waves do, where there is room for them; a model that cannot take them is judged by the rest."""
+    if not has_waves(box.shape) or model.head.num_classes > MOST_CLASSES:
+        return None
+    try:
+        return waves(model, box, samples, batch_size=batch_size, progress=progress)
+    except InputError as error:
+        logger.warning("%s: no waves were tried (%s)", model.operation, error)
+        return None
 
 
 def norm_evidence(norm: _FloatArray) -> _FloatArray:
@@ -235,6 +304,16 @@ def norm_evidence(norm: _FloatArray) -> _FloatArray:
 def reach_evidence(gain: _FloatArray) -> _FloatArray:
     """Mean logarithm of gains [B, J] over the budgets, [J]."""
     evidence: _FloatArray = np.log(np.maximum(gain, _SMALLEST_GAIN)).mean(0)
+    return evidence
+
+
+# Gains of squares in corners are often none at all: what is added to them has them count as equal.
+_SMALL_GAIN = 0.1
+
+
+def corner_evidence(gain: _FloatArray) -> _FloatArray:
+    """Mean logarithm of gains [S, J] over the sizes of the squares, [J]; small ones count alike."""
+    evidence: _FloatArray = np.log(np.maximum(gain, 0.0) + _SMALL_GAIN).mean(0)
     return evidence
 
 
@@ -262,12 +341,13 @@ def evidence_of(norm: _FloatArray, look: SecondLook) -> Mapping[str, _FloatArray
         every[list(look.classes)] = values
         return every
 
-    evidence = {
-        "norm": norm_evidence(norm),
-        "reach": of_all(reach_evidence(look.reach.gain.numpy())),
-    }
+    evidence = {"norm": norm_evidence(norm)}
+    if look.reach is not None:
+        evidence["reach"] = of_all(reach_evidence(look.reach.gain.numpy()))
+    if look.corners is not None:
+        evidence["corner"] = of_all(corner_evidence(look.corners.gain.numpy()))
     patch = look.patch
-    if patch is not None and patch.images >= FEWEST_IMAGES_OF_SHARES:
+    if patch is not None and look.reach is not None and patch.images >= FEWEST_IMAGES_OF_SHARES:
         evidence["share"] = of_all(share_evidence(look.reach.rate[-1].numpy(), patch.images))
         evidence["patch"] = of_all(share_evidence(patch.rate.numpy(), patch.images))
     return evidence

@@ -1,8 +1,9 @@
 """From all evidence of a scan to one verdict.
 
-With `depth="fast"` the norms decide (`detection`); with `depth="thorough"` the joint test of all
-classes, for backdoors in which no class stands out the shuffle, the patch that moves most images, and
-for those of single classes the patch that leads one class astray. They share alpha.
+What decides are the joint test of all classes, the most selective wave, and of a scan that asks
+gradients, for backdoors in which no class stands out the shuffle, the patch that moves most images, and
+for those of single classes the patch that leads one class astray. They share alpha. Where inputs are no
+images and gradients are not asked, the norms decide (`detection`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .joint_test import Calibration, JointTest, judge_jointly, logit_of_share
 from .max_margin import MaxMargin
 from .second_look import FEWEST_IMAGES_OF_SHARES, MOST_CLASSES, SecondLook, evidence_of
 from .source_patch import FEWEST_OF_A_CLASS
+from .waves import FEWEST_PIXELS as FEWEST_PIXELS_OF_WAVES
 from .waves import SMALLEST_WAVE, Waves, class_by_wave
 
 # Of alpha, for the shuffle, the patch of one class, the wave and the patch of all; the joint test has the rest. Where a
@@ -54,6 +56,8 @@ _NO_SOURCES = (
     f"; backdoors of single classes were not looked for, which takes at most {MOST_CLASSES} classes, and "
     f"of each {FEWEST_OF_A_CLASS} images that the model gets right"
 )
+_NO_WAVES = f"; no waves were tried, which takes images of {FEWEST_PIXELS_OF_WAVES} pixels and at most {MOST_CLASSES} classes"
+_NO_GRADIENTS = '; gradients were not asked, and depth="thorough" sees more'
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Finding:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What gradients showed a scan and what the tests make of it.
+    """What changed inputs showed a scan and what the tests make of it.
 
     Attributes:
         look: the second look; None of a scan without data.
@@ -104,7 +108,7 @@ class Evidence:
 
 
 def doubt_level(alpha: float) -> float:
-    """The p-value of a thorough scan below which a class that is no suspect is in doubt."""
+    """The p-value of a scan that looked twice below which a class that is no suspect is in doubt."""
     return min(THOROUGH_DOUBT_FACTOR * alpha, LARGEST_DOUBT)
 
 
@@ -197,7 +201,7 @@ def weigh(
             reason = f"class {k} stands out, but not enough: {compared}{_told_of_patch(look, k)}"
         return Finding("inconclusive", (), p_value, reason, beside(())), evidence
     if test.verdict == "backdoored":
-        reason = f"{test.reason}; what gradients show does not bear it out: p = {p_value:.2g}"
+        reason = f"{test.reason}; what changed inputs show does not bear it out: p = {p_value:.2g}"
         return Finding("inconclusive", (), p_value, reason, test.suspects), evidence
     return Finding("clean", (), p_value, _told_of_nothing(joint, look, len(test.norm))), evidence
 
@@ -222,9 +226,15 @@ def _told_of_nothing(joint: JointTest, look: SecondLook, num_classes: int) -> st
         seen.append("no faint wave that was tried is a trigger")
     looked_at = len(look.classes)
     part = (
-        "" if looked_at == num_classes else f" (gradients of {looked_at} of {num_classes} classes)"
+        ""
+        if looked_at == num_classes
+        else f" ({looked_at} of {num_classes} classes were looked at)"
     )
-    unseen = "" if look.source is not None else _NO_SOURCES
+    unseen = "" if look.waves is not None else _NO_WAVES
+    if look.reach is None:
+        unseen += _NO_GRADIENTS
+    elif look.source is None:
+        unseen += _NO_SOURCES
     return _listed(seen, "and") + part + unseen
 
 

@@ -37,6 +37,9 @@ _MOST_FREQUENCIES = 7
 # there for the next wave to be compared with.
 _FEWEST_PERIODS = 2
 
+# Of smaller images no wave has a neighbour on either side.
+FEWEST_PIXELS = _SHORTEST_PERIOD * (_FEWEST_PERIODS + 1) + 1
+
 # A wave that leaves more images where they are is no trigger.
 SMALLEST_WAVE = 0.8
 
@@ -90,7 +93,7 @@ def frequencies(shape: Sequence[int]) -> range:
 
 def has_waves(shape: Sequence[int]) -> bool:
     """Whether inputs of this shape are images on which a wave has neighbours to compare it with."""
-    return len(shape) == 3 and len(frequencies(shape)) > _FEWEST_PERIODS
+    return len(shape) == 3 and min(shape[1:]) >= FEWEST_PIXELS
 
 
 def wave_pattern(box: InputBox, axis: int, periods: int, phase: int) -> Tensor:

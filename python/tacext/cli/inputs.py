@@ -154,7 +154,7 @@ _SCAN_OPTIONS = (
         type=click.Choice(["fast", "thorough"]),
         default="thorough",
         show_default=True,
-        help="Whether to ask the model's gradients as well; fast judges the norms alone.",
+        help="Whether to ask the model's gradients as well; fast runs it forward alone.",
     ),
 )
 
