@@ -1,6 +1,6 @@
 """Scans and repairs published classifiers and prints the tables of docs/detection.md and docs/method.md.
 
-    python benchmarks/published_models.py --models FOLDER [--depth fast] [--quantile Q] [--repair NAME ...]
+    python benchmarks/published_models.py --models FOLDER [--depth norms|fast] [--quantile Q] [--repair NAME ...]
 
 FOLDER holds a zoo.py with MODELS and load(name, n, clean); the models are not part of this project.
 """
@@ -33,6 +33,23 @@ def scan_row(name: str, case: Any, report: ScanReport) -> str:
         f"p {report.test.class_p_values[shown]:.2g}) | {verdict} | {report.certificate:.0e} | "
         f"{report.timings.forward:.1f} s | "
         f"{1e3 * (report.timings.margins + report.timings.solve + report.timings.test):.0f} ms |"
+    )
+
+
+def fast_row(name: str, case: Any, report: ScanReport) -> str:
+    """One line of the table of fast scans."""
+    assert report.evidence is not None
+    joint, look = report.evidence.joint, report.evidence.look
+    assert look is not None
+    assert look.corners is not None
+    k = joint.most_suspicious
+    kinds = " | ".join(f"{p[k]:.1g}" for p in joint.kind_p_values.values())
+    verdict = report.verdict + "".join(f" {suspect}" for suspect in report.suspects)
+    target = "none" if case.target is None else str(case.target)
+    moved = float(look.corners.rate.max())
+    return (
+        f"| {name} | {target} | {k} | {kinds} | {moved:.2f} | {report.p_value:.2g} | {verdict} | "
+        f"{report.timings.forward:.1f} s | {look.seconds:.1f} s |"
     )
 
 
@@ -81,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", required=True, help="folder of zoo.py")
     parser.add_argument("--repair", nargs="*", default=None, help="names to repair, not scan")
-    parser.add_argument("--depth", choices=("fast", "thorough"), default="thorough")
+    parser.add_argument("--depth", choices=("norms", "fast", "thorough"), default="thorough")
     parser.add_argument("--quantile", type=float, default=1.0, help="of the scans")
     options = parser.parse_args()
     sys.path.insert(0, options.models)
@@ -91,15 +108,18 @@ def main() -> None:
         for name in options.repair:
             print(*repair_rows(zoo, name, FinetuneSettings()), sep="\n", flush=True)
         return
-    if options.depth == "fast":
+    if options.depth == "norms":
         print("| model | classes | target | verdict | certificate | forward | analysis |")
         print("|---|---|---|---|---|---|---|")
+    elif options.depth == "fast":
+        print("| model | target | first | norm | corner | moved | p | verdict | forward | look |")
+        print("|---|---|---|---|---|---|---|---|---|---|")
     else:
         print(
-            "| model | target | first | norm | reach | share | patch | moved | shuffle | p | verdict | forward | look |"
+            "| model | target | first | norm | reach | corner | share | patch | moved | shuffle | p | verdict | forward | look |"
         )
-        print("|---|---|---|---|---|---|---|---|---|---|---|")
-    row = scan_row if options.depth == "fast" else thorough_row
+        print("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+    row = {"norms": scan_row, "fast": fast_row, "thorough": thorough_row}[options.depth]
     for name in zoo.MODELS:
         case = zoo.load(name, n=10, clean=CLEAN_IMAGES)
         report = scan(

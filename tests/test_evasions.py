@@ -114,7 +114,7 @@ def test_norms_that_tell_are_not_overruled() -> None:
     classes = tuple(range(10))
     gain = torch.full((1, 10), 0.6, dtype=torch.float64)
     reached = Reach(classes, (1.0,), gain, gain, 1.0, torch.zeros(10, 4), 0.0)
-    look = SecondLook(classes, reached, None, None, None, None, 0.0)
+    look = SecondLook(classes, reached, None, None, None, None, None, 0.0)
     finding, _ = weigh(test, look, 0.01, shipped_calibration())
     assert finding.verdict == "inconclusive"
     assert "does not bear it out" in finding.reason

@@ -274,12 +274,15 @@ def test_tests_that_can_be_made_share_alpha(calibration: Calibration) -> None:
         kinds: judge_jointly({k: evidence[k] for k in kinds}, 0.01, calibration).class_p_values
         for kinds in COMBINATIONS
     }
-    (far, far_part), (many, many_part) = list(COMBINATIONS.items())[:2]
-    chosen = {k: evidence[k] for k in (*far, *many)}
-    both = judge_jointly(chosen, 0.01, calibration).class_p_values
-    expected = np.minimum(alone[far] / far_part, alone[many] / many_part)
-    np.testing.assert_allclose(both, np.minimum(1, expected))
-    assert far_part + many_part == 1
+    with_data = dict(list(COMBINATIONS.items())[:3])
+    assert sum(with_data.values()) == 1
+    # All three, and those that are left where no squares were laid into corners, or nothing else was.
+    for made in (tuple(with_data), tuple(with_data)[:2], tuple(with_data)[2:]):
+        chosen = {k: evidence[k] for kinds in made for k in kinds}
+        joined = judge_jointly(chosen, 0.01, calibration).class_p_values
+        parts = sum(with_data[kinds] for kinds in made)
+        expected = np.min([alone[kinds] * parts / with_data[kinds] for kinds in made], axis=0)
+        np.testing.assert_allclose(joined, np.minimum(1, expected))
 
 
 def test_never_more_than_half_of_the_classes_are_suspects(calibration: Calibration) -> None:

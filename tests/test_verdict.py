@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from tacext.corner_patches import CornerPatches
 from tacext.detection import judge_norms
 from tacext.joint_test import NormalNull, shipped_calibration
 from tacext.patch_reach import PatchReach
 from tacext.reach import Reach
-from tacext.second_look import SecondLook
+from tacext.second_look import SecondLook, corner_evidence
 from tacext.shuffle import Shuffle
 from tacext.source_patch import SourcePatch
 from tacext.verdict import Evidence, Finding, weigh
@@ -28,6 +29,7 @@ def look_of(
     patches: dict[int, tuple[float, float]] | None = None,
     led: SourcePatch | None = None,
     waved: Waves | None = None,
+    cornered: bool = False,
 ) -> tuple[np.ndarray, SecondLook]:  # type: ignore[type-arg]
     """Norms and a second look of a model whose classes in `suspicious` are so many spreads off.
 
@@ -61,9 +63,22 @@ def look_of(
         shuffled,
         led,
         waved,
+        None,
         0.0,
     )
-    return np.exp(1 - draw("norm")), look
+    norm = np.exp(1 - draw("norm"))
+    if cornered:
+        look = replace(look, corners=corners_of(np.exp(draw("corner") - 1) - 0.1))
+    return norm, look
+
+
+def corners_of(gain: np.ndarray) -> CornerPatches:  # type: ignore[type-arg]
+    """Squares of one size with such gains."""
+    lifted = torch.from_numpy(gain)[None]
+    nothing = torch.zeros(0)
+    return CornerPatches(
+        tuple(range(CLASSES)), (4,), lifted, torch.zeros_like(lifted), 40, 1.0, nothing, (), 0.0
+    )
 
 
 def judged(
@@ -73,8 +88,11 @@ def judged(
     patches: dict[int, tuple[float, float]] | None = None,
     led: SourcePatch | None = None,
     waved: Waves | None = None,
+    cornered: bool = False,
 ) -> tuple[Finding, Evidence]:
-    norm, look = look_of(suspicious, share, patches=patches, led=led, waved=waved)
+    norm, look = look_of(
+        suspicious, share, patches=patches, led=led, waved=waved, cornered=cornered
+    )
     return weigh(judge_norms(norm, alpha), look, alpha, shipped_calibration())
 
 
@@ -115,7 +133,8 @@ def test_a_wave_like_those_beside_it_or_that_leaves_most_images_is_no_backdoor()
         assert "and no faint wave that was tried is a trigger" in finding.reason
     assert judged(waved=waves_into({6: (0.49, 0.0)}))[1].wave_p_value == 1.0
     assert judged()[1].wave_p_value is None
-    assert "wave" not in judged()[0].reason
+    told = "no waves were tried, which takes images of 13 pixels and at most 64 classes"
+    assert told in judged()[0].reason
 
 
 def test_a_wave_in_doubt_is_inconclusive_and_names_its_class() -> None:
@@ -287,7 +306,7 @@ def test_classes_with_too_few_images_to_tell_are_told_of() -> None:
     finding, _ = judged(led=found)
     assert finding.verdict == "clean"
     told = f"leads one class astray (3 of {CLASSES} had images enough to tell)"
-    assert finding.reason.endswith(told)
+    assert f"{told}; no waves were tried" in finding.reason
 
 
 def test_it_is_told_where_no_such_patch_was_looked_for() -> None:
@@ -401,4 +420,55 @@ def test_the_reason_says_how_many_classes_were_looked_at() -> None:
     assert whole.reason.startswith(
         "no class stands out in norm, reach, share or patch and no change shuffles the classes; "
     )
-    assert "the classes (gradients of 6 of 10 classes); " in part.reason
+    assert "the classes (6 of 10 classes were looked at); " in part.reason
+
+
+def forward_alone(look: SecondLook) -> SecondLook:
+    """What a fast scan sees of it."""
+    return replace(look, reach=None, patch=None, shuffle=None, source=None)
+
+
+def test_a_fast_scan_joins_norms_and_squares_in_corners() -> None:
+    norm, look = look_of({3: 6.0}, cornered=True)
+    finding, evidence = weigh(judge_norms(norm), forward_alone(look), 0.01, shipped_calibration())
+    assert evidence.joint.kinds == ("norm", "corner")
+    assert (finding.verdict, finding.suspects) == ("backdoored", (3,))
+    assert evidence.shuffle_p_value is evidence.source_p_value is evidence.patch_p_value is None
+    assert finding.p_value == pytest.approx(evidence.joint.p_value)  # nothing else shares alpha
+    norm, look = look_of(cornered=True, waved=waves_into({6: (0.97, 0.05)}))
+    finding, evidence = weigh(judge_norms(norm), forward_alone(look), 0.01, shipped_calibration())
+    assert (finding.verdict, finding.suspects) == ("backdoored", (6,))
+
+
+def test_what_is_seen_without_gradients_tells_beside_them() -> None:
+    finding, evidence = judged(cornered=True)
+    assert evidence.joint.kinds == ("norm", "reach", "share", "patch", "corner")
+    assert finding.verdict == "clean"
+    norm, look = look_of()
+    gain = np.full(CLASSES, 0.05)
+    gain[7] = 4.0
+    look = replace(look, corners=corners_of(gain))
+    finding, evidence = weigh(judge_norms(norm), look, 0.01, shipped_calibration())
+    assert (finding.verdict, finding.suspects) == ("backdoored", (7,))
+    assert finding.reason.startswith("class 7 stands out in corner (p = ")
+
+
+def test_of_classes_that_were_not_looked_at_no_squares_are_known() -> None:
+    norm, look = look_of(cornered=True)
+    assert look.corners is not None
+    some = replace(
+        forward_alone(look),
+        classes=tuple(range(6)),
+        corners=replace(look.corners, gain=look.corners.gain[:, :6]),
+    )
+    _, evidence = weigh(judge_norms(norm), some, 0.01, shipped_calibration())
+    seen = evidence.joint.kind_p_values["corner"]
+    assert np.isfinite(seen[:6]).all()
+    assert np.isnan(seen[6:]).all()
+
+
+def test_gains_of_no_account_count_alike() -> None:
+    gain = np.array([[-3.0, 0.0, 1e-9, 1.0], [0.0, 0.0, 0.0, 2.0]])
+    evidence = corner_evidence(gain)
+    np.testing.assert_allclose(evidence[:3], np.log(0.1))
+    assert evidence[3] == pytest.approx((np.log(1.1) + np.log(2.1)) / 2)

@@ -12,7 +12,7 @@ from .observation import Metric
 from .ops import MinimalPerturbation
 from .verdict import Evidence
 
-Depth = Literal["fast", "thorough"]
+Depth = Literal["norms", "fast", "thorough"]
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,15 @@ class ScanReport:
         verdict: "backdoored", "clean" or "inconclusive".
         suspects: the classes that the scan holds to be poisoned, most suspicious first.
         doubtful: the classes that stand out beside them, but not enough: p is above alpha, and below
-            20 alpha (10 alpha of a fast scan; .3 at most), or the norms alone would flag them. `repair`
+            20 alpha (10 alpha where the norms decide; .3 at most), or the norms alone would flag them. `repair`
             looks after them, too.
         p_value: of the verdict: of the most suspicious class, corrected for the choice among all C,
             or of a patch or the shuffle where that is smaller.
         reason: the verdict in one sentence.
         warnings: what makes this scan less trustworthy than it could be.
         test: the statistics of the norms.
-        evidence: of a thorough scan, what the second look saw and the joint test; of one without
-            data, what the ascent from noise saw; None of a fast one, or where the model has no
-            gradients.
+        evidence: what the second look saw and the joint test; of a scan without data, what the
+            ascent from noise saw; None where the norms alone were judged.
         perturbations: s_k for every class with norms, multipliers and certificates. Without data
             they are those of one synthetic input for each class.
         head: the name of the layer that was analysed.
@@ -59,7 +58,7 @@ class ScanReport:
             that share past each other class, and so at least 1 - (C - 1)(1 - quantile) to k.
         margins: M, [C, C].
         alpha: the false-alarm rate asked for.
-        depth: "fast" or "thorough", as asked for.
+        depth: "norms", "fast" or "thorough", as asked for.
         timings: seconds in each stage.
         limited: the classes in front of which a latent patch stands: the model was repaired by one.
             Their norms speak of the latents behind it; () where there is none.

@@ -81,8 +81,9 @@ def scan(
             before looking.
         depth: "thorough" asks gradients as well, which takes some seconds to minutes and a model
             that has them (of another, a warning says so, and it is never called clean); "fast" runs
-            the model forward alone, some thousand times more than there are samples, and misses more.
-            Of inputs that are no images, or of less than 12 pixels, it judges the norms alone.
+            the model forward alone, on some thousand changed images beside the samples, and misses
+            more; of inputs that are no images, or of less than 12 pixels, it judges the norms alone, as
+            "norms" always does, which misses most but costs nothing beyond one pass over the samples.
         batch_size: samples in a forward pass, where the data is not already in batches.
         settings: of the exact solver.
         seed: of all random choices; on one machine the same seed gives the same
@@ -136,7 +137,7 @@ def scan(
         )
         return replace(report, limited=limited_classes(model))
     assert data is not None
-    keeper = LookKeeper(seed, gradients=depth == "thorough")
+    keeper = None if depth == "norms" else LookKeeper(seed, gradients=depth == "thorough")
     observation = observe(
         model,
         data,
@@ -169,7 +170,7 @@ def scan(
     tested = time.perf_counter()
     looked = tested
     # Where the norms have nothing to compare the model is beyond any test.
-    if not math.isnan(test.usual_norm):
+    if keeper is not None and not math.isnan(test.usual_norm):
         look, notes = _look_again(model, observation, keeper, norm, batch_size, seed, progress)
         looked = time.perf_counter()
         if look is not None:
@@ -198,11 +199,11 @@ def scan(
 
 
 def _refuse_what_needs_data(depth: Depth, quantile: float) -> None:
-    if depth == "fast" or quantile != 1:
+    if depth != "thorough" or quantile != 1:
         raise InputError.of(
             "scan",
             "data",
-            expected='clean samples for depth="fast" or a quantile',
+            expected='clean samples for a quantile or any depth but "thorough"',
             got="None",
             way_out="leave depth and quantile out, or pass clean samples",
         )

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import click
 from torch import nn
@@ -20,7 +20,7 @@ from ..files import check_writable
 from ..images import load_images
 from ..normalisation import Normalized
 from ..report import Json
-from ..scan_report import ScanReport
+from ..scan_report import Depth, ScanReport
 from ..scanning import scan
 from ..user_code import code_file
 from ..weights import load_model
@@ -151,10 +151,11 @@ _SCAN_OPTIONS = (
     ),
     click.option(
         "--depth",
-        type=click.Choice(["fast", "thorough"]),
+        type=click.Choice(get_args(Depth)),
         default="thorough",
         show_default=True,
-        help="Whether to ask the model's gradients as well; fast runs it forward alone.",
+        help="What to look at: thorough asks the model's gradients as well, fast runs it forward on "
+        "changed images, norms does neither.",
     ),
 )
 
@@ -231,7 +232,7 @@ class ModelAndData:
             metric="l2" if options.metric == "l2" else "standardized",
             quantile=options.quantile,
             alpha=options.alpha,
-            depth="fast" if options.depth == "fast" else "thorough",
+            depth=cast(Depth, options.depth),
             seed=self.seed,
             batch_size=self.batch_size or BATCH_SIZE,
         )
