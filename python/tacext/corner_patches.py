@@ -14,7 +14,7 @@ that are no patch at all but made the model answer to what lies in the corners, 
     |      image       |            +.1 +.0 | -.0 -.1
     '------------------'            -.1 +.1 | +.0 +.1
 
-The model is only run forward, and never asked for a gradient: nothing can hide from it there.
+The model is only run forward: what hides gradients does not hide from this.
 """
 
 from __future__ import annotations
