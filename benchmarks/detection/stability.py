@@ -1,6 +1,6 @@
 """Whether verdicts hold with fewer samples, other samples, wrong labels and images of another kind.
 
-    python benchmarks/detection/stability.py --models FOLDER [--only TEXT]
+    python benchmarks/detection/stability.py --models FOLDER [--only TEXT] [--depth DEPTH]
 
 FOLDER holds a zoo.py with MODELS and load(name, n, clean), as for published_models.py. Prints
 Markdown: a row a model, a column a condition.
@@ -12,12 +12,13 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from tacext import scan
+from tacext.scan_report import Depth
 
 _Pair = tuple[Tensor, Tensor]
 
@@ -64,9 +65,9 @@ CONDITIONS: dict[str, Callable[[_Pair], _Pair]] = {
 }
 
 
-def cell(model: Any, data: _Pair, seed: int) -> str:
+def cell(model: Any, data: _Pair, seed: int, depth: Depth) -> str:
     """The verdict with its p-value."""
-    report = scan(model, data, seed=seed)
+    report = scan(model, data, depth=depth, seed=seed)
     suspects = "".join(f" {k}" for k in report.suspects)
     return f"{report.verdict}{suspects}, {report.p_value:.1g}"
 
@@ -76,6 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", required=True, help="folder of zoo.py")
     parser.add_argument("--only", default="", help="names that contain this text")
+    parser.add_argument("--depth", choices=get_args(Depth), default="thorough")
     options = parser.parse_args()
     sys.path.insert(0, options.models)
     zoo = importlib.import_module("zoo")
@@ -84,7 +86,7 @@ def main() -> None:
     for name in (name for name in zoo.MODELS if options.only in name):
         case = zoo.load(name, n=10, clean=2500)
         cells = [
-            cell(case.model, change((case.x_clean, case.y_clean)), seed)
+            cell(case.model, change((case.x_clean, case.y_clean)), seed, options.depth)
             for seed, change in enumerate(CONDITIONS.values())
         ]
         target = "none" if case.target is None else str(case.target)
