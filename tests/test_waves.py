@@ -249,8 +249,18 @@ def test_a_wave_takes_the_place_of_a_change_that_leads_fewer_there(tmp_path: Pat
     assert float(led.state()["change.1"].norm()) == pytest.approx(length, rel=1e-3)
 
 
-def test_a_wave_is_kept_out_by_a_patch() -> None:
-    result = repair(waved(), _clean(), method="patch", max_accuracy_drop=None, progress=False)
+@pytest.mark.parametrize(
+    "targets", [None, [TARGET]]
+)  # of which a scan without gradients knows, too
+def test_a_wave_is_kept_out_by_a_patch(targets: list[int] | None) -> None:
+    result = repair(
+        waved(),
+        _clean(),
+        targets=targets,
+        method="patch",
+        max_accuracy_drop=None,
+        progress=False,
+    )
     assert result.targets == (TARGET,)
     images, labels = doubled(digit_case().data.test)
     trigger = SinusoidTrigger(AMPLITUDE, PERIODS)
