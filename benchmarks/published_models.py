@@ -46,7 +46,7 @@ def fast_row(name: str, case: Any, report: ScanReport) -> str:
     kinds = " | ".join(f"{p[k]:.1g}" for p in joint.kind_p_values.values())
     verdict = report.verdict + "".join(f" {suspect}" for suspect in report.suspects)
     target = "none" if case.target is None else str(case.target)
-    moved = float(look.corners.rate.max())
+    moved = float(look.corners.rate.nan_to_num(0.0).max())
     return (
         f"| {name} | {target} | {k} | {kinds} | {moved:.2f} | {report.p_value:.2g} | {verdict} | "
         f"{report.timings.forward:.1f} s | {look.seconds:.1f} s |"

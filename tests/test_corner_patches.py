@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
-import logging
+import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from digits import digit_case
-from tacext import InputError, demo, scan, scanning, second_look
+from tacext import InputError, demo, sample_keeper, scan, scanning, second_look
 from tacext.attacks import AllToOne, Attack, PatchTrigger, plan_poisoning
 from tacext.corner_patches import (
     DRAWS,
     FEWEST_IMAGES,
-    FIT_IMAGES,
+    FEWEST_OF_OTHERS,
     HELD_OUT,
     TRIED_ON,
     CornerPatches,
@@ -24,7 +25,7 @@ from tacext.corner_patches import (
 )
 from tacext.differentiable import DifferentiableModel, InputBox, class_margin
 from tacext.heads import find_head
-from tacext.report import json_schema, scan_to_dict
+from tacext.report import json_schema, scan_to_dict, write_json
 from test_waves import Halved, doubled
 
 TARGET = 4
@@ -138,10 +139,9 @@ def _plainly(
                     paint(marked, corner, draw[corner], side, tops)
                 reached.append([min(margin, 2 * scale) for margin in margins(marked)])
             for k in range(4):
-                mean = sum(row[k] for row in reached) / DRAWS
                 for row, draw in zip(reached, draws, strict=True):
                     if int(label) != k:
-                        effect[k] += (row[k] - mean) * draw.double()
+                        effect[k] += row[k] * draw.double()
         gain, rate = torch.zeros(4), torch.zeros(4)
         for k in range(4):
             lifted = []
@@ -207,6 +207,9 @@ def test_a_fast_scan_finds_it_and_so_does_a_thorough_one_behind_gradients_of_zer
     report = scan(patched(), clean(), depth="fast", progress=False)
     assert (report.verdict, report.suspects[0]) == ("backdoored", TARGET)
     assert "corner (p = " in report.reason
+    assert (
+        "; a square of 2x2 pixels at row 14, column 0 sends 100% of the held-out" in report.reason
+    )
     assert report.evidence is not None
     assert report.evidence.joint.kinds == ("norm", "corner")
     look = report.evidence.look
@@ -226,12 +229,26 @@ def test_a_fast_scan_finds_it_and_so_does_a_thorough_one_behind_gradients_of_zer
     assert torch.equal(whole.evidence.look.corners.gain, look.corners.gain)
 
 
+def test_fast_and_thorough_scans_lay_the_same_squares_over_normalised_images() -> None:
+    images, labels = clean()
+    noisy = images + 0.2 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    seen = []
+    for depth in ("fast", "thorough"):
+        report = scan(patched(), (noisy, labels), depth=depth, progress=False)  # type: ignore[arg-type]
+        assert report.evidence is not None
+        assert report.evidence.look is not None
+        assert report.evidence.look.corners is not None
+        seen.append(report.evidence.look.corners)
+    assert torch.equal(seen[0].gain, seen[1].gain)
+    assert float(seen[0].pattern[0].max()) > 1.2
+
+
 def test_a_fast_scan_of_a_clean_model_is_clean_and_tells_what_it_did_not_do() -> None:
     network = Halved(digit_case().clean)
     report = scan(network, clean(), depth="fast", progress=False)
     assert report.verdict == "clean"
     assert report.reason.startswith("no class stands out in norm or corner")
-    assert report.reason.endswith('gradients were not asked, and depth="thorough" sees more')
+    assert report.reason.endswith("; a scan that asks gradients sees more")
     without = scan(Rounded(network), clean(), progress=False)
     assert (
         without.verdict == "inconclusive"
@@ -251,7 +268,7 @@ def test_a_report_tells_of_the_squares_in_json() -> None:
     assert small["corner_patches"] is None  # 8 pixels
 
 
-def test_neither_batches_nor_other_classes_change_a_bit() -> None:
+def test_neither_batches_nor_other_classes_change_the_outcome() -> None:
     whole = found_in(patched(), clean())
     parts = found_in(patched(), clean(), batch_size=7)
     some = found_in(patched(), clean(), classes=(1, TARGET))
@@ -275,11 +292,28 @@ def test_large_images_have_cells_of_several_pixels() -> None:
         assert coarse.unique().numel() > 1
 
 
-def test_images_of_one_class_tell_nothing_of_it() -> None:
+def test_of_a_class_that_nearly_all_images_are_of_nothing_is_known(tmp_path: Path) -> None:
     images, labels = clean()
-    found = found_in(patched(), (images, torch.full_like(labels, TARGET)))
-    assert float(found.rate[:, TARGET].max()) == 0.0
-    assert bool(found.gain[:, :TARGET].isfinite().all())
+    of_one = torch.full_like(labels, TARGET)
+    for others, known in ((FEWEST_OF_OTHERS - 1, False), (FEWEST_OF_OTHERS, True)):
+        of_one[:others] = 0
+        found = found_in(patched(), (images, of_one))
+        assert bool(found.gain[:, TARGET].isfinite().all()) is known
+        assert bool(found.rate[:, TARGET].isfinite().all()) is known
+    own = labels == TARGET
+    many = torch.cat([images[own].repeat(60, 1, 1, 1), images[:20]])
+    report = scan(
+        patched(),
+        (many, torch.cat([labels[own].repeat(60), labels[:20]])),
+        depth="fast",
+        progress=False,
+    )
+    assert report.evidence is not None
+    assert math.isnan(report.evidence.joint.kind_p_values["corner"][TARGET])
+    told = scan_to_dict(report)
+    write_json(tmp_path / "report.json", told, operation="scan")  # which knows no NaN
+    for size in told["corner_patches"]["squares"]:
+        assert size["classes"][TARGET]["gain"] is size["classes"][TARGET]["rate"] is None
 
 
 def test_few_images_and_what_is_no_image_are_not_looked_at() -> None:
@@ -289,29 +323,44 @@ def test_few_images_and_what_is_no_image_are_not_looked_at() -> None:
     assert corner_patches(model, BOX, few, (0, 1), progress=False) is None
     for shape in ((64,), (9, 9), (1, 11, 40)):
         assert corner_patches(model, InputBox.unit(shape), clean(), (0, 1), progress=False) is None
-    assert FIT_IMAGES + HELD_OUT == FEWEST_IMAGES
-    few = images[:50], labels[:50]
-    report = scan(patched(), few, depth="fast", progress=False)
+
+
+def test_images_too_large_to_keep_enough_of_leave_no_model_clean(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network = Halved(digit_case().clean)
+    assert scan(network, clean(), depth="fast", progress=False).verdict == "clean"
+    monkeypatch.setattr(sample_keeper, "MOST_BYTES", 50 * 4 * 256)
+    report = scan(network, clean(), depth="fast", progress=False)
     assert report.evidence is None
     assert report.verdict == "inconclusive"
+    (warning,) = report.warnings
+    assert warning.startswith("only the norms were tested: no squares in the corners were tried")
+    assert "which takes 56 images (got 50 images; " in warning
+    thorough = scan(network, clean(), progress=False)
+    assert thorough.verdict == "inconclusive"
+    assert "no squares in the corners were tried" in thorough.warnings[0]
+    assert scan(network, clean(), depth="norms", progress=False).warnings == ()
 
 
 def test_models_that_cannot_take_squares_are_judged_by_the_rest(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def failing(*_: object, **__: object) -> None:
         raise InputError("scan: model: too bright")
 
     monkeypatch.setattr(second_look, "corner_patches", failing)
-    with caplog.at_level(logging.WARNING, "tacext"):
-        report = scan(patched(), clean(), progress=False)
+    report = scan(patched(), clean(), progress=False)
     assert report.evidence is not None
     assert "corner" not in report.evidence.joint.kinds
-    assert "no squares in the corners were tried (scan: model: too bright)" in caplog.text
+    told = "no squares in the corners were tried (scan: model: too bright)"
+    assert report.warnings == (told,)
+    assert (report.verdict, report.suspects[0]) == ("backdoored", TARGET)
+    # A model that does not let itself be looked at is not clean, whatever else says so.
+    assert scan(Halved(digit_case().clean), clean(), progress=False).verdict == "inconclusive"
     fast = scan(Halved(digit_case().clean), clean(), depth="fast", progress=False)
     assert fast.evidence is None
-    told = "only the norms were tested: no changed inputs were tried, as that was not possible (scan: model: too bright)"
-    assert fast.warnings == (told,)
+    assert fast.warnings == (f"only the norms were tested: {told}",)
     assert fast.verdict == "inconclusive"
 
 

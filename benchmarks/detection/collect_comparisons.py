@@ -126,6 +126,7 @@ def compare(
         "classes": head.num_classes,
         "thorough": _by_tacext(subject, "thorough"),
         "fast": _by_tacext(subject, "fast"),
+        "norms": _by_tacext(subject, "norms"),
     }
     if "MM-BD" in beside:
         found["MM-BD"] = _told(mm_bd(model, tuple(inputs.shape[1:]), head.num_classes))

@@ -21,7 +21,8 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-DETECTORS = ("thorough", "fast", *COMPARATORS)
+OWN = ("thorough", "fast", "norms")
+DETECTORS = (*OWN, *COMPARATORS)
 ALPHA = 0.01
 
 
@@ -47,7 +48,9 @@ def overview(models: dict[str, dict[str, Any]], comparator: str) -> Table:
     headings = ("models", "backdoored, flagged", "target named", "clean, flagged", "time")
     table = Table("detector", *headings, box=MARKDOWN)
     run = [m for m in models.values() if comparator in m]
-    for detector in ("thorough", "fast", comparator):
+    for detector in (*OWN, comparator):
+        if not all(detector in m for m in run):  # older files lack some
+            continue
         bad, clean = [m for m in run if m["targets"]], [m for m in run if not m["targets"]]
         named = sum(m[detector]["flagged"] and m[detector]["first"] in m["targets"] for m in bad)
         table.add_row(

@@ -43,6 +43,8 @@ DRAWS = 64
 TRIED_ON = 8
 HELD_OUT = 40
 FEWEST_IMAGES = FIT_IMAGES + HELD_OUT
+# Of fewer images of other classes, where nearly all are of one, a gain tells nothing of that class.
+FEWEST_OF_OTHERS = 20
 
 # In units of the model's scale: images that are driven this far already tell nothing more.
 _CAP = 2.0
@@ -56,9 +58,9 @@ class CornerPatches:
         classes: those that were to be reached, J of them.
         sides: of the squares, in pixels, S of them.
         gain: float64 [S, J], how much the square lifts the class's margin, as a mean over images of
-            other classes and in units of `scale`.
+            other classes and in units of `scale`; NaN where these are too few to tell.
         rate: float64 [S, J], share of these images that are predicted as the class, of those that
-            were not before.
+            were not before; NaN likewise.
         images: how many there were to measure on.
         scale: the usual margin of the model on clean images that it gets right.
         corner: int64 [S, J, 2], row and column of the squares' first pixels.
@@ -145,8 +147,8 @@ class _Search:
     def effects(self, squares: _Squares, generator: torch.Generator) -> Iterator[Tensor]:
         """What every cell adds to the margin of every class, up to a factor, on one image after another.
 
-        Draws have a mean of zero and do not depend on one another, so that least squares come to the
-        sum of margins times signs. An image says nothing of its own class.
+        Draws are opposites in pairs and do not depend on one another, so that least squares come to
+        the sum of margins times signs, whatever the margins' mean. An image says nothing of its own class.
 
         Yields:
             float64 [J, 4, channels, cells, cells] for each image.
@@ -157,7 +159,6 @@ class _Search:
             for corner in range(4):
                 squares.paint(images, corner, squares.pattern(corner, signs[:, corner]))
             margin = self._margins(images)
-            margin -= margin.mean(0)
             margin[:, self.classes == label] = 0
             found = margin.T @ signs.flatten(1).double()
             yield found.unflatten(1, signs.shape[1:])
@@ -180,6 +181,9 @@ class _Search:
     ) -> tuple[Tensor, Tensor]:
         """The gain of a class, in units of its margin, and the share that is moved there."""
         images, labels = self.held_out
+        if int((labels != self.classes[j]).sum()) < FEWEST_OF_OTHERS:
+            unknown = torch.tensor(torch.nan, dtype=torch.float64)
+            return unknown, unknown
         images = images.clone()
         squares.paint(images, corner, pattern)
         return lift(self.before, self._logits(images), labels, int(self.classes[j]))

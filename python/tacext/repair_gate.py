@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .corner_patches import CornerPatches
 from .data import DataLike
 from .errors import InputError
 from .input_adversary import FEWEST_LED, Effects, InputAdversary
@@ -33,6 +34,8 @@ _DOUBT = 0.3
 # model.
 _MOST_LEFT = 0.5
 _ALWAYS_MOVED = 0.1
+# The same of the 40 images that squares in corners are measured on: two standard errors more.
+_MOVED_FROM_CORNERS = 0.2
 
 
 @dataclass(frozen=True)
@@ -134,9 +137,11 @@ def check_repair(
                 return no(
                     f"the {kind} that led {a:.0%} of the samples into class {target} still leads {b:.0%}"
                 )
-    still = _still_led_by_source(
-        repaired, held_out, before, adversary.targets, batch_size
-    ) or _still_led_by_wave(repaired, held_out, before, adversary, batch_size)
+    still = (
+        _still_led_by_source(repaired, held_out, before, adversary.targets, batch_size)
+        or _still_led_by_wave(repaired, held_out, before, adversary, batch_size)
+        or _still_led_from_corner(repaired, held_out, before, adversary.targets, batch_size)
+    )
     if still is not None:
         return no(still)
     try:
@@ -222,6 +227,49 @@ def _still_led_by_wave(
     return f"the wave that led {rate:.0%} of the samples into class {k} still leads {share:.0%}"
 
 
+def _still_led_from_corner(
+    repaired: nn.Module,
+    held_out: tuple[Tensor, Tensor],
+    before: ScanReport,
+    targets: tuple[int, ...],
+    batch_size: int,
+) -> str | None:
+    """What is wrong where a square that told of a backdoor still leads into its target."""
+    look = None if before.evidence is None else before.evidence.look
+    found = None if look is None else look.corners
+    if found is None:
+        return None
+    for target in targets:
+        p_value = _corner_p_value(found, target)
+        if p_value is None or p_value >= _DOUBT:
+            continue
+        j = found.classes.index(target)
+        images = held_out[0][held_out[1] != target]
+        for size, side in enumerate(found.sides):
+            rate, (row, column) = float(found.rate[size, j]), found.corner[size, j].tolist()
+            led = images.clone()
+            led[..., row : row + side, column : column + side] = found.pattern[size][j].to(led)
+            reached = torch.full((len(led),), target)
+            share = count_right(repaired, led, reached, batch_size) / max(1, len(led))
+            if share > max(_ALWAYS_MOVED, _MOST_LEFT * rate):
+                return (
+                    f"the square in a corner that led {rate:.0%} of the samples into class {target} "
+                    f"still leads {share:.0%}"
+                )
+    return None
+
+
+def _corner_p_value(found: CornerPatches, target: int) -> float | None:
+    """Of the squares of a class among those of all, corrected for the choice; None where it is unknown."""
+    if target not in found.classes:
+        return None
+    p_values = moderated_p_values(
+        corner_evidence(found.gain.numpy()), shipped_calibration().kinds["corner"]
+    )
+    p_value = float(p_values[found.classes.index(target)])
+    return None if np.isnan(p_value) else min(1.0, len(p_values) * p_value)
+
+
 def judge_scan(
     report: ScanReport, targets: tuple[int, ...], seen: tuple[int, ...], *, limited: bool = False
 ) -> tuple[bool, str]:
@@ -258,8 +306,8 @@ def judge_scan(
 def _led_anew(look: SecondLook, targets: tuple[int, ...], limited: tuple[int, ...]) -> str | None:
     """What is wrong with the samples that new changes and patches lead into the targets.
 
-    A patch may lead no more there than into the easiest other class, a change past a limit no more
-    than into the usual one, at any budget, or a tenth.
+    A patch or a square in a corner may lead no more there than into the easiest other class, a change
+    past a limit no more than into the usual one, at any budget, or a tenth.
 
     Args:
         look: of the repaired model.
@@ -276,6 +324,12 @@ def _led_anew(look: SecondLook, targets: tuple[int, ...], limited: tuple[int, ..
             ]
             if rate > max(_ALWAYS_MOVED, max(rest, default=0.0)):
                 return f"a patch found anew leads {rate:.0%} of the samples into class {target}"
+        if look.corners is not None and target in look.corners.classes:
+            rates = look.corners.rate.nan_to_num(0.0).amax(0).tolist()
+            rest = [r for k, r in zip(look.corners.classes, rates, strict=True) if k not in targets]
+            rate = rates[look.corners.classes.index(target)]
+            if rate > max(_MOVED_FROM_CORNERS, max(rest, default=0.0)):
+                return f"a square in a corner found anew leads {rate:.0%} of the samples into class {target}"
     for target in limited:
         if target not in look.classes:
             return f"class {target} was not looked at again"
@@ -332,11 +386,9 @@ def _stood_out(
     gain, classes = adversary.found.gain, adversary.found.classes
     look = None if before.evidence is None else before.evidence.look
     in_corners: list[float] = []
-    if look is not None and look.corners is not None and target in look.classes:
-        own = moderated_p_values(
-            corner_evidence(look.corners.gain.numpy()), calibration.kinds["corner"]
-        )
-        in_corners = [len(own) * float(np.nan_to_num(own[look.classes.index(target)], nan=1.0))]
+    if look is not None and look.corners is not None:
+        p_value = _corner_p_value(look.corners, target)
+        in_corners = [] if p_value is None else [p_value]
     if look is not None and look.reach is not None and target in look.classes:
         gain, classes = look.reach.gain, look.classes
         if look.patch is not None and target in look.patch.classes:

@@ -171,7 +171,8 @@ def repair(
     if report is not None and report.head.startswith(_COMPILED):
         report = replace(report, head=report.head.removeprefix(_COMPILED))
     if report is None:
-        # The targets decide how much there is to find out.
+        # Targets that are given need not be found, but the gate wants to know what leads into them, and
+        # the repair of a wave: both are seen without gradients.
         depth: Depth = "thorough" if targets is None else "fast"
         report = scan(
             model,

@@ -133,7 +133,7 @@ def _squares(classes: Sequence[int], rate: Tensor, gain: Tensor, corner: Tensor)
     """One row a class: what its square does, and where it lies."""
     rows = zip(classes, rate.tolist(), gain.tolist(), corner.tolist(), strict=True)
     return [
-        {"class": k, "rate": moved, "gain": lifted, "row": row, "column": column}
+        {"class": k, "rate": _finite(moved), "gain": _finite(lifted), "row": row, "column": column}
         for k, moved, lifted, (row, column) in rows
     ]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .corner_patches import FEWEST_IMAGES
 from .patch_reach import has_room
 
 # Samples that are kept, and the memory that they may take.
@@ -125,12 +124,11 @@ class LookKeeper:
     """What a scan keeps: a choice of all samples, and one of every class's.
 
     Attributes:
-        all, by_class: of these. Without gradients the former are few, the first of those that there are
-            with them, and there are none of the latter.
+        all, by_class: of these; where gradients are not asked there are none of the latter.
     """
 
     def __init__(self, seed: int = 0, *, gradients: bool = True) -> None:
-        self.all = SampleKeeper(seed, None if gradients else FEWEST_IMAGES)
+        self.all = SampleKeeper(seed)
         self.by_class = ClassKeeper(seed) if gradients else None
 
     def add(self, inputs: Tensor, labels: Tensor) -> None:

@@ -220,9 +220,7 @@ def _look_again(
 ) -> tuple[SecondLook | None, list[str]]:
     """The second look, as far as there is one, and a warning of why there is no more."""
     if not keeper.all.one_shape:
-        # Where gradients were not asked for, nobody expects more of such inputs.
-        told = ["the inputs differ in shape, so that only the norms were tested"]
-        return None, told if keeper.by_class is not None else []
+        return None, ["the inputs differ in shape, so that only the norms were tested"]
     samples, classes = keeper.all.samples(), classes_to_look_at(norm)
     more: dict[str, Any] = {
         "batch_size": min(batch_size, _LOOK_BATCH_SIZE),
@@ -232,29 +230,23 @@ def _look_again(
     notes: list[str] = []
     look = None
     if keeper.by_class is not None:
+        by_class = keeper.by_class.samples()
         try:
-            look = look_again(
-                model, observation.head, samples, classes, keeper.by_class.samples(), **more
-            )
+            look = look_again(model, observation.head, samples, classes, by_class, **more)
+            notes += look.notes
         except InputError as error:
-            notes = [f"gradients were not asked, as that was not possible ({error})"]
+            notes.append(f"gradients were not asked, as that was not possible ({error})")
     if look is None:
-        try:
-            look = look_without_gradients(model, observation.head, samples, classes, **more)
-        except InputError as error:
-            notes = [*notes, f"no changed inputs were tried, as that was not possible ({error})"]
+        look, untried = look_without_gradients(model, observation.head, samples, classes, **more)
+        notes += untried
     if look is None and notes:
         notes = [f"only the norms were tested: {'; '.join(notes)}"]
-    if (
-        look is not None
-        and look.reach is not None
-        and float(look.reach.gain[-1].median()) < ENOUGH_GAIN
-    ):
-        unmoved = (
+    reached = None if look is None else look.reach
+    if reached is not None and float(reached.gain[-1].median()) < ENOUGH_GAIN:
+        notes.append(
             "no change of the inputs moves the model much, by its gradients at least; what hides them "
             "would hide a backdoor from the second look, too"
         )
-        return look, [unmoved]
     return look, notes
 
 

@@ -8,7 +8,6 @@ compare them with.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from .corner_patches import CornerPatches, corner_patches
+from .corner_patches import FEWEST_IMAGES, CornerPatches, corner_patches
 from .differentiable import DifferentiableModel, InputBox
 from .errors import InputError, counted
 from .heads import Head
@@ -28,8 +27,6 @@ from .sample_keeper import MOST_BYTES
 from .shuffle import FEWEST_IMAGES_A_CLASS, Shuffle, shuffle
 from .source_patch import SourcePatch, source_patch
 from .waves import Waves, has_waves, waves
-
-logger = logging.getLogger(__name__)
 
 _FloatArray = npt.NDArray[np.float64]
 
@@ -68,6 +65,7 @@ class SecondLook:
         waves: what faint waves do; None without room for them, of few samples and of many classes.
         corners: random squares in the corners; None without room for them, and of few samples.
         seconds: altogether.
+        notes: what could not be tried, though there was room for it, and why.
     """
 
     classes: tuple[int, ...]
@@ -78,6 +76,7 @@ class SecondLook:
     waves: Waves | None = field(repr=False)
     corners: CornerPatches | None = field(repr=False)
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 def classes_to_look_at(norm: _FloatArray) -> tuple[int, ...]:
@@ -192,6 +191,7 @@ def look_again(
             do not fit into memory or give NaN or infinity.
     """
     begin = time.perf_counter()
+    notes: list[str] = []
     fit, held_out = split_samples(samples, operation)
     box = InputBox.around(samples[0])
     with_gradients = DifferentiableModel(model, head, operation)
@@ -222,23 +222,14 @@ def look_again(
                 progress=progress,
             )
         except InputError as error:  # what was gathered before stands
-            logger.warning("%s: no search for backdoors of single classes (%s)", operation, error)
-    cornered = None
-    try:
-        cornered = corner_patches(
-            with_gradients,
-            box,
-            samples,
-            classes,
-            batch_size=batch_size,
-            seed=seed,
-            progress=progress,
-        )
-    except InputError as error:
-        logger.warning("%s: no squares in the corners were tried (%s)", operation, error)
-    waved = _waves(with_gradients, box, samples, batch_size, progress)
+            notes.append(f"no search for backdoors of single classes ({error})")
+    waved, cornered = _forward_alone(
+        with_gradients, box, samples, classes, batch_size, seed, progress, notes
+    )
     seconds = time.perf_counter() - begin
-    return SecondLook(classes, found, patched, shuffled, led, waved, cornered, seconds)
+    return SecondLook(
+        classes, found, patched, shuffled, led, waved, cornered, seconds, tuple(notes)
+    )
 
 
 @torch.inference_mode(False)
@@ -252,47 +243,63 @@ def look_without_gradients(
     operation: str = "scan",
     seed: int = 0,
     progress: bool | None = None,
-) -> SecondLook | None:
+) -> tuple[SecondLook | None, tuple[str, ...]]:
     """Gathers the evidence that takes no more than passes forward; arguments as of `look_again`.
 
     Returns:
-        None where there is nothing to gather: inputs are no images, too small, or too few.
-
-    Raises:
-        InputError: inputs that are changed are rejected, do not fit into memory or give NaN or
-            infinity.
+        The look, and why there is none, or no more of it, though there was room for more.
     """
     begin = time.perf_counter()
-    samples = samples[0].clone(), samples[1].clone()  # of inference mode, perhaps
+    notes: list[str] = []
     if not len(samples[1]):
-        return None
+        return None, ()
     box = InputBox.around(samples[0])
     forward = DifferentiableModel(model, head, operation, gradients=False)
-    cornered = corner_patches(
-        forward, box, samples, classes, batch_size=batch_size, seed=seed, progress=progress
+    waved, cornered = _forward_alone(
+        forward, box, samples, classes, batch_size, seed, progress, notes
     )
     if cornered is None:  # norms and waves alone are nothing to join
-        return None
-    waved = _waves(forward, box, samples, batch_size, progress)
+        return None, tuple(notes)
     seconds = time.perf_counter() - begin
-    return SecondLook(classes, None, None, None, None, waved, cornered, seconds)
+    told = tuple(notes)
+    return SecondLook(classes, None, None, None, None, waved, cornered, seconds, told), told
 
 
-def _waves(
+def _forward_alone(
     model: DifferentiableModel,
     box: InputBox,
     samples: tuple[Tensor, Tensor],
+    classes: tuple[int, ...],
     batch_size: int,
+    seed: int,
     progress: bool | None,
-) -> Waves | None:
-    """What waves do, where there is room for them; a model that cannot take them is judged by the rest."""
-    if not has_waves(box.shape) or model.head.num_classes > MOST_CLASSES:
-        return None
+    notes: list[str],
+) -> tuple[Waves | None, CornerPatches | None]:
+    """Waves and squares in the corners; a note of what had room and could not be tried."""
+    # Of inference mode, perhaps; these few are all that is looked at.
+    few = samples[0][:FEWEST_IMAGES].clone(), samples[1][:FEWEST_IMAGES].clone()
+    waved = cornered = None
+    if has_waves(box.shape) and model.head.num_classes <= MOST_CLASSES:
+        try:
+            waved = waves(model, box, few, batch_size=batch_size, progress=progress)
+        except InputError as error:
+            notes.append(f"no waves were tried ({error})")
+    if not has_room(box.shape):
+        return waved, None
+    if len(few[1]) < FEWEST_IMAGES:
+        kept = counted(len(few[1]), "image")
+        notes.append(
+            f"no squares in the corners were tried, which takes {FEWEST_IMAGES} images (got {kept}; at "
+            f"most {MOST_BYTES >> 20} MiB of them are kept)"
+        )
+        return waved, None
     try:
-        return waves(model, box, samples, batch_size=batch_size, progress=progress)
+        cornered = corner_patches(
+            model, box, few, classes, batch_size=batch_size, seed=seed, progress=progress
+        )
     except InputError as error:
-        logger.warning("%s: no waves were tried (%s)", model.operation, error)
-        return None
+        notes.append(f"no squares in the corners were tried ({error})")
+    return waved, cornered
 
 
 def norm_evidence(norm: _FloatArray) -> _FloatArray:

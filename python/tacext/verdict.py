@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .detection import LARGEST_DOUBT, NormTest, Verdict
 from .joint_test import Calibration, JointTest, judge_jointly, logit_of_share
@@ -57,7 +58,7 @@ _NO_SOURCES = (
     f"of each {FEWEST_OF_A_CLASS} images that the model gets right"
 )
 _NO_WAVES = f"; no waves were tried, which takes images of {FEWEST_PIXELS_OF_WAVES} pixels and at most {MOST_CLASSES} classes"
-_NO_GRADIENTS = '; gradients were not asked, and depth="thorough" sees more'
+_NO_GRADIENTS = "; a scan that asks gradients sees more"
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,8 @@ def weigh(
         ]
         suspects = _by_p_value(named)
         k = suspects[0]
-        reason = f"class {k} stands out in {_kinds_that_tell(joint, k)}{_told_of_patch(look, k)}"
+        where = _told_of_patch(look, k) or _told_of_corner(look, k)
+        reason = f"class {k} stands out in {_kinds_that_tell(joint, k)}{where}"
         if led and of_source == min(p for p, classes in named if classes):
             reason = f"{_told_of_source(look)}: a backdoor of single classes"
         elif look.waves is not None and of_wave == p_value:
@@ -198,7 +200,8 @@ def weigh(
             reason = f"{_told_of_wave(look.waves)}, but not surely enough: {compared}"
         else:
             k = joint.most_suspicious if of_joint == p_value else _class_by_patch(look)
-            reason = f"class {k} stands out, but not enough: {compared}{_told_of_patch(look, k)}"
+            where = _told_of_patch(look, k) or _told_of_corner(look, k)
+            reason = f"class {k} stands out, but not enough: {compared}{where}"
         return Finding("inconclusive", (), p_value, reason, beside(())), evidence
     if test.verdict == "backdoored":
         reason = f"{test.reason}; what changed inputs show does not bear it out: p = {p_value:.2g}"
@@ -230,7 +233,7 @@ def _told_of_nothing(joint: JointTest, look: SecondLook, num_classes: int) -> st
         if looked_at == num_classes
         else f" ({looked_at} of {num_classes} classes were looked at)"
     )
-    unseen = "" if look.waves is not None else _NO_WAVES
+    unseen = "" if look.waves is not None or look.notes else _NO_WAVES
     if look.reach is None:
         unseen += _NO_GRADIENTS
     elif look.source is None:
@@ -328,10 +331,27 @@ def _told_of_patch(look: SecondLook, k: int) -> str:
     j = found.classes.index(k)
     if float(found.rate[j]) < _MOVES_MOST:
         return ""
-    row, column = found.corner[j].tolist()
+    return _told_of_square("patch", found.side, found.corner[j], float(found.rate[j]))
+
+
+def _told_of_corner(look: SecondLook, k: int) -> str:
+    """Of the square in a corner that moves most images into the class, where it moves most."""
+    found = look.corners
+    if found is None or k not in found.classes:
+        return ""
+    j = found.classes.index(k)
+    rates = found.rate[:, j].nan_to_num(0.0)
+    size = int(rates.argmax())
+    if float(rates[size]) < _MOVES_MOST:
+        return ""
+    return _told_of_square("square", found.sides[size], found.corner[size, j], float(rates[size]))
+
+
+def _told_of_square(what: str, side: int, corner: Tensor, rate: float) -> str:
+    row, column = corner.tolist()
     return (
-        f"; a patch of {found.side}x{found.side} pixels at row {row}, column {column} sends "
-        f"{float(found.rate[j]):.0%} of the held-out images of other classes there"
+        f"; a {what} of {side}x{side} pixels at row {row}, column {column} sends {rate:.0%} of the held-out "
+        "images of other classes there"
     )
 
 

@@ -169,8 +169,10 @@ def repair_command(
     source = given.source
     images = given.load_images()
     console = ResultConsole()
-    # With targets given, the scan has only to deliver their perturbations.
-    report = given.scan(model, images, replace(options, depth="fast") if targets else options)
+    # Targets that are given need not be found; what leads into them is seen without gradients.
+    if targets and options.depth == "thorough":
+        options = replace(options, depth="fast")
+    report = given.scan(model, images, options)
     if not targets:
         console.print(scan_table(given.named(report), images.class_names))
     result = repair(
