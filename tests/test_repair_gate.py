@@ -18,7 +18,16 @@ from tacext import FinetuneSettings, InputError, RepairResult, demo, evaluate, r
 from tacext.doubts import FEWEST_SAMPLES
 from tacext.heads import find_head
 from tacext.input_adversary import Effects, InputAdversary
-from tacext.repair_gate import _still_led_by_source, check_repair, judge_scan
+from tacext.repair_gate import (
+    _still_led_by_source,
+    _still_led_from_corner,
+    _stood_out,
+    check_repair,
+    judge_scan,
+)
+from test_corner_patches import TARGET, patched
+from test_corner_patches import clean as clean_on_corners
+from test_waves import Halved
 
 repair = functools.partial(tacext.repair, method="finetune")
 
@@ -369,3 +378,71 @@ def test_what_may_be_lost_is_a_share(drop: object) -> None:
     case = digit_case()
     with pytest.raises(InputError, match="repair: max_accuracy_drop: expected a share from 0"):
         repair(case.backdoored, case.data.defender, max_accuracy_drop=drop)  # type: ignore[arg-type]
+
+
+def cornered(target: int, rate: float, gain: float | None = None) -> tacext.ScanReport:
+    """The scan of a clean model, as if squares in the corners led so many samples into a class."""
+    report = padded_report()
+    assert report.evidence is not None
+    look = report.evidence.look
+    assert look is not None
+    assert look.corners is not None
+    moved, lifted = look.corners.rate.clone(), look.corners.gain.clone()
+    moved[-1, look.classes.index(target)] = rate
+    if gain is not None:
+        lifted[:, look.classes.index(target)] = gain
+    corners = dataclasses.replace(look.corners, rate=moved, gain=lifted)
+    evidence = dataclasses.replace(report.evidence, look=dataclasses.replace(look, corners=corners))
+    return dataclasses.replace(report, evidence=evidence)
+
+
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("seen", [(), (4,)])
+def test_a_square_found_anew_that_leads_into_a_target_is_refused(
+    limited: bool, seen: tuple[int, ...]
+) -> None:
+    assert judge_scan(cornered(4, 0.1), (4,), seen, limited=limited)[0]
+    accepted, reason = judge_scan(cornered(4, 0.97), (4,), seen, limited=limited)
+    assert not accepted
+    assert reason == "a square in a corner found anew leads 97% of the samples into class 4"
+    assert judge_scan(cornered(4, 0.97), (6,), (), limited=limited)[0]  # of another class
+
+
+def test_far_led_from_a_corner_counts_but_behind_a_limit() -> None:
+    """A limit lets inputs as far towards a class as before; what counts there is how many get in."""
+    report = cornered(4, 0.1, gain=8.0)
+    accepted, reason = judge_scan(report, (4,), (4,))
+    assert not accepted
+    assert "class 4 stands out in corner" in reason
+    assert judge_scan(report, (4,), (4,), limited=True)[0]
+
+
+def test_what_stood_out_in_corners_alone_stood_out() -> None:
+    report = padded_report()
+    images, labels = padded(digit_case().data.defender)
+    network = Cropped(digit_case().clean)
+    adversary = InputAdversary.sought(
+        network, find_head(network, images[:4]), images, labels, (4,), progress=False
+    )
+    assert not _stood_out(4, report, adversary, report)
+    assert _stood_out(4, cornered(4, 0.1, gain=8.0), adversary, report)
+    assert not _stood_out(4, cornered(5, 0.1, gain=8.0), adversary, report)
+    assert not _stood_out(4, cornered(4, 0.1, gain=math.nan), adversary, report)
+
+
+def test_the_squares_that_told_of_a_backdoor_are_tried_again() -> None:
+    samples = clean_on_corners()
+    before = scan(patched(), samples, depth="fast", progress=False)
+
+    def told(network: nn.Module, targets: tuple[int, ...], report: tacext.ScanReport) -> str | None:
+        return _still_led_from_corner(network, samples, report, targets, 64)
+
+    left = told(patched(), (1, TARGET), before)
+    assert (
+        left == "the square in a corner that led 100% of the samples into class 4 still leads 100%"
+    )
+    assert told(patched(), (1,), before) is None  # its squares told of nothing
+    clean = Halved(digit_case().clean)
+    assert told(clean, (1, TARGET), before) is None
+    assert told(patched(), (TARGET,), scan(clean, samples, depth="fast", progress=False)) is None
+    assert told(patched(), (TARGET,), scan(patched(), samples, depth="norms")) is None
