@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from calibrate import read_cases
 from collect_comparisons import COMPARATORS, COMPARISONS
-from report import cross_validated, share
+from report import cross_validated, fast, share, thorough
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
@@ -30,16 +30,19 @@ def read() -> dict[str, dict[str, Any]]:
     """What every detector said of every model, by the models' names."""
     files = [f for f in sorted(COMPARISONS.glob("*.json")) if "-adaptive_" not in f.stem]
     models = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
-    for outcome in cross_validated(read_cases(), ALPHA, "network"):
-        if outcome.case.name in models:
-            told = {"flagged": outcome.flagged, "first": outcome.first}
-            models[outcome.case.name]["thorough"].update(told)
+    cases = read_cases()
+    for detector, judge in (("thorough", thorough), ("fast", fast)):
+        for outcome in cross_validated(cases, ALPHA, "network", judge):
+            if outcome.case.name in models:  # by the evidence of today; times are as they were
+                told = {"flagged": outcome.flagged, "first": outcome.first}
+                models[outcome.case.name].setdefault(detector, {}).update(told)
     return models
 
 
 def ratios(models: Sequence[dict[str, Any]], detector: str) -> str:
     """Seconds of a detector as multiples of a thorough scan's: median, smallest, largest."""
-    found = [m[detector]["seconds"] / m["thorough"]["seconds"] for m in models]
+    timed = [m for m in models if "seconds" in m[detector]]
+    found = [m[detector]["seconds"] / m["thorough"]["seconds"] for m in timed]
     return f"{np.median(found):.2g} [{min(found):.2g}, {max(found):.2g}]" if found else "-"
 
 
@@ -49,31 +52,31 @@ def overview(models: dict[str, dict[str, Any]], comparator: str) -> Table:
     table = Table("detector", *headings, box=MARKDOWN)
     run = [m for m in models.values() if comparator in m]
     for detector in (*OWN, comparator):
-        if not all(detector in m for m in run):  # older files lack some
-            continue
-        bad, clean = [m for m in run if m["targets"]], [m for m in run if not m["targets"]]
+        seen = [m for m in run if detector in m]  # files of before lack some
+        bad, clean = [m for m in seen if m["targets"]], [m for m in seen if not m["targets"]]
         named = sum(m[detector]["flagged"] and m[detector]["first"] in m["targets"] for m in bad)
         table.add_row(
             detector,
-            str(len(run)),
+            str(len(seen)),
             share(sum(m[detector]["flagged"] for m in bad), len(bad)),
             share(named, len(bad)),
             share(sum(m[detector]["flagged"] for m in clean), len(clean)),
-            ratios(run, detector),
+            ratios(seen, detector),
         )
     return table
+
+
+def _cell(told: dict[str, Any]) -> str:
+    """The class that is flagged, and the seconds where they are known."""
+    first = str(told["first"]) if told["flagged"] else "-"
+    return f"{first}, {told['seconds']:.0f} s" if "seconds" in told else first
 
 
 def by_model(models: dict[str, dict[str, Any]]) -> Table:
     """A row a model: the class that each detector flags, and its seconds."""
     table = Table("model", "target", *DETECTORS, box=MARKDOWN)
     for name, found in models.items():
-        cells = [
-            f"{found[d]['first'] if found[d]['flagged'] else '-'}, {found[d]['seconds']:.0f} s"
-            if d in found
-            else ""
-            for d in DETECTORS
-        ]
+        cells = [_cell(found[d]) if d in found else "" for d in DETECTORS]
         table.add_row(name, " ".join(map(str, found["targets"])) or "none", *cells)
     return table
 
