@@ -65,7 +65,13 @@ def test_the_same_seed_gives_the_same_report() -> None:
     ("how", "message"),
     [
         ({}, "input_shape: expected the shape of one input where there is no data"),
-        ({"input_shape": (1, 8, 8), "depth": "fast"}, "data: expected clean samples for depth"),
+        *(
+            (
+                {"input_shape": (1, 8, 8), "depth": depth},
+                'data: expected clean samples for a quantile or any depth but "thorough"',
+            )
+            for depth in ("norms", "fast")
+        ),
         ({"input_shape": (1, 8, 8), "quantile": 0.9}, "data: expected clean samples"),
         ({"input_shape": 8}, r"input_shape: expected the shape of one input, such as"),
         ({"input_shape": (1, 0, 8)}, r"input_shape: expected the shape of one input, such as"),

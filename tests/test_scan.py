@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from digits import all_to_all, digit_case, scan_of
+from digits import Cropped, all_to_all, digit_case, padded, scan_of
 from tacext import (
     ImageSet,
     InputError,
@@ -31,6 +31,7 @@ from tacext import (
 from tacext.errors import NoGradientError
 from tacext.plots import plot_norms
 from tacext.report import scan_to_dict, write_json
+from tacext.scan_report import Depth
 from tacext.tables import scan_table
 
 
@@ -343,7 +344,7 @@ def test_bad_data_is_refused_with_the_way_out(case: str) -> None:
         ({"alpha": 0.0}, "alpha: expected a rate between 0 and 1"),
         ({"alpha": 1.0}, "alpha"),
         ({"metric": "cosine"}, "metric: expected 'standardized' or 'l2'"),
-        ({"depth": "deep"}, "depth: expected 'fast' or 'thorough', got 'deep'"),
+        ({"depth": "deep"}, "depth: expected 'norms' or 'fast' or 'thorough', got 'deep'"),
         ({"head": "nowhere"}, "head: expected the name"),
         ({"batch_size": 0}, "batch_size"),
     ],
@@ -382,17 +383,28 @@ def test_margins_of_the_report_are_those_of_the_operator() -> None:
 # ---- depth ---------------------------------------------------------------------------------------
 
 
-def test_a_fast_scan_has_the_norms_and_nothing_else() -> None:
+@pytest.mark.parametrize("depth", ["norms", "fast"])  # the latter on images with no room for more
+def test_the_norms_may_be_all_that_is_judged(depth: Depth) -> None:
     case = digit_case()
-    fast = scan(case.backdoored, case.data.defender, depth="fast")
+    norms = scan(case.backdoored, case.data.defender, depth=depth)
     thorough = scan_of("backdoored")
-    assert fast.evidence is None
-    assert fast.timings.look < 0.01 < thorough.timings.look
-    assert (fast.p_value, fast.reason) == (fast.test.p_value, fast.test.reason)
-    assert torch.equal(fast.norm, thorough.norm)
+    assert norms.evidence is None
+    assert norms.warnings == ()
+    assert norms.timings.look < 0.01 < thorough.timings.look
+    assert (norms.p_value, norms.reason) == (norms.test.p_value, norms.test.reason)
+    assert torch.equal(norms.norm, thorough.norm)
     assert thorough.evidence is not None
     assert thorough.evidence.joint.kinds == ("norm", "reach")
-    assert (fast.depth, thorough.depth) == ("fast", "thorough")
+    assert (norms.depth, thorough.depth) == (depth, "thorough")
+
+
+def test_norms_are_all_that_is_judged_of_images_with_room_for_more_if_asked_for() -> None:
+    case = digit_case()
+    images, labels = padded(case.data.defender)
+    norms = scan(Cropped(case.backdoored), (images, labels), depth="norms")
+    assert norms.evidence is None
+    assert norms.warnings == ()
+    assert scan(Cropped(case.backdoored), (images, labels), depth="fast").evidence is not None
 
 
 def test_the_same_seed_gives_the_same_report() -> None:
