@@ -116,7 +116,7 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|---|---|---|")
     else:
         print(
-            "| model | target | first | norm | reach | corner | share | patch | moved | shuffle | p | verdict | forward | look |"
+            "| model | target | first | norm | reach | share | patch | corner | moved | shuffle | p | verdict | forward | look |"
         )
         print("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     row = {"norms": scan_row, "fast": fast_row, "thorough": thorough_row}[options.depth]
