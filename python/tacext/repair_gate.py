@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -190,13 +191,10 @@ def _still_led_by_source(
     found = None if look is None else look.source
     if found is None or found.target not in targets or found.share <= _ALWAYS_MOVED:
         return None
-    own = held_out[0][held_out[1] == found.source].clone()
+    own = held_out[0][held_out[1] == found.source]
     if not len(own):
         return None
-    (row, column), side = found.corner, found.side
-    own[..., row : row + side, column : column + side] = found.pattern.to(own)
-    reached = torch.full((len(own),), found.target)
-    share = count_right(repaired, own, reached, batch_size) / len(own)
+    share = _share_led(repaired, own, found.corner, found.pattern, found.target, batch_size)
     if share <= max(_ALWAYS_MOVED, _MOST_LEFT * found.share):
         return None
     return (
@@ -227,6 +225,22 @@ def _still_led_by_wave(
     return f"the wave that led {rate:.0%} of the samples into class {k} still leads {share:.0%}"
 
 
+def _share_led(
+    repaired: nn.Module,
+    images: Tensor,
+    place: Sequence[int],
+    pattern: Tensor,
+    target: int,
+    batch_size: int,
+) -> float:
+    """The share of images [N, ...] that a square at this place sends into the target; 0 of none."""
+    (row, column), side = place, pattern.shape[-1]
+    led = images.clone()
+    led[..., row : row + side, column : column + side] = pattern.to(led)
+    reached = torch.full((len(led),), target)
+    return count_right(repaired, led, reached, batch_size) / max(1, len(led))
+
+
 def _still_led_from_corner(
     repaired: nn.Module,
     held_out: tuple[Tensor, Tensor],
@@ -245,12 +259,10 @@ def _still_led_from_corner(
             continue
         j = found.classes.index(target)
         images = held_out[0][held_out[1] != target]
-        for size, side in enumerate(found.sides):
-            rate, (row, column) = float(found.rate[size, j]), found.corner[size, j].tolist()
-            led = images.clone()
-            led[..., row : row + side, column : column + side] = found.pattern[size][j].to(led)
-            reached = torch.full((len(led),), target)
-            share = count_right(repaired, led, reached, batch_size) / max(1, len(led))
+        for size in range(len(found.sides)):
+            rate, place = float(found.rate[size, j]), found.corner[size, j].tolist()
+            pattern = found.pattern[size][j]
+            share = _share_led(repaired, images, place, pattern, target, batch_size)
             if share > max(_ALWAYS_MOVED, _MOST_LEFT * rate):
                 return (
                     f"the square in a corner that led {rate:.0%} of the samples into class {target} "
