@@ -325,6 +325,16 @@ def test_few_images_and_what_is_no_image_are_not_looked_at() -> None:
         assert corner_patches(model, InputBox.unit(shape), clean(), (0, 1), progress=False) is None
 
 
+def test_of_few_samples_nothing_else_is_told() -> None:
+    images, labels = clean()
+    for depth in ("fast", "thorough"):
+        report = scan(patched(), (images[:50], labels[:50]), depth=depth, progress=False)  # type: ignore[arg-type]
+        assert report.verdict == "inconclusive"
+        assert report.warnings == ("50 samples are too few for a verdict; use 200 or more",)
+        assert report.samples_advised == 2500
+        assert "12 pixels" not in report.reason
+
+
 def test_images_too_large_to_keep_enough_of_leave_no_model_clean(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

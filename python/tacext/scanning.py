@@ -15,6 +15,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from . import ops
+from .corner_patches import FEWEST_IMAGES
 from .data import DataLike, check_positive, check_seed
 from .data_free import scan_without_data
 from .detection import NormTest, judge_norms
@@ -25,6 +26,7 @@ from .joint_test import shipped_calibration
 from .latent_patch import limited_classes
 from .observation import Metric, Observation, observe, solve
 from .ops import MinimalPerturbation, SolverSettings, Status
+from .patch_reach import FEWEST_PIXELS, has_room
 from .reach import ENOUGH_GAIN
 from .sample_keeper import LookKeeper
 from .scan_report import Depth, ScanReport, ScanTimings
@@ -32,6 +34,10 @@ from .second_look import SecondLook, classes_to_look_at, look_again, look_withou
 from .verdict import Evidence, Finding, finding_of_norms, weigh
 
 logger = logging.getLogger(__name__)
+
+_NO_ROOM = (
+    f"; only the norms were tested, as squares in corners take images of {FEWEST_PIXELS} pixels"
+)
 
 # Gradients take several times the memory of a forward pass.
 _LOOK_BATCH_SIZE = 128
@@ -175,6 +181,8 @@ def scan(
         looked = time.perf_counter()
         if look is not None:
             finding, evidence = weigh(test, look, alpha, shipped_calibration())
+        elif depth == "fast" and not has_room(keeper.all.samples()[0].shape[1:]):
+            finding = replace(finding, reason=finding.reason + _NO_ROOM)
     report = _report(
         observation,
         perturbations,
@@ -228,17 +236,18 @@ def _look_again(
         "progress": progress,
     }
     notes: list[str] = []
+    enough = observation.samples >= FEWEST_IMAGES  # of fewer it is told that they are too few
     look = None
     if keeper.by_class is not None:
         by_class = keeper.by_class.samples()
         try:
             look = look_again(model, observation.head, samples, classes, by_class, **more)
-            notes += look.notes
+            notes += look.notes if enough else ()
         except InputError as error:
             notes.append(f"gradients were not asked, as that was not possible ({error})")
     if look is None:
         look, untried = look_without_gradients(model, observation.head, samples, classes, **more)
-        notes += untried
+        notes += untried if enough else ()
     if look is None and notes:
         notes = [f"only the norms were tested: {'; '.join(notes)}"]
     reached = None if look is None else look.reach

@@ -16,6 +16,7 @@ from torch import Tensor
 from .detection import LARGEST_DOUBT, NormTest, Verdict
 from .joint_test import Calibration, JointTest, judge_jointly, logit_of_share
 from .max_margin import MaxMargin
+from .patch_reach import FEWEST_PIXELS
 from .second_look import FEWEST_IMAGES_OF_SHARES, MOST_CLASSES, SecondLook, evidence_of
 from .source_patch import FEWEST_OF_A_CLASS
 from .waves import FEWEST_PIXELS as FEWEST_PIXELS_OF_WAVES
@@ -58,6 +59,9 @@ _NO_SOURCES = (
     f"of each {FEWEST_OF_A_CLASS} images that the model gets right"
 )
 _NO_WAVES = f"; no waves were tried, which takes images of {FEWEST_PIXELS_OF_WAVES} pixels and at most {MOST_CLASSES} classes"
+_NO_PATCHES = (
+    f"; no patches or squares in corners were tried, which takes images of {FEWEST_PIXELS} pixels"
+)
 _NO_GRADIENTS = "; a scan that asks gradients sees more"
 
 
@@ -236,6 +240,8 @@ def _told_of_nothing(joint: JointTest, look: SecondLook, num_classes: int) -> st
     unseen = "" if look.waves is not None or look.notes else _NO_WAVES
     if look.reach is None:
         unseen += _NO_GRADIENTS
+    elif look.patch is None:
+        unseen += _NO_PATCHES
     elif look.source is None:
         unseen += _NO_SOURCES
     return _listed(seen, "and") + part + unseen
