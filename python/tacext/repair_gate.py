@@ -319,7 +319,7 @@ def _led_anew(look: SecondLook, targets: tuple[int, ...], limited: tuple[int, ..
     """What is wrong with the samples that new changes and patches lead into the targets.
 
     A patch or a square in a corner may lead no more there than into the easiest other class, a change
-    past a limit no more than into the usual one, at any budget, or a tenth.
+    past a limit no more than into the usual one, at any budget; or a tenth, of squares a fifth.
 
     Args:
         look: of the repaired model.
