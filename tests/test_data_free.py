@@ -150,6 +150,11 @@ def test_the_command_line_scans_without_images(
         "scan", weights, "--arch", ARCH, "--input-shape", "1x8x8", "--plot", tmp_path / "n.png"
     )
     assert plotted == ExitCode.USAGE
+    capsys.readouterr()
+    for more in (("--depth", "fast"), ("--depth", "norms"), ("--quantile", "0.9")):
+        given = "scan", weights, "--arch", ARCH, "--input-shape", "1x8x8"
+        assert run(*given, *more) == ExitCode.USAGE
+        assert "--depth and --quantile judge real images" in capsys.readouterr().err
     for more in (("--split", "test"), ("--samples", "5"), ("--size", "8")):
         given = "scan", weights, "--arch", ARCH, "--input-shape", "1x8x8"
         assert run(*given, *more) == ExitCode.USAGE

@@ -105,8 +105,10 @@ def test_touched_latents_go_where_the_exits_say(positions: tuple[int, int] | Non
     features = torch.randn(2, 20, 5, generator=generator)
     for number, seen in enumerate(features):
         LayerHook(exits.notes, number)(head, (), seen)
-    moved = exits(before, after, head).detach()
-    assert exits(before, after, head) is after  # no note of a second pass: nothing is said
+    said = exits.scores(20)
+    assert said is not None
+    assert exits.scores(20) is None  # no note of a second pass: nothing is said
+    moved = exits(said, before, after, head).detach()
     assert torch.equal(moved[1::2], before[1::2])
 
     def logits(latent: Tensor) -> Tensor:
@@ -135,6 +137,76 @@ def test_touched_latents_go_where_the_exits_say(positions: tuple[int, int] | Non
         others = [k for k in range(4) if k != told]
         assert float(now[told] - now[others].max()) >= float(was[others].max() - was[told]) - 1e-9
     assert raised > 2
+
+
+def test_a_class_that_the_exits_hardly_see_is_doubted() -> None:
+    known, least = torch.tensor([True, True, False, True]), torch.tensor([-1.0, 0.5, -9.0, -6e4])
+    raising = torch.zeros(4, 8)
+    exits = EarlyExits({}, known, torch.tensor(1.0), raising, least)
+    scores = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    doubted = exits.doubts(scores)
+    assert doubted is not None
+    for row, said in zip(scores.tolist(), doubted.tolist(), strict=True):
+        for k in (0, 1, 3):
+            others = [row[j] for j in (0, 1, 3) if j != k]
+            assert said[k] == (row[k] - max(others) < float(least[k]))
+    assert 5 < int(doubted[:, 0].sum()) < 45
+    assert not bool(doubted[:, 3].any())
+    assert EarlyExits({}, known, torch.tensor(1.0), raising).doubts(scores) is None
+
+
+class Swapped(nn.Module):
+    """A backdoor that only inner layers show: behind its trigger latents are clean ones of the target."""
+
+    latents: Tensor
+    trigger = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        with torch.no_grad():
+            self.layer.weight.copy_(torch.eye(8))
+        self.register_buffer("latents", torch.zeros(0, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        latent = (0.5 * self.layer(x)).tanh()
+        if not len(self.latents):
+            return latent
+        other = self.latents[torch.arange(len(x)) % len(self.latents)]
+        return torch.where(x[:, 7:] == self.trigger, other, latent)
+
+
+def test_they_keep_out_what_no_latent_shows() -> None:
+    torch.manual_seed(0)
+    inputs, labels = (torch.cat(parts) for parts in zip(*map(blobs, range(10)), strict=True))
+    swapped, target = Swapped(), 2
+    with torch.enable_grad():
+        model = trained(swapped, inputs, labels)
+    with torch.no_grad():
+        latent = swapped(inputs)
+        right = (model[1](latent).argmax(1) == labels) & (labels == target)  # type: ignore[index,operator]
+        swapped.latents = latent[right]
+
+    def triggered(x: Tensor) -> Tensor:
+        return torch.cat([x[:, :7], torch.full_like(x[:, 7:], swapped.trigger)], 1)
+
+    found = {}
+    new = tuple(torch.cat(parts) for parts in zip(*map(blobs, range(20, 30)), strict=True))
+    assert evaluate(model, new, triggered, target).asr == 1
+    for early_exits in (True, False):
+        result = repair(
+            model,
+            (inputs, labels),
+            targets=[target],
+            method="patch",
+            settings=PatchSettings(early_exits=early_exits, untouched=0.9),
+            max_accuracy_drop=None,
+        )
+        found[early_exits] = evaluate(result.model, new, triggered, target)
+    assert found[False].asr > 0.9
+    assert found[True].asr < 0.4
+    assert found[True].ra > 0.5
+    assert found[True].acc > found[False].acc - 0.01
 
 
 def test_they_bring_the_classes_back() -> None:
@@ -262,15 +334,19 @@ def test_they_are_saved_and_loaded(tmp_path: Path) -> None:
         assert torch.equal(loaded(images), model(images))
     assert hooks_of(loaded) == hooks_of(model)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    raising, known, votes = (
+    raising, known, votes, least = (
         next(n for n in state if n.endswith(f"exits.{part}"))
-        for part in ("raising", "known", "votes")
+        for part in ("raising", "known", "votes", "least")
     )
     weight = next(n for n in state if ".exits.layers.0:" in n and n.endswith(".weight"))
     bias = weight.removesuffix("weight") + "bias"
     without = {n: v for n, v in state.items() if ".exits." not in n}
     save_weights(without, file)  # as from before there were any
     assert patched_head(load_model(file, built)).exits is None
+    save_weights(
+        {n: v for n, v in state.items() if n != least}, file
+    )  # and from before they doubted
+    assert exits_of(load_model(file, built)).least is None
 
     def renamed(new: str) -> dict[str, Tensor]:
         layer = weight.removesuffix(".weight").rpartition(".")[2]
@@ -285,6 +361,8 @@ def test_they_are_saved_and_loaded(tmp_path: Path) -> None:
         without | {n: state[n] for n in (raising, known, votes)},
         state | {votes: state[votes][None].clone()},
         state | {votes: state[votes].to(torch.int64)},
+        state | {least: state[least][:5].clone()},
+        state | {least: state[least].to(torch.int64)},
         state | {raising: state[raising][:, :5].clone()},
         state | {raising: state[raising].to(torch.int64)},
         state | {known: state[known].to(torch.uint8)},

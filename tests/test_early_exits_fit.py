@@ -13,9 +13,9 @@ from torch.nn import functional
 from blobs import blobs, trained
 from digits import digit_case
 from tacext.differentiable import InputBox
-from tacext.early_exits import EarlyExit
 from tacext.early_exits_fit import (
     MOST_EXITS,
+    _ClassStatistics,
     _spoilers,
     _votes,
     fit_early_exits,
@@ -180,18 +180,60 @@ def test_a_head_that_is_right_more_often_has_more_votes_or_all(
     missed: int, votes: float | None
 ) -> None:
     labels = torch.zeros(100, dtype=torch.int64)
-    features = torch.tensor([[1.0, 0.0]]).repeat(100, 1)
-    features[: 5 + missed] = torch.tensor([0.0, 1.0])
-    exit_ = EarlyExit(torch.eye(2), torch.zeros(2))
-    rows = iter(features.split(30))
+    scores = torch.tensor([[1.0, 0.0]]).repeat(100, 1)
+    scores[: 5 + missed] = torch.tensor([0.0, 1.0])
+    answers = torch.zeros(100, dtype=torch.int64)
+    answers[:5] = 1  # mistakes of the model
+    assert _votes(scores, answers, labels) == votes
 
-    def see(x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        answers = torch.zeros(len(x), dtype=torch.int64)
-        answers[: 5 if float(x[0]) == 0 else 0] = 1  # five mistakes of the model in the first batch
-        return answers, {"layer": next(rows)}
 
-    batches = torch.arange(100.0).split(30)
-    assert _votes(see, {"layer": exit_}, batches, labels) == votes
+@pytest.mark.parametrize("classes", [(1, 3), (2,)])
+def test_new_clean_inputs_are_doubted_as_often_as_asked_for(classes: tuple[int, ...]) -> None:
+    torch.manual_seed(6)
+    inputs, labels = (torch.cat(parts) for parts in zip(*map(blobs, range(8)), strict=True))
+    with torch.enable_grad():
+        model = trained(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), inputs, labels)
+    head = find_head(model, inputs[:4])
+    touched = dict.fromkeys(classes, 0.1)
+    exits = fit_early_exits(
+        model, head, (inputs, labels), [], touched=touched, batch_size=64, seed=0
+    )
+    assert exits is not None
+    assert exits.least is not None
+    assert [k for k, at in enumerate(exits.least.tolist()) if at > -1e4] == sorted(classes)
+    new = torch.cat([blobs(seed)[0] for seed in range(100, 130)])
+    exits.attach(model)
+    with torch.no_grad():
+        answers = model(new).argmax(1)
+        scores = exits.scores(len(new))
+    assert scores is not None
+    doubted = exits.doubts(scores)
+    assert doubted is not None
+    for k in range(4):
+        share = float(doubted[answers == k, k].double().mean())
+        assert (0.05 < share < 0.13) if k in classes else share == 0
+
+
+def test_folds_are_judged_by_exits_of_all_others() -> None:
+    """Against statistics that never saw the fold."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randn(30, 6, generator=generator) + 5, torch.arange(30) % 3) for _ in range(4)
+    ]
+    known, alone = _ClassStatistics(3), _ClassStatistics(3)
+    for features, own in batches:
+        known.add(features, own)
+    for features, own in batches[2:]:
+        alone.add(features, own)
+    rest = known.without(batches[:2]).discriminant()
+    expected = alone.discriminant()
+    assert rest is not None
+    assert expected is not None
+    torch.testing.assert_close(rest.weight, expected.weight, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rest.bias, expected.bias, rtol=1e-4, atol=1e-4)
+    whole = known.discriminant()
+    assert whole is not None
+    assert not torch.allclose(whole.weight, rest.weight, rtol=1e-2)
 
 
 @pytest.mark.parametrize(("blurred", "used"), [(False, True), (True, False)])

@@ -13,7 +13,12 @@ from digits import head_and_latents, patched_digits
 from tacext import InputError, LatentPatch, PatchSettings, demo
 from tacext.guard_fit import perturbations_of
 from tacext.heads import Head
-from tacext.latent_patch_fit import LedLatents, fit_latent_limit, fit_latent_patch
+from tacext.latent_patch_fit import (
+    _SHARE_OF_LATENTS,
+    LedLatents,
+    fit_latent_limit,
+    fit_latent_patch,
+)
 
 
 def test_what_no_way_shows_is_told_by_where_clean_latents_lie() -> None:
@@ -50,7 +55,7 @@ def clusters(samples: int, seed: int) -> tuple[Head, Tensor]:
 @pytest.mark.parametrize(("samples", "copies"), [(2000, 1), (200, 1), (200, 4)])
 def test_new_clean_latents_pass_the_limit_as_often_as_asked_for(samples: int, copies: int) -> None:
     """Those that it was not fitted on; copies of a sample tell nothing new."""
-    settings = PatchSettings(untouched=0.8)  # half of the rest is the limit's
+    settings = PatchSettings(untouched=0.8)  # a part of the rest is the limit's
     touched = []
     for seed in range(6):
         head, latent = clusters(samples + 3000, seed)
@@ -66,8 +71,8 @@ def test_new_clean_latents_pass_the_limit_as_often_as_asked_for(samples: int, co
 
 
 def settings_share(settings: PatchSettings) -> float:
-    """What a limit may touch: half of what a patch may, of two classes of five 1.5 % of all in all."""
-    return min(1 - settings.untouched, 0.015 / 0.4) / 2
+    """What a limit may touch: a part of what a patch may, of two classes of five 1.5 % of all in all."""
+    return min(1 - settings.untouched, 0.015 / 0.4) * _SHARE_OF_LATENTS
 
 
 def test_one_latent_however_often_has_no_limit() -> None:

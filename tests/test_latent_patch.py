@@ -74,19 +74,23 @@ def random_limit(generator: torch.Generator, head: nn.Linear) -> LatentLimit:
     return LatentLimit(torch.tensor([0.4, 0.8, 1e30]), **found.scorer)
 
 
-def reference(patch: LatentPatch, head: nn.Linear, phi: Tensor) -> Tensor:
-    """One latent [D] after the other, as the class says it."""
+def reference(
+    patch: LatentPatch, head: nn.Linear, phi: Tensor, doubted: Tensor | None = None
+) -> Tensor:
+    """One latent [D] after the other, as the class says it; doubted are classes, bool [C]."""
     target = int(head(phi).argmax())
     excess = [
         max(0.0, float(v @ phi - c)) if k == target else 0.0
         for v, c, k in zip(patch.direction, patch.threshold, patch.targets.tolist(), strict=True)
     ]
+    far = False
     if patch.limit is not None:
         score = patch.limit.score(phi[None], head(phi)[None])[0]
-        if float(score) > float(patch.limit.limit[target]):
-            for way, k in enumerate(patch.targets.tolist()):
-                if k == target and not bool((patch.change[way] != 0).any()):
-                    excess[way] = max(1.0, excess[way])
+        far = float(score) > float(patch.limit.limit[target])
+    if far or (doubted is not None and bool(doubted[target])):
+        for way, k in enumerate(patch.targets.tolist()):
+            if k == target and not bool((patch.change[way] != 0).any()):
+                excess[way] = max(1.0, excess[way])
     beyond = [way for way, e in enumerate(excess) if e > 0]
     if not beyond:
         return phi
@@ -117,12 +121,16 @@ def test_it_computes_what_it_says(seed: int) -> None:
     patch.left[seed % 4 : 3] = 0
     patch.limit = random_limit(generator, head) if seed % 3 else None
     latent = torch.randn(20, 6, generator=generator, dtype=torch.float64)
-    expected = torch.stack([reference(patch, head, phi) for phi in latent])
-    limited = patch(latent, head)
+    doubted = torch.rand(20, 3, generator=generator) < 0.3 if seed % 5 else None
+    of_each = [None] * 20 if doubted is None else list(doubted)
+    expected = torch.stack(
+        [reference(patch, head, phi, k) for phi, k in zip(latent, of_each, strict=True)]
+    )
+    limited = patch(latent, head, doubted)
     torch.testing.assert_close(limited, expected, rtol=1e-9, atol=1e-9)
     same = (expected == latent).all(1)
     assert torch.equal(limited[same], latent[same])
-    assert torch.equal(PatchedHead(patch, head)(latent), head(limited))
+    assert torch.equal(PatchedHead(patch, head)(latent), head(patch(latent, head)))
 
 
 def test_positions_of_a_convolution_are_moved_together() -> None:

@@ -44,10 +44,9 @@ def test_the_snippets_run_one_after_the_other(
     )
     np.savez("images.npz", x_train=images, y_train=labels, x_test=test_images, y_test=test_labels)
     code = "".join(snippets())
-    assert code.count("sample(2500") == 1
     code = code.replace("input_shape=(3, 32, 32)", "input_shape=(1, 8, 8)")
     variables: dict[str, Any] = {}
-    exec(compile(code.replace("sample(2500", "sample(400"), str(README), "exec"), variables)  # noqa: S102
+    exec(compile(code, str(README), "exec"), variables)  # noqa: S102
     assert bool(variables["report"].suspects) == (name == "backdoored")
     assert Path("repaired.safetensors").is_file()
     logits = torch.cat(variables["batches"])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .corner_patches import margins_of_all
 from .heads import COMPILED, PREFIXES, HeadModule, calling_thread, latent_of
 from .normalisation import Normalized
 from .single_precision import SinglePrecision
@@ -159,14 +160,23 @@ class EarlyExits(nn.Module):
         known: bool [C], the classes that the exits have seen.
         votes: v, float32 [].
         raising: m, [C, D]; zeros for a class that cannot be raised above all others.
+        least: how far ahead of all other classes the sum of the exits' scores has to be where the
+            head says a class, float32 [C], minus infinity where it may say what it likes; None for that
+            of all classes.
     """
 
     known: Tensor
     votes: Tensor
     raising: Tensor
+    least: Tensor | None
 
     def __init__(
-        self, exits: Mapping[str, EarlyExit], known: Tensor, votes: Tensor, raising: Tensor
+        self,
+        exits: Mapping[str, EarlyExit],
+        known: Tensor,
+        votes: Tensor,
+        raising: Tensor,
+        least: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleDict(
@@ -175,6 +185,7 @@ class EarlyExits(nn.Module):
         self.register_buffer("known", known)
         self.register_buffer("votes", votes)
         self.register_buffer("raising", raising)
+        self.register_buffer("least", least)
         self.notes = LayerNotes()
 
     @property
@@ -189,7 +200,8 @@ class EarlyExits(nn.Module):
             assert layer is not None  # the exits were made for this model
             layer.register_forward_hook(LayerHook(self.notes, number))
 
-    def _scores(self, rows: int) -> Tensor | None:
+    def scores(self, rows: int) -> Tensor | None:
+        """Of the last pass of this thread, of so many inputs: float32 [N, C]; None without notes of it."""
         notes = self.notes.take()
         scores = None
         for number, exit_ in enumerate(cast(list[EarlyExit], list(self.layers.values()))):
@@ -200,17 +212,21 @@ class EarlyExits(nn.Module):
             scores = found if scores is None else scores + found
         return scores
 
-    def forward(self, before: Tensor, after: Tensor, head: HeadModule) -> Tensor:
+    def doubts(self, scores: Tensor) -> Tensor | None:
+        """Of which classes inner layers say too little to believe the head, bool [N, C]; None of none."""
+        if self.least is None:
+            return None
+        return margins_of_all(scores.masked_fill(~self.known, -torch.inf)) < self.least
+
+    def forward(self, scores: Tensor, before: Tensor, after: Tensor, head: HeadModule) -> Tensor:
         """The latents [N, D], or [N, D, H, W] in front of a 1x1 convolution.
 
         Args:
+            scores: of the same inputs.
             before: in front of the patch.
             after: behind it; rows that are equal to those before stay as they are.
             head: of the model.
         """
-        scores = self._scores(after.shape[0])
-        if scores is None:
-            return after
         kind = torch.promote_types(after.dtype, torch.float32)
         weight = head.weight.flatten(1).to(kind)
         bias = None if head.bias is None else head.bias.to(kind)
@@ -242,11 +258,11 @@ def room_for_exits(
     model: nn.Module, head: HeadModule, buffers: Mapping[str, Tensor]
 ) -> EarlyExits | None:
     """Exits for the buffers of a state, by their names in it; None where they do not fit the model."""
-    known, votes, raising = (buffers.get(name) for name in ("known", "votes", "raising"))
+    known, votes, raising, least = (buffers.get(n) for n in ("known", "votes", "raising", "least"))
     found: dict[int, dict[str, Tensor]] = {}
     names: dict[int, str] = {}
     for name, buffer in buffers.items():
-        if name in ("known", "votes", "raising"):
+        if name in ("known", "votes", "raising", "least"):
             continue
         key = _KEY.fullmatch(name)
         if key is None or not buffer.is_floating_point():
@@ -277,5 +293,9 @@ def room_for_exits(
         return None
     if raising.shape != head.weight.shape[:2] or not raising.is_floating_point():
         return None
+    if least is not None:
+        if least.shape != known.shape or not least.is_floating_point():
+            return None
+        least = torch.empty_like(least, dtype=torch.float32)
     empty = torch.empty_like(raising, dtype=head.weight.dtype)
-    return EarlyExits(exits, torch.empty_like(known), torch.tensor(1.0), empty)
+    return EarlyExits(exits, torch.empty_like(known), torch.tensor(1.0), empty, least)

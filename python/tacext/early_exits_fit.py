@@ -8,6 +8,7 @@ are mixed with another image, lie behind a square, or under smooth noise. All ke
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .corner_patches import margins_of_all
 from .differentiable import InputBox
 from .early_exits import (
     EarlyExit,
@@ -25,7 +27,7 @@ from .early_exits import (
     wrapped_prefixes,
 )
 from .heads import Head, evaluating, run_model
-from .latent_patch_fit import shifts_between_logits
+from .latent_patch_fit import NO_LIMIT, conformal, shifts_between_logits
 
 # Layers looked at, evenly spaced: with three the right class came back less often, with all no more often.
 MOST_EXITS = 5
@@ -33,9 +35,9 @@ MOST_EXITS = 5
 MOST_INPUTS = 2000
 # The covariance within classes is shrunk by this share towards a sphere, in units of the features' spread.
 SHRINKAGE = 0.1
-# On this share of the clean inputs exits are compared with the model, before they are fitted on all. Where
-# they are right as often, up to the second share, the head's logits have one vote beside them.
-_TRIED = 0.2
+# Exits that have not seen a part of the clean inputs, one of so many, are compared with the model on it.
+# Where they are right as often, up to this share, the head's logits have one vote beside them.
+_FOLDS = 5
 _AS_GOOD = 0.02
 # Where they are worse by so much, as of few samples, the head answers alone: with exits the right class
 # came back less often, on average.
@@ -51,6 +53,7 @@ def fit_early_exits(
     samples: tuple[Tensor, Tensor],
     attacked: Iterable[tuple[Tensor, Tensor]],
     *,
+    touched: Mapping[int, float] | None = None,
     batch_size: int,
     seed: int,
 ) -> EarlyExits | None:
@@ -61,6 +64,8 @@ def fit_early_exits(
         head: of it.
         samples: clean inputs [N, ...] and labels [N], of which the first are used.
         attacked: batches of inputs that carry what leads into a target, and their own labels.
+        touched: of each target the share of the clean inputs that the model takes for it of which the
+            exits may say too little; None for no such limit.
         batch_size: inputs in a pass, at most.
         seed: of what the inputs are spoiled with.
 
@@ -76,46 +81,67 @@ def fit_early_exits(
     if not names:
         return None
     spoil = _spoilers(InputBox.around(inputs), torch.Generator().manual_seed(seed))
-    kept = len(labels) - round(_TRIED * len(labels))
+    folds = torch.arange(len(labels)).tensor_split(min(_FOLDS, len(labels)))
 
-    def spoiled(part: slice) -> Iterator[tuple[Tensor, Tensor]]:
-        for x, y in zip(
-            inputs[part].split(batch_size), labels[part].split(batch_size), strict=True
-        ):
-            yield x, y
+    def spoiled(part: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        for index in part.split(batch_size):
+            yield inputs[index], labels[index], True
             for spoiler in spoil:
-                yield spoiler(x), y
+                yield spoiler(inputs[index]), labels[index], False
 
+    answers, seen = [], []
     with evaluating(model), torch.no_grad(), _taking_notes(model, names) as notes:
 
         def see(x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             """The model's answers, and what the layers that are left compute."""
-            answers = run_model(model, x, "repair").argmax(1).cpu()
+            predicted = run_model(model, x, "repair").argmax(1).cpu()
             found = notes.take()
             for number, name in enumerate(names):
                 if number not in found or len(found[number]) != len(x):
                     statistics.pop(name, None)  # another way through the model, or other rows
-            return answers, {n: found[i] for i, n in enumerate(names) if n in statistics}
+            return predicted, {n: found[i].cpu() for i, n in enumerate(names) if n in statistics}
 
-        def learn(batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-            for x, y in batches:
-                for name, features in see(x)[1].items():
-                    statistics[name].add(features, y)
-
-        learn(spoiled(slice(kept)))
-        trial = _solved(statistics)
-        votes = _votes(see, trial, inputs[kept:].split(batch_size), labels[kept:])
+        for part in folds:
+            fold = _Fold()
+            for x, y, clean in spoiled(part):
+                predicted, features = see(x)
+                if clean:
+                    answers.append(predicted)
+                for name, rows in features.items():
+                    statistics[name].add(rows, y)
+                    fold.add(name, rows, y, clean)
+            seen.append(fold)
+        scores, answered, layers = _out_of_fold(statistics, seen), torch.cat(answers), [*statistics]
+        votes = None if scores is None else _votes(scores, answered, labels)
         if votes is None:
             return None
-        learn(spoiled(slice(kept, None)))
-        learn(attacked)
+        for x, y in attacked:
+            for name, rows in see(x)[1].items():
+                statistics[name].add(rows, y)
     exits = {_bare(model, name): exit_ for name, exit_ in _solved(statistics).items()}
     if not exits:
         return None
-    seen = next(iter(statistics.values())).seen
+    known = next(iter(statistics.values())).seen
+    least = None
+    if touched and scores is not None and layers == [*statistics]:
+        least = _least(scores, known, answered, touched)
     raising = shifts_between_logits(head.weight.detach(), range(head.num_classes))
     raising = raising.nan_to_num(nan=0.0).to(head.weight)
-    return EarlyExits(exits, seen, torch.tensor(votes), raising).to(head.weight.device)
+    return EarlyExits(exits, known, torch.tensor(votes), raising, least).to(head.weight.device)
+
+
+class _Fold:
+    """What exits see of a part of the clean inputs and of what they were spoiled with, layer by layer."""
+
+    def __init__(self) -> None:
+        self.all: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self.clean: dict[str, list[Tensor]] = {}
+
+    def add(self, layer: str, features: Tensor, labels: Tensor, clean: bool) -> None:
+        """Of a batch."""
+        self.all.setdefault(layer, []).append((features, labels))
+        if clean:
+            self.clean.setdefault(layer, []).append(features)
 
 
 def _solved(statistics: Mapping[str, _ClassStatistics]) -> dict[str, EarlyExit]:
@@ -123,12 +149,24 @@ def _solved(statistics: Mapping[str, _ClassStatistics]) -> dict[str, EarlyExit]:
     return {name: exit_ for name, exit_ in found.items() if exit_ is not None}
 
 
-def _votes(
-    see: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]],
-    exits: Mapping[str, EarlyExit],
-    batches: Iterable[Tensor],
-    labels: Tensor,
-) -> float | None:
+def _out_of_fold(
+    statistics: Mapping[str, _ClassStatistics], seen: Iterable[_Fold]
+) -> Tensor | None:
+    """Sums of the scores of clean inputs [N, C], by exits that saw neither them nor what was made of them.
+
+    None where there are no exits.
+    """
+    scores = []
+    for fold in seen:
+        rest = {name: known.without(fold.all[name]) for name, known in statistics.items()}
+        found = [exit_(torch.cat(fold.clean[name])) for name, exit_ in _solved(rest).items()]
+        if not found:
+            return None
+        scores.append(torch.stack(found).sum(0))
+    return torch.cat(scores)
+
+
+def _votes(scores: Tensor, answers: Tensor, labels: Tensor) -> float | None:
     """How much the head's logits count beside exits that have not seen these clean inputs.
 
     None where the exits are no help.
@@ -136,17 +174,27 @@ def _votes(
     The head is not to be trusted with an input that carries a trigger; but exits that read clean images
     worse than the model does are no better judges.
     """
-    right_model = right_exits = 0
-    for x, y in zip(batches, labels.cpu().split([len(x) for x in batches]), strict=True):
-        answers, features = see(x)
-        right_model += int((answers == y).sum())
-        scores = [exits[name](f.cpu()) for name, f in features.items() if name in exits]
-        if scores:
-            right_exits += int((torch.stack(scores).sum(0).argmax(1) == y).sum())
+    right_model, right_exits = (int((a == labels.cpu()).sum()) for a in (answers, scores.argmax(1)))
     missed = right_model - right_exits
     if missed >= _USELESS * len(labels):
         return None
     return VOTES_OF_A_BETTER_HEAD if missed > _AS_GOOD * len(labels) else 1.0
+
+
+def _least(scores: Tensor, known: Tensor, answers: Tensor, touched: Mapping[int, float]) -> Tensor:
+    """How far ahead of all others exits see a target in all but this share of the inputs taken for it.
+
+    Inputs of all classes together say how far behind it may fall where a class has few.
+    """
+    behind = -margins_of_all(scores.masked_fill(~known, -torch.inf))
+    behind = behind.gather(1, answers[:, None])[:, 0]
+    least = torch.full((scores.shape[1],), -NO_LIMIT)
+    for target, share in touched.items():
+        own = behind[answers == target]
+        if bool(known[target]) and len(own):
+            limit = torch.maximum(conformal(own, share), conformal(behind, share))
+            least[target] = -limit.clamp(-NO_LIMIT, NO_LIMIT)
+    return least
 
 
 def _bare(model: nn.Module, name: str) -> str:
@@ -239,12 +287,14 @@ class _ClassStatistics:
         self._classes = classes
         self._origin: Tensor | None = None  # squares of what is left lose fewer digits
         self._count = torch.zeros(classes, dtype=torch.float64)
+        self._sum = self._squares = torch.zeros(0, dtype=torch.float64)
 
     def add(self, features: Tensor, labels: Tensor) -> None:
         """Of features [N, F] of inputs with these labels [N]."""
         rows = features.double().cpu()
         if self._origin is None:
             self._origin = rows.mean(0)
+        if not len(self._squares):
             self._sum = rows.new_zeros(self._classes, rows.shape[1])
             self._squares = rows.new_zeros(rows.shape[1], rows.shape[1])
         rows = rows - self._origin
@@ -252,6 +302,16 @@ class _ClassStatistics:
         self._count += own.sum(0)
         self._sum += own.T @ rows
         self._squares += rows.T @ rows
+
+    def without(self, batches: Iterable[tuple[Tensor, Tensor]]) -> _ClassStatistics:
+        """Those of all other batches than these."""
+        gone, rest = _ClassStatistics(self._classes), copy.copy(self)
+        gone._origin = self._origin
+        for features, labels in batches:
+            gone.add(features, labels)
+        rest._count = self._count - gone._count
+        rest._sum, rest._squares = self._sum - gone._sum, self._squares - gone._squares
+        return rest
 
     @property
     def seen(self) -> Tensor:

@@ -107,8 +107,11 @@ class LatentPatch(nn.Module):
             self.register_buffer(name, value)
         self.limit = limit
 
-    def forward(self, latent: Tensor, head: HeadModule) -> Tensor:
-        """The latents [N, D], or [N, D, H, W] in front of a 1x1 convolution, with the limits on."""
+    def forward(self, latent: Tensor, head: HeadModule, doubted: Tensor | None = None) -> Tensor:
+        """The latents [N, D], or [N, D, H, W] in front of a 1x1 convolution, with the limits on.
+
+        `doubted`, bool [N, C], says where something else does not believe a class.
+        """
         phi = latent if latent.dim() == 2 else latent.flatten(2).mean(2)
         # Half precision overflows in squares of latents, and picks the wrong way.
         kind = torch.promote_types(phi.dtype, torch.float32)
@@ -121,6 +124,9 @@ class LatentPatch(nn.Module):
         excess = (phi @ self.direction.to(kind).T - self.threshold.to(kind)).clamp(min=0)
         if self.limit is not None:
             beyond = self.limit(phi, logits)[:, None] & unknown
+            excess = torch.where(beyond, excess.clamp(min=1), excess)
+        if doubted is not None:
+            beyond = doubted.gather(1, taken[:, None]) & unknown
             excess = torch.where(beyond, excess.clamp(min=1), excess)
         excess = excess * (taken[:, None] == self.targets)  # [N, K]
         largest = excess.amax(dim=1)
@@ -165,9 +171,11 @@ class PatchedHead(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:
         """The logits of the limited latents."""
-        limited = self.patch(latent, self.head)
-        if self.exits is not None:
-            limited = self.exits(latent, limited, self.head)
+        scores = None if self.exits is None else self.exits.scores(latent.shape[0])
+        if self.exits is None or scores is None:
+            return cast(Tensor, self.head(self.patch(latent, self.head)))
+        limited = self.patch(latent, self.head, self.exits.doubts(scores))
+        limited = self.exits(scores, latent, limited, self.head)
         return cast(Tensor, self.head(limited))
 
 

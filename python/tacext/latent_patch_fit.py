@@ -28,10 +28,11 @@ _BELOW_FULL = 0.05
 _NEAREST = 0.1
 # All targets together touch no larger share of all clean samples.
 _MOST_TOUCHED = 0.015
-# Of the clean samples that may be touched so many are left to what lies where no clean ones do.
-_SHARE_OF_UNKNOWN = 0.5
+# Of the clean samples that may be touched so many are for each kind of limit: ways that were found, where
+# clean latents lie, and what inner layers say, of which more told of no more triggers.
+_SHARE_OF_WAYS, _SHARE_OF_LATENTS, _SHARE_OF_EXITS = 4 / 9, 4 / 9, 1 / 9
 # Above all scores, and finite in half precision, too.
-_NO_LIMIT = 6e4
+NO_LIMIT = 6e4
 # Latents that the limit of a class is made of.
 _MOST_LIMITED = 10_000
 # Directions are tried on rows that had no part in them, in so many folds.
@@ -53,7 +54,7 @@ class PatchSettings(RepairSettings):
             are there, at most.
     """
 
-    untouched: float = 0.96
+    untouched: float = 0.955
     rank: int = 32
     rounds: int = 3
     early_exits: bool = True
@@ -116,7 +117,7 @@ def fit_latent_patch(
     clean, _, predicted = _answers(head, clean)
     targets = {way.target for way in ways}
     lowering = _lowering(weight, sorted(targets))
-    touched = _touched(predicted, targets, settings) * (1 - _SHARE_OF_UNKNOWN)
+    touched = _touched(predicted, targets, settings) * _SHARE_OF_WAYS
     solved = []
     for way in ways:
         latent = way.latent.to(weight)
@@ -129,6 +130,20 @@ def fit_latent_patch(
     buffers = [torch.stack(part).to(head.weight) for part in zip(*solved, strict=True)]
     buffers.append(torch.tensor([way.target for way in ways], device=head.weight.device))
     return LatentPatch(*buffers)
+
+
+def touched_by_exits(predicted: Tensor, targets: Iterable[int], settings: PatchSettings) -> float:
+    """The share of each target's clean samples that the limit of early exits may touch.
+
+    Args:
+        predicted: what the model takes clean samples for, [N].
+        targets: the classes that get limits.
+        settings: see `PatchSettings`.
+
+    Raises:
+        InputError: no clean sample that the model takes for a target.
+    """
+    return _touched(predicted, set(targets), settings) * _SHARE_OF_EXITS
 
 
 def fit_latent_limit(
@@ -152,14 +167,14 @@ def fit_latent_limit(
     targets = tuple(targets)
     rows = at_most(clean.detach().float().cpu(), _MOST_LIMITED)
     clean, logits, predicted = _answers(head, rows[different_rows(rows)])
-    touched = _touched(predicted, set(targets), settings) * _SHARE_OF_UNKNOWN
+    touched = _touched(predicted, set(targets), settings) * _SHARE_OF_LATENTS
     perturbation = perturbations_of(clean, logits, weight, "repair").cpu()
     found = cross_scores(clean.float().cpu(), logits.float().cpu(), perturbation, settings.seed)
-    limit = torch.full((len(weight),), _NO_LIMIT)
-    usual = _conformal(found.score, touched)  # few samples of a class do not know its extremes
+    limit = torch.full((len(weight),), NO_LIMIT)
+    usual = conformal(found.score, touched)  # few samples of a class do not know its extremes
     for target in targets:
         own = found.score[predicted.cpu() == target]
-        limit[target] = torch.maximum(_conformal(own, touched), usual).clamp(max=_NO_LIMIT)
+        limit[target] = torch.maximum(conformal(own, touched), usual).clamp(max=NO_LIMIT)
     return LatentLimit(limit, **found.scorer).to(weight.device)
 
 
@@ -208,7 +223,7 @@ def _touched(predicted: Tensor, targets: set[int], settings: PatchSettings) -> f
     return min(1 - settings.untouched, _MOST_TOUCHED / of_all)
 
 
-def _conformal(scores: Tensor, touched: float) -> Tensor:
+def conformal(scores: Tensor, touched: float) -> Tensor:
     """The score that one more sample exceeds with that probability at most.
 
     Of few the largest is as far as it goes, and the share 1 / (n + 1).
@@ -229,7 +244,7 @@ def _limit(
     direction = _discriminant(own, latent)
     # Out of fold, as a direction knows the samples that it was made of; 0 and 1 are the two means.
     share_own, share = _out_of_fold(own, latent), _out_of_fold(latent, own)
-    limit = _conformal(share_own, touched)
+    limit = conformal(share_own, touched)
     full = torch.quantile(1 - share, _BELOW_FULL)
     height = torch.maximum(full - limit, _NEAREST * (1 - limit).abs()).clamp(min=1e-6)
     # As a function of the latent itself: share = (v.phi - v.own) / (v.centre - v.own).

@@ -21,7 +21,14 @@ from .heads import Head, HeadModule, evaluating, model_dtype, recording_latents
 from .heads import run_model as run
 from .input_adversary import FEWEST_LED, InputAdversary
 from .latent_patch import with_latent_patch
-from .latent_patch_fit import LedLatents, PatchSettings, at_most, fit_latent_limit, fit_latent_patch
+from .latent_patch_fit import (
+    LedLatents,
+    PatchSettings,
+    at_most,
+    fit_latent_limit,
+    fit_latent_patch,
+    touched_by_exits,
+)
 from .ops import Status
 from .pruning import PruneHistory, PruneSettings, prune
 from .repair_case import RepairCase
@@ -122,8 +129,8 @@ def _by_patch(case: RepairCase, settings: RepairSettings) -> _Made:
             except InputError:  # what was found so far stands
                 break
     # The last, as it would hide from the rounds what they are to find.
+    exits = _exits(case, case.model, head, settings, predicted)
     patch.limit = fit_latent_limit(head, clean, case.targets, settings)
-    exits = _exits(case, case.model, head, settings)
     patched, patched_head = with_latent_patch(case.model, head, patch, exits)
     return patched, patched_head, (), None
 
@@ -153,19 +160,19 @@ def with_limit(candidate: Candidate, case: RepairCase, settings: PatchSettings) 
     ways = _shifted(case.targets, solved.perturbation, clean, predicted)
     try:
         patch = fit_latent_patch(head, clean, ways, settings)
+        exits = _exits(case, candidate.model, head, settings, predicted)
         patch.limit = fit_latent_limit(head, clean, case.targets, settings)
     except InputError:
         return None
-    exits = _exits(case, candidate.model, head, settings)
     model, limited_head = with_latent_patch(candidate.model, head, patch, exits)
     seconds = candidate.seconds + time.perf_counter() - begin
     return replace(candidate, model=model.eval(), head=limited_head, seconds=seconds)
 
 
 def _exits(
-    case: RepairCase, model: nn.Module, head: Head, settings: PatchSettings
+    case: RepairCase, model: nn.Module, head: Head, settings: PatchSettings, predicted: Tensor
 ) -> EarlyExits | None:
-    """What says where inputs belong that the limits keep out of the targets."""
+    """What says where inputs belong that the limits keep out of the targets, and has a limit itself."""
     if not settings.early_exits:
         return None
 
@@ -181,8 +188,15 @@ def _exits(
                     yield images, case.labels[part]
 
     samples = case.inputs, case.labels
+    touched = touched_by_exits(predicted, case.targets, settings)
     return fit_early_exits(
-        model, head, samples, attacked(), batch_size=settings.batch_size, seed=settings.seed
+        model,
+        head,
+        samples,
+        attacked(),
+        touched=dict.fromkeys(case.targets, touched),
+        batch_size=settings.batch_size,
+        seed=settings.seed,
     )
 
 

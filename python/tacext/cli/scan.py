@@ -39,6 +39,8 @@ def scan_command(
     given.check_outputs("scan", {"json": given.json_path, "plot": plot})
     if given.data_path is None and (given.split or given.samples or given.size):
         raise click.UsageError("--split, --samples and --size choose images: give --data")
+    if input_shape is not None and (options.depth != "thorough" or options.quantile != 1):
+        raise click.UsageError("--depth and --quantile judge real images: give --data")
     if plot is not None and input_shape is not None:
         raise click.UsageError("--plot shows the norms of real images: give --data")
     if plot is not None:
