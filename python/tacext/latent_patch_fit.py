@@ -29,8 +29,9 @@ _NEAREST = 0.1
 # All targets together touch no larger share of all clean samples.
 _MOST_TOUCHED = 0.015
 # Of the clean samples that may be touched so many are for each kind of limit: ways that were found, where
-# clean latents lie, and what inner layers say, of which more told of no more triggers.
-_SHARE_OF_WAYS, _SHARE_OF_LATENTS, _SHARE_OF_EXITS = 4 / 9, 4 / 9, 1 / 9
+# clean latents lie, and what inner layers say. On the bench more of the first and the last told of no more
+# triggers, and more of the second of those that no way shows.
+_SHARE_OF_WAYS, _SHARE_OF_LATENTS, _SHARE_OF_EXITS = 0.2, 0.7, 0.1
 # Above all scores, and finite in half precision, too.
 NO_LIMIT = 6e4
 # Latents that the limit of a class is made of.
@@ -54,7 +55,7 @@ class PatchSettings(RepairSettings):
             are there, at most.
     """
 
-    untouched: float = 0.955
+    untouched: float = 0.95
     rank: int = 32
     rounds: int = 3
     early_exits: bool = True
