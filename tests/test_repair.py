@@ -25,6 +25,7 @@ from tacext import (
     save_weights,
     scan,
 )
+from tacext.repair_result import Attempt, reasons_of
 
 SETTINGS = FinetuneSettings()
 # What the fine-tuning itself does; the gate has tests of its own below.
@@ -148,8 +149,14 @@ def test_a_model_without_gradients_at_its_inputs_is_tuned_on_latents_alone() -> 
 
     settings = FinetuneSettings(epochs=1)
     result = repair(Rounded(), digit_case().data.defender, targets=[0], settings=settings)
-    assert any("only shifted latents were trained against" in w for w in result.warnings)
+    assert any("only shifted latents are known to lead" in w for w in result.warnings)
     assert math.isnan(result.history[0].attacked)
+
+
+def test_a_reason_that_several_methods_share_is_said_once() -> None:
+    tried = [("patch", "it loses"), ("prune", "it still leads"), ("finetune", "it loses")]
+    attempts = [Attempt(name, False, why, 1.0, 1.0, None, 0.0) for name, why in tried]  # type: ignore[arg-type]
+    assert reasons_of(attempts) == "patch, finetune: it loses; prune: it still leads"
 
 
 @pytest.mark.parametrize("activation", [nn.Softmax(1), nn.LogSoftmax(1)])

@@ -79,7 +79,7 @@ def test_a_repair_that_leaves_the_backdoor_is_rolled_back(
     case = digit_case()
     result = repair(case.backdoored, case.data.defender, targets=targets, settings=settings)
     assert not result.accepted
-    told = "shifted latents alone were trained" if settings.gamma == 0 else "class 0"
+    told = "shifted latents alone were known" if settings.gamma == 0 else "class 0"
     assert told in result.reason or "of accuracy on held-out samples, and" in result.reason
     assert asr_of(result) == 1  # of the copy of the original
 
@@ -176,7 +176,7 @@ def test_what_nothing_shows_is_not_accepted() -> None:
 
     unseen = repair(Rounded(), (images, labels), targets=[0], settings=FinetuneSettings(epochs=1))
     assert not unseen.accepted
-    assert "shifted latents alone were trained" in unseen.reason
+    assert "shifted latents alone were known" in unseen.reason
     few = FEWEST_SAMPLES - 50
     report = scan(case.backdoored, (images, labels), depth="fast")
     told = (
@@ -207,7 +207,7 @@ def test_a_patch_against_which_norms_alone_stand_is_the_last_resort(
 
 
 @pytest.mark.parametrize(
-    ("after", "told"), [(48, "shifted latents alone were trained"), (47, "loses 4.00%")]
+    ("after", "told"), [(48, "shifted latents alone were known"), (47, "loses 4.00%")]
 )
 def test_exactly_what_is_allowed_may_be_lost(after: int, told: str) -> None:
     case = digit_case()

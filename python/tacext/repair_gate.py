@@ -118,7 +118,7 @@ def check_repair(
         )
     if adversary is None or was is None or left is None:
         return no(
-            "shifted latents alone were trained against, and whether the backdoor is gone nothing else tells"
+            "shifted latents alone were known to lead there, so that nothing tells whether the backdoor is gone"
             + (f" ({blind})" if blind else "; leave gamma at its default, or accept it unseen")
         )
     unseen = set[int]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -116,6 +117,14 @@ def merit_of(attempt: Attempt) -> tuple[bool, float]:
     """What the best attempt has most of: acceptance, then accuracy, with and without what led there."""
     robust = 0.0 if math.isnan(attempt.robust_accuracy) else attempt.robust_accuracy
     return attempt.accepted, _CLEAN_COUNTS * attempt.accuracy_after + robust
+
+
+def reasons_of(attempts: Iterable[Attempt]) -> str:
+    """Why each method was rolled back, a reason that several share once."""
+    methods: dict[str, list[str]] = {}
+    for attempt in attempts:
+        methods.setdefault(attempt.reason, []).append(attempt.method)
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in methods.items())
 
 
 def warnings_of(before: float, kept: Attempt, num_classes: int, reason: str) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ from .repair_methods import (
     settings_for,
     with_limit,
 )
-from .repair_result import Attempt, RepairResult, merit_of, warnings_of
+from .repair_result import Attempt, RepairResult, merit_of, reasons_of, warnings_of
 from .repair_settings import RepairSettings
 from .scan_report import Depth, ScanReport
 from .scanning import scan
@@ -240,7 +240,7 @@ def repair(
             "repair",
             "method",
             expected="a model that some method can repair",
-            got="; ".join(f"{a.method}: {a.reason}" for a in attempts),
+            got=reasons_of(attempts),
             way_out="name one method for its error alone",
         )
     kept, candidate = best
@@ -255,11 +255,13 @@ def repair(
         attempts[attempts.index(kept)] = kept = limited
     reason = kept.reason
     if not kept.accepted and len(attempts) > 1:
-        reason = "; ".join(f"{attempt.method}: {attempt.reason}" for attempt in attempts)
+        reason = reasons_of(attempts)
     before = right_before / len(holdout)
     notes = []
     if blind:
-        notes = [f"only shifted latents were trained against, which removes less ({blind})"]
+        notes = [
+            f"only shifted latents are known to lead into the targets, which removes less ({blind})"
+        ]
     result = RepairResult(
         model=candidate.model if kept.accepted else copy.deepcopy(model).eval(),
         accepted=kept.accepted,
