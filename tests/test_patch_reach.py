@@ -15,6 +15,7 @@ from tacext.patch_reach import (
     FEWEST_CLASSES,
     ROUNDS,
     PatchReach,
+    _Patches,
     has_room,
     heaviest_squares,
     patch_reach,
@@ -130,6 +131,26 @@ def test_a_trigger_in_a_corner_that_no_image_lights_is_found() -> None:
     network = digit_case().backdoored
     found = _patched(network, [0])
     assert found.corner[0].tolist() == [6, 6]
+
+
+def test_the_heaviest_place_goes_on_however_far_it_got() -> None:
+    """Classes are ranked by what was reached all the same."""
+    fit = digit_case().data.defender
+    corner = torch.tensor([[[3, 3], [0, 0], [0, 6], [6, 6]], [[2, 4], [0, 0], [0, 6], [6, 6]]])
+    reached = torch.tensor([-5.0, -2.0, -1.0, -3.0, -4.0, -9.0, 0.5, -2.5])
+
+    def kept(classes: int, *, first: bool) -> tuple[list[int], list[list[int]], list[float]]:
+        patches = _Patches([4, 7], corner, 2, fit, BOX, 0, torch.device("cpu"))
+        patches.margin = reached.clone()
+        patches.keep_best(2, classes, first=first)
+        return patches.classes, patches._patterns.corner.tolist(), patches.margin.tolist()
+
+    best = ([4, 4, 7, 7], [[0, 6], [0, 0], [0, 6], [6, 6]], [-1, -2, 0.5, -2.5])
+    assert kept(2, first=False) == best
+    with_first = ([4, 4, 7, 7], [[3, 3], [0, 6], [2, 4], [0, 6]], [-5, -1, -4, 0.5])
+    assert kept(2, first=True) == with_first
+    assert kept(1, first=True)[0] == [7, 7]
+    assert [turn.heaviest for turn in ROUNDS] == [False, True, False]
 
 
 def test_the_heaviest_squares_are_where_the_change_is() -> None:

@@ -37,6 +37,7 @@ class Round:
 
     Attributes:
         places: for each class, that go on; those that got furthest.
+        heaviest: whether the first place is among them, however far it got.
         classes: share of them that go on.
         steps: of ascent.
         images: in each step, for each patch.
@@ -46,13 +47,15 @@ class Round:
     classes: float
     steps: int
     images: int
+    heaviest: bool = False
 
 
-# Which place is best shows after a few steps on few images. Which class a patch may conquer shows
-# soon after: a backdoor is ahead from the first round on.
+# Which place is best shows after a few steps on few images; where it does not yet, as in transformers, the
+# place where reach's change weighs heaviest is the best guess, and goes on in any case. Which class a patch
+# may conquer shows soon after: a backdoor is ahead from the second round on.
 ROUNDS = (
     Round(HEAVY_PLACES + 4, 1.0, 4, 8),
-    Round(2, 1.0, 4, 16),
+    Round(2, 1.0, 4, 16, heaviest=True),
     Round(1, 0.4, 16, 16),
 )
 # Of so few classes all go on.
@@ -213,10 +216,13 @@ class _Patches:
             gradients = [self._patterns.cut(j, mean[i]) for i, j in enumerate(rows)]
             self._patterns.ascend(slice(rows.start, rows.stop), torch.stack(gradients))
 
-    def keep_best(self, places: int, classes: int) -> None:
-        """So many classes, with so many patches for each: those that got furthest."""
+    def keep_best(self, places: int, classes: int, *, first: bool = False) -> None:
+        """So many classes, with so many patches for each: those that got furthest, and perhaps the first."""
         margin = self.margin.unflatten(0, (-1, self.places))
-        order = margin.argsort(dim=1, descending=True, stable=True)
+        ranked = margin.clone()
+        if first:
+            ranked[:, 0] = torch.inf
+        order = ranked.argsort(dim=1, descending=True, stable=True)
         order += torch.arange(0, len(self.classes), self.places)[:, None]
         furthest = margin.amax(1).argsort(descending=True, stable=True)
         for row in order[furthest[classes:], 0].tolist():
@@ -286,7 +292,7 @@ def patch_reach(
         before = logits_of(model, box, inputs, nothing, batch_size)
         patches = _Patches(classes, places, pixels, fit, box, seed, model.device)
         for turn, going_on in rounds:
-            patches.keep_best(turn.places, going_on)
+            patches.keep_best(turn.places, going_on, first=turn.heaviest)
             for _ in range(turn.steps):
                 patches.ascend(model, cap, turn.images, batch_size)
                 advance(len(patches.classes))
