@@ -96,7 +96,7 @@ class DifferentiableModel:
         head: Head,
         operation: str,
         *,
-        without_gradients: str = 'or depth="fast"',
+        without_gradients: str = 'or scan with depth="fast", which needs none',
         gradients: bool = True,
     ) -> None:
         self._without = without_gradients  # the way out of having none
