@@ -44,7 +44,7 @@ from tacext.waves import Waves
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence"
 TABLE = Path(__file__).resolve().parents[2] / "python" / "tacext" / "calibration.json"
-VERSION = 8
+VERSION = 9
 
 # The norms that the constants are fitted on: those of a scan by default.
 NORM = "standardized 1 2500"

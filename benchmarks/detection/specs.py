@@ -167,7 +167,7 @@ def zoo() -> list[Spec]:
     ]
     clean = [
         Spec(dataset, network, "clean", 0.0, seed)
-        for seed in (1, 2, 3)
+        for seed in (1, 2, 3, 4)
         for dataset in DATASETS
         for network in NETWORKS
     ]
