@@ -25,7 +25,14 @@ from tacext import (
     repair,
     save_weights,
 )
-from tacext.early_exits import MOST_FEATURES, EarlyExit, EarlyExits, LayerHook, pooled
+from tacext.early_exits import (
+    MOST_FEATURES,
+    EarlyExit,
+    EarlyExits,
+    ExitLimit,
+    LayerHook,
+    pooled,
+)
 from tacext.early_exits_fit import fit_early_exits
 from tacext.heads import find_head
 from tacext.latent_patch import (
@@ -140,19 +147,51 @@ def test_touched_latents_go_where_the_exits_say(positions: tuple[int, int] | Non
 
 
 def test_a_class_that_the_exits_hardly_see_is_doubted() -> None:
-    known, least = torch.tensor([True, True, False, True]), torch.tensor([-1.0, 0.5, -9.0, -6e4])
+    """But none that they have never seen."""
+    known = torch.tensor([True, True, False, True])
+    least = torch.tensor([-1.0, 0.5, 9.0, torch.finfo(torch.float32).min])
     raising = torch.zeros(4, 8)
-    exits = EarlyExits({}, known, torch.tensor(1.0), raising, least)
-    scores = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    exits = EarlyExits({}, known, torch.tensor(1.0), raising, ExitLimit(least))
+    scores = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     doubted = exits.doubts(scores)
     assert doubted is not None
     for row, said in zip(scores.tolist(), doubted.tolist(), strict=True):
-        for k in (0, 1, 3):
+        for k in range(4):
             others = [row[j] for j in (0, 1, 3) if j != k]
-            assert said[k] == (row[k] - max(others) < float(least[k]))
+            assert said[k] == (bool(known[k]) and row[k] - max(others) < float(least[k]))
     assert 5 < int(doubted[:, 0].sum()) < 45
-    assert not bool(doubted[:, 3].any())
     assert EarlyExits({}, known, torch.tensor(1.0), raising).doubts(scores) is None
+
+
+def test_a_target_that_no_sample_shows_is_left_to_the_head() -> None:
+    torch.manual_seed(0)
+    inputs, labels = (torch.cat(parts) for parts in zip(*map(blobs, range(10)), strict=True))
+    with torch.enable_grad():
+        model = trained(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), inputs, labels)
+    seen = labels != 1
+    result = repair(
+        model, (inputs[seen], labels[seen]), targets=[1], method="patch", max_accuracy_drop=None
+    )
+    assert not bool(exits_of(result.model).known[1])
+    new = torch.cat([blobs(seed)[0] for seed in range(20, 24)])
+    with torch.no_grad():
+        before, after = (int((m(new).argmax(1) == 1).sum()) for m in (model, result.model))
+    assert after > 0.7 * before > 100
+
+
+def test_autocast_rounds_no_scores() -> None:
+    model, (images, _) = patched_digits().model, triggered()
+    features = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)) * 100
+    exit_ = EarlyExit(torch.randn(5, 30, generator=torch.Generator().manual_seed(1)), torch.ones(5))
+    expected = exit_(features)
+    assert expected.dtype == torch.float64
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype), torch.no_grad():
+            assert torch.equal(exit_(features), expected)
+            answers = model(images).argmax(1)
+        with torch.no_grad():
+            same = (answers == model(images).argmax(1)).double().mean()
+        assert float(same) > 0.95
 
 
 class Swapped(nn.Module):
@@ -336,7 +375,7 @@ def test_they_are_saved_and_loaded(tmp_path: Path) -> None:
     state = {name: value.clone() for name, value in model.state_dict().items()}
     raising, known, votes, least = (
         next(n for n in state if n.endswith(f"exits.{part}"))
-        for part in ("raising", "known", "votes", "least")
+        for part in ("raising", "known", "votes", "limit.least")
     )
     weight = next(n for n in state if ".exits.layers.0:" in n and n.endswith(".weight"))
     bias = weight.removesuffix("weight") + "bias"
@@ -346,7 +385,7 @@ def test_they_are_saved_and_loaded(tmp_path: Path) -> None:
     save_weights(
         {n: v for n, v in state.items() if n != least}, file
     )  # and from before they doubted
-    assert exits_of(load_model(file, built)).least is None
+    assert exits_of(load_model(file, built)).limit is None
 
     def renamed(new: str) -> dict[str, Tensor]:
         layer = weight.removesuffix(".weight").rpartition(".")[2]
@@ -475,6 +514,8 @@ def test_they_stay_in_single_precision() -> None:
     half = copy.deepcopy(exits_of(patched_digits().model)).half()
     assert {b.dtype for b in half.layers.buffers()} == {torch.float32}
     assert half.raising.dtype == torch.float16
+    assert half.limit is not None
+    assert half.limit.least.dtype == torch.float32
 
 
 def test_behind_data_parallel_they_are_saved_for_the_plain_model(tmp_path: Path) -> None:

@@ -16,6 +16,9 @@ from tacext.differentiable import InputBox
 from tacext.early_exits_fit import (
     MOST_EXITS,
     _ClassStatistics,
+    _Fold,
+    _least,
+    _out_of_fold,
     _spoilers,
     _votes,
     fit_early_exits,
@@ -187,10 +190,15 @@ def test_a_head_that_is_right_more_often_has_more_votes_or_all(
     assert _votes(scores, answers, labels) == votes
 
 
-@pytest.mark.parametrize("classes", [(1, 3), (2,)])
-def test_new_clean_inputs_are_doubted_as_often_as_asked_for(classes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("classes", "copies"), [((1, 3), 1), ((2,), 1), ((1, 3), 4)])
+def test_new_clean_inputs_are_doubted_as_often_as_asked_for(
+    classes: tuple[int, ...], copies: int
+) -> None:
+    """Copies of a sample tell nothing new."""
     torch.manual_seed(6)
     inputs, labels = (torch.cat(parts) for parts in zip(*map(blobs, range(8)), strict=True))
+    order = torch.randperm(copies * len(labels))
+    inputs, labels = (torch.cat(copies * [part])[order] for part in (inputs, labels))
     with torch.enable_grad():
         model = trained(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), inputs, labels)
     head = find_head(model, inputs[:4])
@@ -199,8 +207,8 @@ def test_new_clean_inputs_are_doubted_as_often_as_asked_for(classes: tuple[int, 
         model, head, (inputs, labels), [], touched=touched, batch_size=64, seed=0
     )
     assert exits is not None
-    assert exits.least is not None
-    assert [k for k, at in enumerate(exits.least.tolist()) if at > -1e4] == sorted(classes)
+    assert exits.limit is not None
+    assert [k for k, at in enumerate(exits.limit.least.tolist()) if at > -1e4] == sorted(classes)
     new = torch.cat([blobs(seed)[0] for seed in range(100, 130)])
     exits.attach(model)
     with torch.no_grad():
@@ -215,25 +223,108 @@ def test_new_clean_inputs_are_doubted_as_often_as_asked_for(classes: tuple[int, 
 
 
 def test_folds_are_judged_by_exits_of_all_others() -> None:
-    """Against statistics that never saw the fold."""
+    """Of few samples with many features, which exits that had seen them would know by heart."""
     generator = torch.Generator().manual_seed(0)
-    batches = [
-        (torch.randn(30, 6, generator=generator) + 5, torch.arange(30) % 3) for _ in range(4)
-    ]
-    known, alone = _ClassStatistics(3), _ClassStatistics(3)
-    for features, own in batches:
-        known.add(features, own)
-    for features, own in batches[2:]:
-        alone.add(features, own)
-    rest = known.without(batches[:2]).discriminant()
-    expected = alone.discriminant()
-    assert rest is not None
-    assert expected is not None
-    torch.testing.assert_close(rest.weight, expected.weight, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(rest.bias, expected.bias, rtol=1e-4, atol=1e-4)
-    whole = known.discriminant()
+    labels = torch.arange(60) % 3
+    rows = torch.randn(60, 50, generator=generator) + 5
+    of_folds = list(zip(rows.split(20), labels.split(20), strict=True))
+    statistics, folds = {"a": _ClassStatistics(3)}, []
+    expected = []
+    for part, (features, own) in enumerate(of_folds):
+        fold = _Fold()
+        for half in (slice(10), slice(10, 20)):  # some of them clean
+            fold.add("a", features[half], own[half], half.start is None)
+            statistics["a"].add(features[half], own[half])
+        folds.append(fold)
+        alone = _ClassStatistics(3)
+        for other, (others, theirs) in enumerate(of_folds):
+            if other != part:
+                alone.add(others, theirs)
+        exit_ = alone.discriminant()
+        assert exit_ is not None
+        expected.append(exit_(features[:10]))
+    whole = statistics["a"].discriminant()
     assert whole is not None
-    assert not torch.allclose(whole.weight, rest.weight, rtol=1e-2)
+    scores, layers = _out_of_fold(statistics, folds)
+    assert layers == ["a"]
+    assert scores is not None
+    torch.testing.assert_close(scores, torch.cat(expected), rtol=1e-4, atol=1e-4)
+    clean = torch.cat([features[:10] for features, _ in of_folds])
+    assert not torch.allclose(scores, whole(clean), atol=1.0)
+
+
+def test_a_layer_without_an_exit_in_some_fold_is_no_part_of_the_sum() -> None:
+    features, labels = torch.randn(12, 4), torch.arange(12) % 3
+    statistics = {"good": _ClassStatistics(3), "wild": _ClassStatistics(3)}
+    folds = []
+    for part in range(2):
+        fold = _Fold()
+        wild = features.clone()
+        wild[0, 0] = torch.inf if part else 0.0
+        for name, rows in (("good", features), ("wild", wild)):
+            statistics[name].add(rows, labels)
+            fold.add(name, rows, labels, True)
+        folds.append(fold)
+    assert _out_of_fold(statistics, folds)[1] == ["good"]
+    none = {"wild": statistics["wild"]}
+    for fold in folds:
+        fold.add("wild", features, labels, True)
+    assert _out_of_fold(none, folds) == (None, [])
+
+
+def test_exits_on_fewer_layers_than_were_tried_have_no_limit() -> None:
+    """Where inputs that are led into a target overflow in one of them."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+            with torch.no_grad():
+                self.a.weight.copy_(2 * torch.eye(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x).tanh()
+            return self.b(x).tanh()  # type: ignore[no-any-return]
+
+    torch.manual_seed(7)
+    inputs, labels = blobs()
+    with torch.enable_grad():
+        model = trained(Wide(), inputs, labels)
+    head, touched = find_head(model, inputs[:4]), {0: 0.1}
+    far = torch.full((4, 8), torch.finfo(torch.float32).max)
+    for attacked, limited in (([], True), ([(far, labels[:4])], False)):
+        exits = fit_early_exits(
+            model, head, (inputs, labels), attacked, touched=touched, batch_size=64, seed=0
+        )
+        assert exits is not None
+        assert (exits.limit is not None) == limited
+        assert exits.names == (("0.a", "0.b") if limited else ("0.b",))
+
+
+def test_how_far_ahead_a_class_has_to_be() -> None:
+    ahead = torch.tensor([3.0, 1.0, 5.0, 4.0, 2.0, 9.0, 7.0, 8.0, 6.0, 0.5])
+    scores = torch.stack([ahead, torch.zeros(10), -torch.ones(10), torch.full((10,), 99.0)], 1)
+    known = torch.tensor([True, True, True, False])
+    answers = torch.zeros(10, dtype=torch.int64)
+    lowest = torch.finfo(torch.float32).min
+
+    def least(share: float, answers: Tensor = answers) -> list[float]:
+        touched = dict.fromkeys(range(4), share)
+        return _least(scores, known, answers, touched).tolist()
+
+    assert least(0.0) == least(0.05) == [0.5, lowest, lowest, lowest]  # nothing is taken for others
+    assert least(0.1) == [0.5, lowest, lowest, lowest]  # one more of ten falls below with 1 in 11
+    assert least(0.19) == [1.0, lowest, lowest, lowest]  # and an input just there passes
+    # Of one input of class 1, 9 behind at most, all together know more.
+    one = answers.clone()
+    one[0] = 1  # 3 behind
+    assert least(0.19, one)[1] == -3.0
+    near = answers.clone()
+    near[9] = 1  # .5 behind, where others of class 0 are 1 ahead at least
+    assert least(0.0, near) == [-0.5, -0.5, lowest, lowest]
+    unseen = answers.clone()
+    unseen[5:8] = 3  # a class without samples says nothing of the others
+    assert least(0.3, unseen)[0] > 0
 
 
 @pytest.mark.parametrize(("blurred", "used"), [(False, True), (True, False)])

@@ -150,6 +150,10 @@ def test_the_heaviest_place_goes_on_however_far_it_got() -> None:
     with_first = ([4, 4, 7, 7], [[3, 3], [0, 6], [2, 4], [0, 6]], [-5, -1, -4, 0.5])
     assert kept(2, first=True) == with_first
     assert kept(1, first=True)[0] == [7, 7]
+    patches = _Patches([4, 7], corner, 2, fit, BOX, 0, torch.device("cpu"))
+    patches.margin = reached.clone()
+    patches.keep_best(2, 1, first=True)
+    assert patches._left[4][0].tolist() == [0, 6]  # the best of what is left behind
     assert [turn.heaviest for turn in ROUNDS] == [False, True, False]
 
 

@@ -1,9 +1,10 @@
 """Early exits: what inner layers say of an input whose latent cannot be trusted.
 
 A trigger turns the answer in the last layers; those before still see the image (Kaya et al., arXiv
-1810.07052, who call such exits internal classifiers). Where a latent patch keeps an input out of a target,
-linear classifiers on a few inner layers say what it is instead. Hooks take note of what these layers
-compute, so a model keeps its structure and its arithmetic, and every other input its logits.
+1810.07052, who call such exits internal classifiers). Linear classifiers on a few inner layers say which
+inputs do not belong where the head puts them, and where a latent patch keeps an input out of a target,
+what it is instead. Hooks take note of what these layers compute, so a model keeps its structure and its
+arithmetic, and every other input its logits.
 """
 
 from __future__ import annotations
@@ -141,34 +142,47 @@ class EarlyExit(SinglePrecision):
         self.register_buffer("bias", bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """The scores [N, C] of features [N, F], in float32."""
-        return functional.linear(features.to(self.weight.device), self.weight, self.bias)
+        """The scores [N, C] of features [N, F], in float64: autocast and TF32 would round them."""
+        features = features.to(self.weight.device, torch.float64)
+        return functional.linear(features, self.weight.double(), self.bias.double())
+
+
+class ExitLimit(SinglePrecision):
+    """How far ahead of all others exits have to see a class where the head names it.
+
+    Args:
+        least: float32 [C]; the lowest number for classes that the head may name as it likes.
+    """
+
+    least: Tensor
+
+    def __init__(self, least: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("least", least)
 
 
 class EarlyExits(nn.Module):
-    """Moves latents that a patch has touched into the class that inner layers see.
+    """Say which classes inner layers do not see, and move latents that a patch has touched into one they do.
 
         phi'' = phi' + 2 max(0, max_j z_j(phi') - z_c(phi')) m_c
 
     c is the class of the highest sum of the exits' scores and v times the head's logits z(phi'), apart
     from the class that the latent was taken for before the patch. m_c is a shift with (w_c - w_j).m_c >= 1
-    for every other class j: c gets as far ahead as it was behind. Latents stay as they are where an
-    exit has no note of the pass, and where the head says a class that the exits have never seen.
+    for every other class j: c gets as far ahead as it was behind. Latents stay as they are where the
+    head says a class that the exits have never seen.
 
     Args:
         exits: by the name of the layer, in the order of a pass.
         known: bool [C], the classes that the exits have seen.
         votes: v, float32 [].
         raising: m, [C, D]; zeros for a class that cannot be raised above all others.
-        least: how far ahead of all other classes the sum of the exits' scores has to be where the
-            head says a class, float32 [C], minus infinity where it may say what it likes; None for that
-            of all classes.
+        limit: for the sums of the exits' scores; None where no class is doubted.
     """
 
     known: Tensor
     votes: Tensor
     raising: Tensor
-    least: Tensor | None
+    limit: ExitLimit | None
 
     def __init__(
         self,
@@ -176,7 +190,7 @@ class EarlyExits(nn.Module):
         known: Tensor,
         votes: Tensor,
         raising: Tensor,
-        least: Tensor | None = None,
+        limit: ExitLimit | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleDict(
@@ -185,7 +199,7 @@ class EarlyExits(nn.Module):
         self.register_buffer("known", known)
         self.register_buffer("votes", votes)
         self.register_buffer("raising", raising)
-        self.register_buffer("least", least)
+        self.limit = limit
         self.notes = LayerNotes()
 
     @property
@@ -201,7 +215,7 @@ class EarlyExits(nn.Module):
             layer.register_forward_hook(LayerHook(self.notes, number))
 
     def scores(self, rows: int) -> Tensor | None:
-        """Of the last pass of this thread, of so many inputs: float32 [N, C]; None without notes of it."""
+        """Of the last pass of this thread, of so many inputs: float64 [N, C]; None without notes of it."""
         notes = self.notes.take()
         scores = None
         for number, exit_ in enumerate(cast(list[EarlyExit], list(self.layers.values()))):
@@ -213,10 +227,11 @@ class EarlyExits(nn.Module):
         return scores
 
     def doubts(self, scores: Tensor) -> Tensor | None:
-        """Of which classes inner layers say too little to believe the head, bool [N, C]; None of none."""
-        if self.least is None:
+        """Of which classes they see too little to believe the head, bool [N, C]; None where of none."""
+        if self.limit is None:
             return None
-        return margins_of_all(scores.masked_fill(~self.known, -torch.inf)) < self.least
+        ahead = margins_of_all(scores.masked_fill(~self.known, -torch.inf))
+        return (ahead < self.limit.least) & self.known
 
     def forward(self, scores: Tensor, before: Tensor, after: Tensor, head: HeadModule) -> Tensor:
         """The latents [N, D], or [N, D, H, W] in front of a 1x1 convolution.
@@ -258,11 +273,12 @@ def room_for_exits(
     model: nn.Module, head: HeadModule, buffers: Mapping[str, Tensor]
 ) -> EarlyExits | None:
     """Exits for the buffers of a state, by their names in it; None where they do not fit the model."""
-    known, votes, raising, least = (buffers.get(n) for n in ("known", "votes", "raising", "least"))
+    own = ("known", "votes", "raising", "limit.least")
+    known, votes, raising, least = (buffers.get(name) for name in own)
     found: dict[int, dict[str, Tensor]] = {}
     names: dict[int, str] = {}
     for name, buffer in buffers.items():
-        if name in ("known", "votes", "raising", "least"):
+        if name in own:
             continue
         key = _KEY.fullmatch(name)
         if key is None or not buffer.is_floating_point():
@@ -293,9 +309,10 @@ def room_for_exits(
         return None
     if raising.shape != head.weight.shape[:2] or not raising.is_floating_point():
         return None
+    limit = None
     if least is not None:
         if least.shape != known.shape or not least.is_floating_point():
             return None
-        least = torch.empty_like(least, dtype=torch.float32)
+        limit = ExitLimit(torch.empty_like(least, dtype=torch.float32))
     empty = torch.empty_like(raising, dtype=head.weight.dtype)
-    return EarlyExits(exits, torch.empty_like(known), torch.tensor(1.0), empty, least)
+    return EarlyExits(exits, torch.empty_like(known), torch.tensor(1.0), empty, limit)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -21,13 +22,17 @@ from .differentiable import InputBox
 from .early_exits import (
     EarlyExit,
     EarlyExits,
+    ExitLimit,
     LayerHook,
     LayerNotes,
     pooled,
     wrapped_prefixes,
 )
+from .guard_fit import different_rows
 from .heads import Head, evaluating, run_model
-from .latent_patch_fit import NO_LIMIT, conformal, shifts_between_logits
+from .latent_patch_fit import conformal, shifts_between_logits
+
+logger = logging.getLogger(__name__)
 
 # Layers looked at, evenly spaced: with three the right class came back less often, with all no more often.
 MOST_EXITS = 5
@@ -35,6 +40,8 @@ MOST_EXITS = 5
 MOST_INPUTS = 2000
 # The covariance within classes is shrunk by this share towards a sphere, in units of the features' spread.
 SHRINKAGE = 0.1
+# Among so many inputs these are looked for.
+_MOST_COMPARED = 4 * MOST_INPUTS
 # Exits that have not seen a part of the clean inputs, one of so many, are compared with the model on it.
 # Where they are right as often, up to this share, the head's logits have one vote beside them.
 _FOLDS = 5
@@ -62,7 +69,7 @@ def fit_early_exits(
     Args:
         model: as it is, without a patch.
         head: of it.
-        samples: clean inputs [N, ...] and labels [N], of which the first are used.
+        samples: clean inputs [N, ...] and labels [N], of which the first that differ are used.
         attacked: batches of inputs that carry what leads into a target, and their own labels.
         touched: of each target the share of the clean inputs that the model takes for it of which the
             exits may say too little; None for no such limit.
@@ -73,7 +80,10 @@ def fit_early_exits(
         EarlyExits, to be attached to a copy of the model; None where no layer can be looked at, or
         where they read clean inputs much worse than the model does.
     """
-    inputs, labels = (part[:MOST_INPUTS] for part in samples)
+    # Copies would be judged by themselves.
+    first = samples[0][:_MOST_COMPARED].flatten(1).float().cpu()
+    index = different_rows(first)[:MOST_INPUTS]
+    inputs, labels = samples[0][index.to(samples[0].device)], samples[1][index]
     statistics = {
         name: _ClassStatistics(head.num_classes) for name in layers_to_look_at(model, head, inputs)
     }
@@ -111,23 +121,27 @@ def fit_early_exits(
                     statistics[name].add(rows, y)
                     fold.add(name, rows, y, clean)
             seen.append(fold)
-        scores, answered, layers = _out_of_fold(statistics, seen), torch.cat(answers), [*statistics]
+        scores, layers = _out_of_fold(statistics, seen)
+        answered = torch.cat(answers)
         votes = None if scores is None else _votes(scores, answered, labels)
         if votes is None:
             return None
         for x, y in attacked:
             for name, rows in see(x)[1].items():
                 statistics[name].add(rows, y)
-    exits = {_bare(model, name): exit_ for name, exit_ in _solved(statistics).items()}
+    solved = _solved(statistics)
+    exits = {_bare(model, name): exit_ for name, exit_ in solved.items()}
     if not exits:
         return None
     known = next(iter(statistics.values())).seen
-    least = None
-    if touched and scores is not None and layers == [*statistics]:
-        least = _least(scores, known, answered, touched)
+    limit = None
+    if touched and scores is not None and layers == [*solved]:
+        limit = ExitLimit(_least(scores, known, answered, touched))
+    elif touched:  # a sum over other layers tells nothing of this one
+        logger.info("repair: no limit on what inner layers say: %s are left", ", ".join(solved))
     raising = shifts_between_logits(head.weight.detach(), range(head.num_classes))
     raising = raising.nan_to_num(nan=0.0).to(head.weight)
-    return EarlyExits(exits, known, torch.tensor(votes), raising, least).to(head.weight.device)
+    return EarlyExits(exits, known, torch.tensor(votes), raising, limit).to(head.weight.device)
 
 
 class _Fold:
@@ -150,20 +164,26 @@ def _solved(statistics: Mapping[str, _ClassStatistics]) -> dict[str, EarlyExit]:
 
 
 def _out_of_fold(
-    statistics: Mapping[str, _ClassStatistics], seen: Iterable[_Fold]
-) -> Tensor | None:
+    statistics: Mapping[str, _ClassStatistics], seen: Sequence[_Fold]
+) -> tuple[Tensor | None, list[str]]:
     """Sums of the scores of clean inputs [N, C], by exits that saw neither them nor what was made of them.
 
-    None where there are no exits.
+    With the layers that are summed, those that every fold has an exit on; None without any. What the
+    folds keep of a layer is given up, as layers may be wide.
     """
-    scores = []
-    for fold in seen:
-        rest = {name: known.without(fold.all[name]) for name, known in statistics.items()}
-        found = [exit_(torch.cat(fold.clean[name])) for name, exit_ in _solved(rest).items()]
-        if not found:
-            return None
-        scores.append(torch.stack(found).sum(0))
-    return torch.cat(scores)
+    total: Tensor | None = None
+    layers = []
+    for name, known in statistics.items():
+        scores: list[Tensor] = []
+        for fold in seen:
+            exit_ = known.without(fold.all.pop(name)).discriminant()
+            clean = torch.cat(fold.clean.pop(name))
+            if exit_ is not None:
+                scores.append(exit_(clean))
+        if len(scores) == len(seen):
+            layers.append(name)
+            total = torch.cat(scores) if total is None else total + torch.cat(scores)
+    return total, layers
 
 
 def _votes(scores: Tensor, answers: Tensor, labels: Tensor) -> float | None:
@@ -186,14 +206,16 @@ def _least(scores: Tensor, known: Tensor, answers: Tensor, touched: Mapping[int,
 
     Inputs of all classes together say how far behind it may fall where a class has few.
     """
+    lowest = torch.finfo(torch.float32).min
     behind = -margins_of_all(scores.masked_fill(~known, -torch.inf))
     behind = behind.gather(1, answers[:, None])[:, 0]
-    least = torch.full((scores.shape[1],), -NO_LIMIT)
+    usual = behind[known[answers]]
+    least = torch.full((scores.shape[1],), lowest)
     for target, share in touched.items():
         own = behind[answers == target]
         if bool(known[target]) and len(own):
-            limit = torch.maximum(conformal(own, share), conformal(behind, share))
-            least[target] = -limit.clamp(-NO_LIMIT, NO_LIMIT)
+            limit = torch.maximum(conformal(own, share), conformal(usual, share))
+            least[target] = (-limit).clamp(min=lowest)
     return least
 
 

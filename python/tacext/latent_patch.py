@@ -6,7 +6,8 @@ differ from the clean ones of the target, which change they carry, and what they
 latent that the head takes for the target, and that lies further along than clean ones do, has the
 change taken off; where the target is still ahead, its logit is lowered. Of a way that nobody found
 only this is known, that latents which take it lie where clean ones of the target do not: they are
-told as a guard tells them, and the logit is lowered. All others pass as they are, bit by bit.
+told as a guard tells them, and the logit is lowered. So it is where inner layers do not see the target.
+All others pass as they are, bit by bit.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class LatentPatch(nn.Module):
     those with e_k > 0, one whose change is known if there is any. d_k is the mean change of that way,
     B_k says how the change depends on the latent, and m_k lowers t against every other class, by 1 at
     least: t falls as far behind as it was ahead, or further. Of a latent that is beyond its class's
-    `LatentLimit`, too, e_k is 1 at least for the ways whose change is not known.
+    `LatentLimit`, too, and of one whose class `EarlyExits` doubt, e_k is 1 at least for the ways whose
+    change is not known.
 
     Args:
         direction: v, [K, D].
@@ -76,7 +78,8 @@ class LatentPatch(nn.Module):
         lowering: m, [K, D].
         targets: the class that each way leads to, int64 [K].
         limit: what tells latents that lie where clean ones of a target do not; None for nothing. For
-            every target that it limits there must be a way of which the change is not known.
+            every target that it limits, or exits doubt, there must be a way of which the change is not
+            known.
     """
 
     direction: Tensor

@@ -33,7 +33,7 @@ _MOST_TOUCHED = 0.015
 # triggers, and more of the second of those that no way shows.
 _SHARE_OF_WAYS, _SHARE_OF_LATENTS, _SHARE_OF_EXITS = 0.2, 0.7, 0.1
 # Above all scores, and finite in half precision, too.
-NO_LIMIT = 6e4
+_NO_LIMIT = 6e4
 # Latents that the limit of a class is made of.
 _MOST_LIMITED = 10_000
 # Directions are tried on rows that had no part in them, in so many folds.
@@ -49,8 +49,9 @@ class PatchSettings(RepairSettings):
             they are. Of many targets more must, so that of all samples 98.5 % do. Both hold where a
             class has samples enough: of n samples each of K limits may touch a share of 1 / (n + 1).
         rank: in how many directions the change may differ from input to input.
-        early_exits: whether inner layers say what inputs are that are kept out of a target
-            (`tacext.early_exits`); else the head guesses.
+        early_exits: whether inner layers say which inputs do not belong into a target, and what
+            those are that are kept out of it (`tacext.early_exits`); else the head guesses, and the
+            tenth that they may touch is touched by nothing.
         rounds: how often ways into the targets are looked for, each time in spite of the limits that
             are there, at most.
     """
@@ -171,11 +172,11 @@ def fit_latent_limit(
     touched = _touched(predicted, set(targets), settings) * _SHARE_OF_LATENTS
     perturbation = perturbations_of(clean, logits, weight, "repair").cpu()
     found = cross_scores(clean.float().cpu(), logits.float().cpu(), perturbation, settings.seed)
-    limit = torch.full((len(weight),), NO_LIMIT)
+    limit = torch.full((len(weight),), _NO_LIMIT)
     usual = conformal(found.score, touched)  # few samples of a class do not know its extremes
     for target in targets:
         own = found.score[predicted.cpu() == target]
-        limit[target] = torch.maximum(conformal(own, touched), usual).clamp(max=NO_LIMIT)
+        limit[target] = torch.maximum(conformal(own, touched), usual).clamp(max=_NO_LIMIT)
     return LatentLimit(limit, **found.scorer).to(weight.device)
 
 

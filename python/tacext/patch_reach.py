@@ -37,10 +37,10 @@ class Round:
 
     Attributes:
         places: for each class, that go on; those that got furthest.
-        heaviest: whether the first place is among them, however far it got.
         classes: share of them that go on.
         steps: of ascent.
         images: in each step, for each patch.
+        heaviest: whether the first place is among them, however far it got.
     """
 
     places: int
@@ -225,7 +225,8 @@ class _Patches:
         order = ranked.argsort(dim=1, descending=True, stable=True)
         order += torch.arange(0, len(self.classes), self.places)[:, None]
         furthest = margin.amax(1).argsort(descending=True, stable=True)
-        for row in order[furthest[classes:], 0].tolist():
+        best = margin.argmax(1) + torch.arange(0, len(self.classes), self.places)
+        for row in best[furthest[classes:]].tolist():
             pattern = self._patterns.pattern[row].float().cpu()
             self._left[self.classes[row]] = self._patterns.corner[row], pattern
         rows = order[furthest[:classes].sort().values, :places].flatten()

@@ -128,8 +128,8 @@ def _by_patch(case: RepairCase, settings: RepairSettings) -> _Made:
                 )
             except InputError:  # what was found so far stands
                 break
-    # The last, as it would hide from the rounds what they are to find.
     exits = _exits(case, case.model, head, settings, predicted)
+    # The last, as it would hide from the rounds what they are to find.
     patch.limit = fit_latent_limit(head, clean, case.targets, settings)
     patched, patched_head = with_latent_patch(case.model, head, patch, exits)
     return patched, patched_head, (), None
@@ -160,10 +160,10 @@ def with_limit(candidate: Candidate, case: RepairCase, settings: PatchSettings) 
     ways = _shifted(case.targets, solved.perturbation, clean, predicted)
     try:
         patch = fit_latent_patch(head, clean, ways, settings)
-        exits = _exits(case, candidate.model, head, settings, predicted)
         patch.limit = fit_latent_limit(head, clean, case.targets, settings)
     except InputError:
         return None
+    exits = _exits(case, candidate.model, head, settings, predicted)
     model, limited_head = with_latent_patch(candidate.model, head, patch, exits)
     seconds = candidate.seconds + time.perf_counter() - begin
     return replace(candidate, model=model.eval(), head=limited_head, seconds=seconds)

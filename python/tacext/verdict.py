@@ -30,9 +30,9 @@ SOURCE_SHARE = 0.03
 WAVE_SHARE = 0.03
 _PATCH_SHARE = 0.01
 
-# A p-value above alpha but below this many times alpha is no reason to call a model clean: one of the
-# five single-target backdoors that the bench misses lies there, and six of its 45 clean models. The
-# bench that says so is the one that the factor was chosen on.
+# A p-value above alpha but below this many times alpha is no reason to call a model clean: of the bench
+# that the factor was chosen on, with 45 clean models, one of five single-target backdoors that were
+# missed lay there, and six of the clean ones; of 60 six do now.
 THOROUGH_DOUBT_FACTOR = 20.0
 
 # A shuffle below this share leaves most classes where they are, whatever its p-value.
