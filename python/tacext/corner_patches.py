@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .differentiable import DifferentiableModel, InputBox
+from .differentiable import DifferentiableModel, InputBox, margins_of_all
 from .patch_reach import corner_squares, has_room
 from .progress import progress_bar
 from .reach import lift, margin_scale
@@ -77,13 +77,6 @@ class CornerPatches:
     corner: Tensor = field(repr=False)
     pattern: tuple[Tensor, ...] = field(repr=False)
     seconds: float
-
-
-def margins_of_all(logits: Tensor) -> Tensor:
-    """z_k - max_{j != k} z_j for every class, [N, C] from logits [N, C]."""
-    value, index = logits.topk(2, dim=1)
-    is_first = torch.arange(logits.shape[1], device=logits.device) == index[:, :1]
-    return logits - torch.where(is_first, value[:, 1:], value[:, :1])
 
 
 class _Squares:

@@ -75,6 +75,13 @@ class InputBox:
         return inputs.clamp(self.low.to(inputs), self.high.to(inputs))
 
 
+def margins_of_all(logits: Tensor) -> Tensor:
+    """z_k - max_{j != k} z_j for every class, [N, C] from logits [N, C]."""
+    value, index = logits.topk(2, dim=1)
+    is_first = torch.arange(logits.shape[1], device=logits.device) == index[:, :1]
+    return logits - torch.where(is_first, value[:, 1:], value[:, :1])
+
+
 def class_margin(logits: Tensor, classes: Tensor) -> Tensor:
     """z_k - max_{j != k} z_j for each row's class k, [N]."""
     own = logits.gather(1, classes[:, None])[:, 0]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .corner_patches import margins_of_all
+from .differentiable import margins_of_all
 from .heads import COMPILED, PREFIXES, HeadModule, calling_thread, latent_of
 from .normalisation import Normalized
 from .single_precision import SinglePrecision

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .corner_patches import margins_of_all
-from .differentiable import InputBox
+from .differentiable import InputBox, margins_of_all
 from .early_exits import (
     EarlyExit,
     EarlyExits,
@@ -40,7 +39,7 @@ MOST_EXITS = 5
 MOST_INPUTS = 2000
 # The covariance within classes is shrunk by this share towards a sphere, in units of the features' spread.
 SHRINKAGE = 0.1
-# Among so many inputs these are looked for.
+# Copies are looked for among so many inputs.
 _MOST_COMPARED = 4 * MOST_INPUTS
 # Exits that have not seen a part of the clean inputs, one of so many, are compared with the model on it.
 # Where they are right as often, up to this share, the head's logits have one vote beside them.
