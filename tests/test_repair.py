@@ -426,7 +426,7 @@ def test_auto_puts_limits_in_front_of_what_it_trained(
         assert torch.equal(loaded(images), after)
     # Limits that cost more than is allowed are left out.
     monkeypatch.setattr(
-        "tacext.repairing.with_limit",
+        "tacext.repair_attempts.with_limit",
         lambda candidate, *_: dataclasses.replace(candidate, model=demo.digit_net().eval()),
     )
     without = tacext.repair(case.backdoored, data, targets=[demo.TARGET], settings=settings)

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import SupportsIndex, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import ops
 from .data import DataLike, materialise
-from .errors import FileError, InputError, check_choice
+from .errors import InputError, check_choice
 from .files import StrPath
 from .finetune_checkpoint import check_checkpoint
 from .finetuning import FinetuneSettings
 from .heads import check_labels_in_range, check_model
-from .input_adversary import Effects
 from .latent_patch import has_latent_patch
-from .latent_patch_fit import PatchSettings
+from .repair_attempts import Judge, result_of, try_methods
 from .repair_case import (
     RepairCase,
     choose_targets,
@@ -33,18 +31,13 @@ from .repair_case import (
     seek_adversary,
     split_of,
 )
-from .repair_gate import Gate, check_repair
 from .repair_methods import (
-    Candidate,
     Method,
     checkpoint_of,
     count_right,
-    count_right_after,
-    make_candidate,
     settings_for,
-    with_limit,
 )
-from .repair_result import Attempt, RepairResult, merit_of, reasons_of, warnings_of
+from .repair_result import RepairResult
 from .repair_settings import RepairSettings
 from .scan_report import Depth, ScanReport
 from .scanning import scan
@@ -53,9 +46,6 @@ logger = logging.getLogger(__name__)
 
 # Where torch.compile keeps what it compiles.
 _COMPILED = "_orig_mod."
-
-# "auto" is content where what led into the targets leaves accuracy so near to what it was.
-_NEAR = 0.05
 
 
 @torch.inference_mode(False)
@@ -160,16 +150,7 @@ def repair(
     if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
         model = copy.deepcopy(model)  # which gradients may pass by
     training, holdout = split_of(len(labels), shared, judged=max_accuracy_drop is not None)
-    if report is not None and not isinstance(report, ScanReport):
-        raise InputError.of(
-            "repair",
-            "report",
-            expected="a ScanReport or None",
-            got=type(report).__name__,
-            way_out="pass classes as targets=[...]",
-        )
-    if report is not None and report.head.startswith(_COMPILED):
-        report = replace(report, head=report.head.removeprefix(_COMPILED))
+    report = _checked_report(report)
     if report is None:
         # Targets that are given need not be found, but the gate wants to know what leads into them, and
         # the repair of a wave: both are seen without gradients.
@@ -214,77 +195,9 @@ def repair(
         file.load()  # a file of something else is no matter of one method alone
     seconds = time.perf_counter() - started
     was = None if adversary is None else adversary.effects(model, *held_out, shared.batch_size)
-    judge = _Judge(case, (inputs, labels), held_out, report, right_before, was, blind)
-    best: tuple[Attempt, Candidate] | None = None
-    precaution: tuple[Attempt, Candidate] | None = None
-    attempts: list[Attempt] = []
-    for name, its_settings in all_settings.items():
-        try:
-            candidate = make_candidate(name, case, its_settings)
-            attempt = judge(name, candidate, its_settings)
-        except (InputError, FileError) as error:
-            if method != "auto":
-                raise
-            attempts.append(Attempt(name, False, str(error), math.nan, math.nan, None, 0.0))
-            continue
-        attempts.append(attempt)
-        if best is None or merit_of(attempt) > merit_of(best[0]):
-            best = attempt, candidate
-        if attempt.norms_alone:
-            precaution = attempt, candidate
-        robust = attempt.robust_accuracy
-        if attempt.accepted and not robust < right_before / len(holdout) - _NEAR:
-            break
-    if best is None:
-        raise InputError.of(
-            "repair",
-            "method",
-            expected="a model that some method can repair",
-            got=reasons_of(attempts),
-            way_out="name one method for its error alone",
-        )
-    kept, candidate = best
-    if method == "auto" and not kept.accepted and precaution is not None:
-        kept, candidate = precaution
-        told = f"the best there is, though {kept.reason}: its norm is what no limit moves"
-        unseen = tuple(sorted({*kept.unseen, *kept.norms_alone}))
-        kept = replace(kept, accepted=True, reason=told, unseen=unseen)
-        attempts[[attempt.method for attempt in attempts].index(kept.method)] = kept
-    if method == "auto" and kept.accepted and kept.method != "patch":
-        limited, candidate = judge.limited(kept, candidate, all_settings["patch"])
-        attempts[attempts.index(kept)] = kept = limited
-    reason = kept.reason
-    if not kept.accepted and len(attempts) > 1:
-        reason = reasons_of(attempts)
-    before = right_before / len(holdout)
-    notes = []
-    if blind:
-        notes = [
-            f"only shifted latents are known to lead into the targets, which removes less ({blind})"
-        ]
-    result = RepairResult(
-        model=candidate.model if kept.accepted else copy.deepcopy(model).eval(),
-        accepted=kept.accepted,
-        max_accuracy_drop=None if max_accuracy_drop is None else float(max_accuracy_drop),
-        reason=reason,
-        report_before=report,
-        report_after=kept.report_after,
-        targets=chosen,
-        method=kept.method,
-        limits_added=kept.limits_added,
-        attempts=tuple(attempts),
-        accuracy_before=before,
-        accuracy_after=kept.accuracy_after,
-        robust_accuracy_before=math.nan if was is None else float(was.right.mean()),
-        robust_accuracy_after=kept.robust_accuracy,
-        training_samples=len(training),
-        holdout_samples=len(holdout),
-        history=candidate.history,
-        pruning=candidate.pruning,
-        warnings=(*notes, *warnings_of(before, kept, found.num_classes, reason)),
-        settings=all_settings[kept.method],
-        seconds=seconds + sum(attempt.seconds for attempt in attempts),
-    )
+    judge = Judge(case, (inputs, labels), held_out, report, right_before, was, blind)
+    attempts, kept, candidate = try_methods(judge, all_settings, method)
+    result = result_of(judge, attempts, kept, candidate, all_settings[kept.method], seconds)
     for warning in result.warnings:
         logger.warning("repair: %s", warning)
     logger.info(
@@ -316,84 +229,19 @@ def repair(
     return replace(both, seconds=result.seconds + both.seconds) if both.accepted else result
 
 
-@dataclass(frozen=True, eq=False)
-class _Judge:
-    """Puts candidates through the gate."""
-
-    case: RepairCase
-    data: tuple[Tensor, Tensor]
-    held_out: tuple[Tensor, Tensor]
-    report: ScanReport
-    right_before: int
-    was: Effects | None
-    blind: str
-
-    def __call__(self, method: Method, candidate: Candidate, settings: RepairSettings) -> Attempt:
-        case, size = self.case, settings.batch_size
-        right = count_right_after(candidate, self.held_out, size)
-        if case.max_accuracy_drop is None:
-            left = None
-            if case.adversary is not None:
-                left = case.adversary.effects(candidate.model, *self.held_out, size)
-            robust = math.nan if left is None else float(left.right.mean())
-            gate = Gate(True, "accepted unseen, as asked for", None, robust)
-        else:
-            gate = check_repair(
-                candidate.model,
-                self.data,
-                self.held_out,
-                self.report,
-                case.adversary,
-                self.was,
-                (self.right_before, right),
-                case.max_accuracy_drop,
-                head=candidate.head.name,
-                limited=method == "patch",
-                batch_size=size,
-                blind=self.blind,
-                seed=settings.seed,
-                progress=case.progress,
-            )
-        return Attempt(
-            method,
-            gate.accepted,
-            gate.reason,
-            right / len(self.held_out[1]),
-            gate.robust_accuracy,
-            gate.report,
-            candidate.seconds,
-            unseen=gate.unseen,
-            norms_alone=gate.norms_alone,
+def _checked_report(report: ScanReport | None) -> ScanReport | None:
+    """The caller's report, of a compiled model as one of what was compiled."""
+    if report is None:
+        return None
+    if not isinstance(report, ScanReport):
+        raise InputError.of(
+            "repair",
+            "report",
+            expected="a ScanReport or None",
+            got=type(report).__name__,
+            way_out="pass classes as targets=[...]",
         )
-
-    def limited(
-        self, attempt: Attempt, candidate: Candidate, settings: RepairSettings
-    ) -> tuple[Attempt, Candidate]:
-        """What was accepted, with limits in front of its head if these, too, cost no more than allowed."""
-        assert isinstance(settings, PatchSettings)
-        assert self.case.max_accuracy_drop is not None
-        found = with_limit(candidate, self.case, settings)
-        if found is None:
-            return attempt, candidate
-        try:
-            right = count_right_after(found, self.held_out, settings.batch_size)
-        except InputError:  # logits that are not finite
-            return attempt, candidate
-        held_out = len(self.held_out[1])
-        if (self.right_before - right) / held_out > self.case.max_accuracy_drop + 1e-9:
-            return attempt, candidate
-        robust = attempt.robust_accuracy
-        if self.case.adversary is not None:
-            effects = self.case.adversary.effects(found.model, *self.held_out, settings.batch_size)
-            robust = float(effects.right.mean())
-        limited = replace(
-            attempt,
-            accuracy_after=right / held_out,
-            robust_accuracy=robust,
-            seconds=found.seconds,
-            limits_added=True,
-        )
-        return limited, found
+    return replace(report, head=report.head.removeprefix(_COMPILED))
 
 
 def _before_compiling(model: nn.Module, head: str | None) -> tuple[nn.Module, str | None]:

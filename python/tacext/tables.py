@@ -157,13 +157,16 @@ def _scans_of(result: RepairResult) -> str:
     after = result.report_after
     assert after is not None
     before = result.report_before
-    verdicts = (
-        f"{before.verdict} (p = {before.p_value:.2g}) -> {after.verdict} (p = {after.p_value:.2g})"
+    # What was scanned before may have been looked at less deeply than what came of it.
+    verdicts = " -> ".join(
+        f"{r.verdict} ({'' if before.depth == after.depth else f'{r.depth}, '}p = {r.p_value:.2g})"
+        for r in (before, after)
     )
     norms = ", ".join(
         f"{t}: {float(before.norm[t]):.3g} -> {float(after.norm[t]):.3g}" for t in result.targets
     )
-    return f"scan: {verdicts}; norm of class {norms}"
+    behind = ", which lies behind the limit and does not move" if after.limited else ""
+    return f"scan: {verdicts}; norm of class {norms}{behind}"
 
 
 def evaluation_table(rows: Sequence[tuple[str, Evaluation]]) -> RenderableType:
