@@ -30,6 +30,7 @@ __all__ = [
     "json_schema",
     "repair_to_dict",
     "scan_to_dict",
+    "scans_to_dict",
     "write_json",
 ]
 
@@ -37,7 +38,7 @@ Json = dict[str, Any]
 
 
 def json_schema(name: str) -> Json:
-    """The JSON Schema of "scan-1", "repair-1", "evaluation-1" or "guard-1"; also "tacext.scan/1" and so on."""
+    """The JSON Schema of "scan-1", "scans-1", "repair-1", "evaluation-1" or "guard-1"; also "tacext.scan/1" and so on."""
     name = name.removeprefix("tacext.").replace("/", "-")
     text = resources.files(__package__).joinpath("schemas", f"{name}.json").read_text("utf-8")
     schema: Json = json.loads(text)
@@ -115,6 +116,23 @@ def scan_to_dict(
         "certificate": _finite(report.certificate),
         "seconds": asdict(report.timings),
         "classes": rows,
+    }
+
+
+def scans_to_dict(scans: Sequence[Json], failed: Sequence[Json], models: int) -> Json:
+    """Scans of several models as `scans-1`.
+
+    Args:
+        scans: of each that could be scanned, as of `scan_to_dict`.
+        failed: of each other, its "weights" and the "error".
+        models: how many there were to scan; more than these two together where it is not done yet.
+    """
+    return {
+        "schema": "tacext.scans/1",
+        "tacext": ops.build_info().version,
+        "models": models,
+        "scans": list(scans),
+        "failed": list(failed),
     }
 
 

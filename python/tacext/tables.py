@@ -104,6 +104,17 @@ def scan_table(report: ScanReport, class_names: Sequence[str] | None = None) -> 
     return Group(*parts)
 
 
+def scan_line(name: str, report: ScanReport) -> Text:
+    """One model of several: the verdict, the classes, and what was scanned."""
+    line = Text.assemble((f"{report.verdict:<12}", _COLOURS[report.verdict]))
+    line.append(f"  p = {report.p_value:<8.2g}{printable(name)}")
+    if report.suspects:
+        line.append(f"   suspects: {', '.join(map(str, report.suspects))}")
+    if report.doubtful:
+        line.append(f"   in doubt: {', '.join(map(str, report.doubtful))}")
+    return line
+
+
 def _patch_rates(found: PatchReach) -> dict[int, str]:
     """Of each class that was looked at, the share of images that a patch sends into it.
 

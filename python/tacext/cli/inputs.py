@@ -353,16 +353,30 @@ def model_and_data(command: _Command) -> _Command:
     return _collecting(ModelAndData, "given", options, command)
 
 
-def model_and_perhaps_data(command: _Command) -> _Command:
-    """As `model_and_data`, with `--input-shape`, apart from them, where there are no images."""
+def models_and_perhaps_data(command: _Command) -> _Command:
+    """As `model_and_data`, for any number of models of one architecture, which arrive as a tuple.
+
+    With `--input-shape`, apart from them, where there are no images.
+    """
+    several = click.argument("weights", nargs=-1, required=True, type=click.Path())
     shape = click.option(
         "--input-shape",
         callback=_shape,
         metavar="CxHxW",
         help="Scan without images: the shape of one, such as 3x32x32. Settles little.",
     )
-    options = (*_MODEL_OPTIONS, _data_option(False), *_DATA_OPTIONS)
-    return shape(_collecting(ModelAndData, "given", options, command))
+
+    @functools.wraps(command)
+    def collected(weights: tuple[str, ...], **given: Any) -> int | None:
+        shared = {f.name: given.pop(f.name) for f in fields(ModelAndData) if f.name != "weights"}
+        return command(given=tuple(ModelAndData(one, **shared) for one in weights), **given)
+
+    wrapped: _Command = collected
+    for option in reversed(
+        (shape, several, *_MODEL_OPTIONS[1:], _data_option(False), *_DATA_OPTIONS)
+    ):
+        wrapped = option(wrapped)
+    return wrapped
 
 
 def scan_options(command: _Command) -> _Command:
