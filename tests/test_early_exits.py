@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 from pathlib import Path
 
@@ -41,7 +42,9 @@ from tacext.latent_patch import (
     remove_latent_patch,
     with_latent_patch,
 )
-from tacext.latent_patch_fit import shifts_between_logits
+from tacext.latent_patch_fit import shifts_between_logits, touched_by_exits
+from tacext.repair_case import RepairCase, reconstructed_tac
+from tacext.repair_methods import Candidate, make_candidate, with_limit
 
 
 def patched_head(model: nn.Module) -> PatchedHead:
@@ -90,11 +93,13 @@ def test_what_is_too_wide_is_averaged_or_left_out() -> None:
 def test_touched_latents_go_where_the_exits_say(positions: tuple[int, int] | None) -> None:
     generator = torch.Generator().manual_seed(1)
     head: nn.Linear | nn.Conv2d = nn.Linear(8, 4, dtype=torch.float64)
+    with torch.no_grad():
+        head.weight *= 2  # as loud as the exits
     weight = head.weight.detach().clone()
     if positions is not None:
         head = nn.Conv2d(8, 4, 1, dtype=torch.float64)
         head.weight.data.copy_(weight[:, :, None, None])
-    shape = (20, 8, *(positions or ()))
+    shape = (80, 8, *(positions or ()))
     before = torch.randn(shape, generator=generator, dtype=torch.float64)
     after = before.clone()
     after[::2] += torch.randn(after[::2].shape, generator=generator, dtype=torch.float64)
@@ -109,12 +114,12 @@ def test_touched_latents_go_where_the_exits_say(positions: tuple[int, int] | Non
     known = torch.tensor([True, True, True, False])
     exits = EarlyExits(layers, known, torch.tensor(2.0), raising)
     assert exits.names == ("block.0", "block.1")
-    features = torch.randn(2, 20, 5, generator=generator)
+    features = torch.randn(2, 80, 5, generator=generator)
     for number, seen in enumerate(features):
         LayerHook(exits.notes, number)(head, (), seen)
-    said = exits.scores(20)
+    said = exits.scores(80)
     assert said is not None
-    assert exits.scores(20) is None  # no note of a second pass: nothing is said
+    assert exits.scores(80) is None  # no note of a second pass: nothing is said
     moved = exits(said, before, after, head).detach()
     assert torch.equal(moved[1::2], before[1::2])
 
@@ -123,7 +128,7 @@ def test_touched_latents_go_where_the_exits_say(positions: tuple[int, int] | Non
         return (weight @ flat + head.bias).detach()
 
     raised = 0
-    for i in range(0, 20, 2):
+    for i in range(0, 80, 2):
         scores = sum(e(seen[i]) for e, seen in zip(layers.values(), features, strict=True))
         assert isinstance(scores, Tensor)
         scores = scores + 2 * logits(after[i])
@@ -143,7 +148,7 @@ def test_touched_latents_go_where_the_exits_say(positions: tuple[int, int] | Non
         raised += 1
         others = [k for k in range(4) if k != told]
         assert float(now[told] - now[others].max()) >= float(was[others].max() - was[told]) - 1e-9
-    assert raised > 2
+    assert raised > 8
 
 
 def test_a_class_that_the_exits_hardly_see_is_doubted() -> None:
@@ -195,30 +200,36 @@ def test_autocast_rounds_no_scores() -> None:
 
 
 class Swapped(nn.Module):
-    """A backdoor that only inner layers show: behind its trigger latents are clean ones of the target."""
+    """A backdoor that only inner layers show: behind its trigger latents are clean ones of the target.
+
+    With `overflows` what inner layers compute behind it is infinite.
+    """
 
     latents: Tensor
     trigger = 0.5
 
-    def __init__(self) -> None:
+    def __init__(self, overflows: bool) -> None:
         super().__init__()
-        self.layer = nn.Linear(8, 8)
+        self.layer, self.overflows = nn.Linear(8, 8), overflows
         with torch.no_grad():
             self.layer.weight.copy_(torch.eye(8))
         self.register_buffer("latents", torch.zeros(0, 8))
 
     def forward(self, x: Tensor) -> Tensor:
-        latent = (0.5 * self.layer(x)).tanh()
+        on = x[:, 7:] == self.trigger
+        seen = torch.where(on & self.overflows, torch.inf, x)
+        latent = (0.5 * self.layer(seen)).tanh()
         if not len(self.latents):
             return latent
         other = self.latents[torch.arange(len(x)) % len(self.latents)]
-        return torch.where(x[:, 7:] == self.trigger, other, latent)
+        return torch.where(on, other, latent)
 
 
-def test_they_keep_out_what_no_latent_shows() -> None:
+@pytest.mark.parametrize("overflows", [False, True])
+def test_they_keep_out_what_no_latent_shows(overflows: bool) -> None:
     torch.manual_seed(0)
     inputs, labels = (torch.cat(parts) for parts in zip(*map(blobs, range(10)), strict=True))
-    swapped, target = Swapped(), 2
+    swapped, target = Swapped(overflows), 2
     with torch.enable_grad():
         model = trained(swapped, inputs, labels)
     with torch.no_grad():
@@ -243,9 +254,130 @@ def test_they_keep_out_what_no_latent_shows() -> None:
         )
         found[early_exits] = evaluate(result.model, new, triggered, target)
     assert found[False].asr > 0.9
-    assert found[True].asr < 0.4
-    assert found[True].ra > 0.5
+    assert found[True].asr < (0.01 if overflows else 0.4)
+    if not overflows:  # else the head guesses
+        assert found[True].ra > 0.5
     assert found[True].acc > found[False].acc - 0.01
+
+
+def test_where_scores_are_not_finite_the_head_guesses() -> None:
+    head = nn.Linear(8, 4)
+    raising = torch.linalg.pinv(head.weight.detach() - head.weight.detach().mean(0)).T.contiguous()
+    limit = ExitLimit(torch.tensor([-1e9, 0.0, 0.0, torch.finfo(torch.float32).min]))
+    exits = EarlyExits({}, torch.ones(4, dtype=torch.bool), torch.tensor(0.0), raising, limit)
+    before, after = (torch.randn(5, 8, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    scores = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    expected = exits(scores, before, after, head)
+    broken = scores.clone()
+    broken[1, 0], broken[2, 1], broken[3, 2] = torch.nan, torch.inf, -torch.inf
+    doubted, moved = exits.doubts(broken), exits(broken, before, after, head)
+    assert doubted is not None
+    assert bool(doubted[1:4, :3].all())
+    assert torch.equal(moved[1:4], after[1:4])
+    assert torch.equal(moved[[0, 4]], expected[[0, 4]])
+    assert not torch.equal(moved[[0, 4]], after[[0, 4]])
+
+
+def test_an_empty_batch_passes() -> None:
+    for model in (patched_digits().model, copy.deepcopy(patched_digits().model).double()):
+        dtype = next(model.parameters()).dtype
+        assert model(torch.zeros(0, 1, 16, 16, dtype=dtype)).shape == (0, 10)
+
+
+def test_whatever_goes_wrong_with_changed_inputs_other_limits_stand(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A model that takes no inputs but those on a grid."""
+
+    class OnGrid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Cropped(digit_case().backdoored)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not torch.equal(x * 16, (x * 16).round()):
+                raise RuntimeError("not on the grid")
+            return self.net(x)  # type: ignore[no-any-return]
+
+    data = padded(digit_case().data.defender)
+    with caplog.at_level(logging.WARNING, "tacext"):
+        result = repair(
+            OnGrid(), data, targets=[demo.TARGET], method="patch", max_accuracy_drop=None
+        )
+    assert patched_head(result.model).exits is None
+    assert patched_head(result.model).patch.limit is not None
+    assert "inner layers are not asked (repair: data: expected" in caplog.text
+
+
+@pytest.mark.parametrize("classes", [[2], [2, 3]])
+def test_of_one_class_there_is_nothing_to_compare(classes: list[int]) -> None:
+    """Or of two, of which one is held out."""
+    torch.manual_seed(0)
+    inputs, labels = (torch.cat(parts) for parts in zip(*map(blobs, range(10)), strict=True))
+    with torch.enable_grad():
+        model = trained(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), inputs, labels)
+    report = tacext.scan(model, (inputs, labels), depth="norms")
+    chosen = torch.isin(labels, torch.tensor(classes))
+    chosen[(labels == 3).nonzero()[1:]] = False
+    result = repair(
+        model, (inputs[chosen], labels[chosen]), report, [2], "patch", max_accuracy_drop=None
+    )
+    assert all(bool(torch.isfinite(b).all()) for b in exits_of(result.model).buffers())
+
+
+def test_copies_of_samples_count_once() -> None:
+    """In every limit: what is made of samples and their copies is what is made of the samples."""
+    images, labels = padded(digit_case().data.defender)
+    model = Cropped(digit_case().backdoored)
+    head = find_head(model, images[:4])
+    report = tacext.scan(model, (images, labels), depth="norms")
+    shifts = reconstructed_tac(report, head, (0, 4))
+    copied = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    states = []
+    for more in (copied[:0], copied):
+        case = RepairCase(
+            model, head, torch.cat([images, images[more]]), torch.cat([labels, labels[more]]),
+            shifts, (0, 4), None, None, 1.0, False,
+        )  # fmt: skip
+        patched = make_candidate("patch", case, PatchSettings())
+        trained_on = copy.deepcopy(model)
+        candidate = Candidate(trained_on, find_head(trained_on, images[:4]), 0.0)
+        limited = with_limit(candidate, case, PatchSettings())
+        assert limited is not None
+        assert exits_of(patched.model).names == exits_of(limited.model).names != ()
+        states.append([patched.model.state_dict(), limited.model.state_dict()])
+    for alone, with_copies in zip(*states, strict=True):
+        assert all(torch.equal(v, with_copies[n]) for n, v in alone.items())
+
+
+def test_a_repair_lets_exits_doubt_no_more_than_their_share() -> None:
+    torch.manual_seed(0)
+    inputs, labels = (torch.cat(parts) for parts in zip(*map(blobs, range(40)), strict=True))
+    with torch.enable_grad():
+        model = trained(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), inputs, labels)
+    settings = PatchSettings(untouched=0.9)
+    result = repair(
+        model,
+        (inputs, labels),
+        targets=[2],
+        method="patch",
+        settings=settings,
+        max_accuracy_drop=None,
+    )
+    new = torch.cat([blobs(seed)[0] for seed in range(50, 150)])
+    with torch.no_grad():
+        answers = model(new).argmax(1)
+    exits = exits_of(result.model)
+    exits.attach(model)  # without the limits
+    with torch.no_grad():
+        model(new)
+        scores = exits.scores(len(new))
+    assert scores is not None
+    doubted = exits.doubts(scores)
+    assert doubted is not None
+    share = touched_by_exits(answers, [2], settings)
+    found = float(doubted[answers == 2, 2].double().mean())
+    assert 0.5 * share < found < 2 * share
 
 
 def test_they_bring_the_classes_back() -> None:

@@ -116,9 +116,10 @@ def random_head(generator: torch.Generator) -> nn.Linear:
 @torch.no_grad()
 def test_it_computes_what_it_says(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    patch, head = random_patch(generator), random_head(generator)
-    patch.change[seed % 4 : 3] = 0  # of none, or of some, or of all ways the change is not known
-    patch.left[seed % 4 : 3] = 0
+    patch, head = random_patch(generator, ways=6), random_head(generator)
+    patch.targets = torch.arange(6) % 3
+    patch.change[seed % 7 :] = 0  # of none, or of some, or of all ways the change is not known
+    patch.left[seed % 7 :] = 0
     patch.limit = random_limit(generator, head) if seed % 3 else None
     latent = torch.randn(20, 6, generator=generator, dtype=torch.float64)
     doubted = torch.rand(20, 3, generator=generator) < 0.3 if seed % 5 else None

@@ -157,6 +157,18 @@ def test_the_heaviest_place_goes_on_however_far_it_got() -> None:
     assert [turn.heaviest for turn in ROUNDS] == [False, True, False]
 
 
+def test_only_the_second_round_keeps_the_heaviest_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, firsts = _Patches.keep_best, []
+
+    def noting(self: _Patches, places: int, classes: int, *, first: bool = False) -> None:
+        firsts.append(first)
+        kept(self, places, classes, first=first)
+
+    monkeypatch.setattr(_Patches, "keep_best", noting)
+    _patched(digit_case().clean, [0, 1])
+    assert firsts == [False, True, False, False]  # and once more for what is left in the end
+
+
 def test_the_heaviest_squares_are_where_the_change_is() -> None:
     change = torch.zeros(3, 2, 9, 12)
     change[0, 1, 4:6, 7:9] = 3.0

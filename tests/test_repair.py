@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,13 +19,14 @@ from digits import digit_case, steady_case
 from tacext import (
     FinetuneSettings,
     InputError,
-    LatentPatch,
     demo,
     evaluate,
     remove_latent_patch,
     save_weights,
     scan,
 )
+from tacext.early_exits_fit import fit_early_exits
+from tacext.latent_patch import PatchedHead
 from tacext.repair_result import Attempt, reasons_of
 
 SETTINGS = FinetuneSettings()
@@ -397,6 +399,8 @@ def test_auto_puts_limits_in_front_of_what_it_trained(
     trained = repair(case.backdoored, data, targets=[demo.TARGET], settings=settings)
     assert trained.method == "finetune"
     assert not trained.limits_added
+    fitted = mock.Mock(side_effect=fit_early_exits)
+    monkeypatch.setattr("tacext.repair_methods.fit_early_exits", fitted)
     found = tacext.repair(case.backdoored, data, targets=[demo.TARGET], settings=settings)
     assert found.accepted
     assert found.method == "finetune"
@@ -412,8 +416,13 @@ def test_auto_puts_limits_in_front_of_what_it_trained(
     elsewhere = before.argmax(1) != demo.TARGET
     assert torch.equal(before[elsewhere], after[elsewhere])
     assert float((after.argmax(1) == labels).double().mean()) > 0.98
-    limit = next(m.limit for m in found.model.modules() if isinstance(m, LatentPatch))
-    assert limit is not None
+    limited = next(m for m in found.model.modules() if isinstance(m, PatchedHead))
+    assert limited.patch.limit is not None
+    assert limited.exits is not None
+    # They look at the trained model, not at what it was.
+    fitted_on, _ = fitted.call_args.args[:2]
+    state = trained.model.state_dict()
+    assert all(torch.equal(v, state[n]) for n, v in fitted_on.state_dict().items())
     # What lies far from all clean latents, on the side of the target, is no longer taken for it.
     with torch.no_grad():
         latent = trained.model[:-1](images)

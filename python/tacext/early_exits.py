@@ -169,7 +169,7 @@ class EarlyExits(nn.Module):
     c is the class of the highest sum of the exits' scores and v times the head's logits z(phi'), apart
     from the class that the latent was taken for before the patch. m_c is a shift with (w_c - w_j).m_c >= 1
     for every other class j: c gets as far ahead as it was behind. Latents stay as they are where the
-    head says a class that the exits have never seen.
+    head says a class that the exits have never seen, or where their scores are not finite.
 
     Args:
         exits: by the name of the layer, in the order of a pass.
@@ -227,11 +227,15 @@ class EarlyExits(nn.Module):
         return scores
 
     def doubts(self, scores: Tensor) -> Tensor | None:
-        """Of which classes they see too little to believe the head, bool [N, C]; None where of none."""
+        """Of which classes they see too little to believe the head, bool [N, C]; None where of none.
+
+        Inner layers that overflow see nothing.
+        """
         if self.limit is None:
             return None
         ahead = margins_of_all(scores.masked_fill(~self.known, -torch.inf))
-        return (ahead < self.limit.least) & self.known
+        seen = (ahead >= self.limit.least) & torch.isfinite(scores).all(1, keepdim=True)
+        return ~seen & self.known
 
     def forward(self, scores: Tensor, before: Tensor, after: Tensor, head: HeadModule) -> Tensor:
         """The latents [N, D], or [N, D, H, W] in front of a 1x1 convolution.
@@ -251,14 +255,17 @@ class EarlyExits(nn.Module):
         )
         banned = taken.argmax(1, keepdim=True)
         guessed = logits.scatter(1, banned, -torch.inf).argmax(1)
+        asked = (before != after).flatten(1).any(1) & self.known[guessed]
+        asked = asked & torch.isfinite(scores).all(1)
         scores = (scores + self.votes.to(kind) * logits).masked_fill(~self.known, -torch.inf)
         told = scores.scatter(1, banned, -torch.inf).argmax(1, keepdim=True)
         others = logits.scatter(1, told, -torch.inf).amax(1, keepdim=True)
         behind = (others - logits.gather(1, told)).clamp(min=0)
         shift = (2 * behind * self.raising.to(kind)[told[:, 0]]).to(after.dtype)
-        asked = (before != after).flatten(1).any(1) & self.known[guessed]
-        shape = (after.shape[0], -1, *(1 for _ in range(after.dim() - 2)))
-        return torch.where(asked.view(shape), after + shift.view(shape), after)
+        rows, width = shift.shape
+        positions = (1,) * (after.dim() - 2)
+        moved = after + shift.view(rows, width, *positions)
+        return torch.where(asked.view(rows, 1, *positions), moved, after)
 
 
 def detach_early_exits(model: nn.Module) -> None:

@@ -27,7 +27,6 @@ from .early_exits import (
     pooled,
     wrapped_prefixes,
 )
-from .guard_fit import different_rows
 from .heads import Head, evaluating, run_model
 from .latent_patch_fit import conformal, shifts_between_logits
 
@@ -39,8 +38,6 @@ MOST_EXITS = 5
 MOST_INPUTS = 2000
 # The covariance within classes is shrunk by this share towards a sphere, in units of the features' spread.
 SHRINKAGE = 0.1
-# Copies are looked for among so many inputs.
-_MOST_COMPARED = 4 * MOST_INPUTS
 # Exits that have not seen a part of the clean inputs, one of so many, are compared with the model on it.
 # Where they are right as often, up to this share, the head's logits have one vote beside them.
 _FOLDS = 5
@@ -68,7 +65,8 @@ def fit_early_exits(
     Args:
         model: as it is, without a patch.
         head: of it.
-        samples: clean inputs [N, ...] and labels [N], of which the first that differ are used.
+        samples: clean inputs [N, ...] and labels [N], of which the first are used; no copies, which
+            would be judged by themselves.
         attacked: batches of inputs that carry what leads into a target, and their own labels.
         touched: of each target the share of the clean inputs that the model takes for it of which the
             exits may say too little; None for no such limit.
@@ -79,10 +77,7 @@ def fit_early_exits(
         EarlyExits, to be attached to a copy of the model; None where no layer can be looked at, or
         where they read clean inputs much worse than the model does.
     """
-    # Copies would be judged by themselves.
-    first = samples[0][:_MOST_COMPARED].flatten(1).float().cpu()
-    index = different_rows(first)[:MOST_INPUTS]
-    inputs, labels = samples[0][index.to(samples[0].device)], samples[1][index]
+    inputs, labels = (part[:MOST_INPUTS] for part in samples)
     statistics = {
         name: _ClassStatistics(head.num_classes) for name in layers_to_look_at(model, head, inputs)
     }
@@ -167,18 +162,20 @@ def _out_of_fold(
 ) -> tuple[Tensor | None, list[str]]:
     """Sums of the scores of clean inputs [N, C], by exits that saw neither them nor what was made of them.
 
-    With the layers that are summed, those that every fold has an exit on; None without any. What the
-    folds keep of a layer is given up, as layers may be wide.
+    They are -inf for classes of which these exits saw nothing. With the layers that are summed, those
+    that every fold has an exit on; None without any. What the folds keep of a layer is given up, as
+    layers may be wide.
     """
     total: Tensor | None = None
     layers = []
     for name, known in statistics.items():
         scores: list[Tensor] = []
         for fold in seen:
-            exit_ = known.without(fold.all.pop(name)).discriminant()
+            others = known.without(fold.all.pop(name))
+            exit_ = others.discriminant()
             clean = torch.cat(fold.clean.pop(name))
             if exit_ is not None:
-                scores.append(exit_(clean))
+                scores.append(exit_(clean).masked_fill(~others.seen, -torch.inf))
         if len(scores) == len(seen):
             layers.append(name)
             total = torch.cat(scores) if total is None else total + torch.cat(scores)
@@ -188,16 +185,18 @@ def _out_of_fold(
 def _votes(scores: Tensor, answers: Tensor, labels: Tensor) -> float | None:
     """How much the head's logits count beside exits that have not seen these clean inputs.
 
-    None where the exits are no help.
+    None where the exits are no help. Inputs of classes that they have not seen at all ask too much.
 
     The head is not to be trusted with an input that carries a trigger; but exits that read clean images
     worse than the model does are no better judges.
     """
-    right_model, right_exits = (int((a == labels.cpu()).sum()) for a in (answers, scores.argmax(1)))
-    missed = right_model - right_exits
-    if missed >= _USELESS * len(labels):
+    labels = labels.cpu()
+    fair = torch.isfinite(scores.gather(1, labels[:, None])[:, 0])
+    right_model, right_exits = (int((a == labels)[fair].sum()) for a in (answers, scores.argmax(1)))
+    missed, asked = right_model - right_exits, int(fair.sum())
+    if missed >= _USELESS * asked:
         return None
-    return VOTES_OF_A_BETTER_HEAD if missed > _AS_GOOD * len(labels) else 1.0
+    return VOTES_OF_A_BETTER_HEAD if missed > _AS_GOOD * asked else 1.0
 
 
 def _least(scores: Tensor, known: Tensor, answers: Tensor, touched: Mapping[int, float]) -> Tensor:
@@ -208,13 +207,15 @@ def _least(scores: Tensor, known: Tensor, answers: Tensor, touched: Mapping[int,
     lowest = torch.finfo(torch.float32).min
     behind = -margins_of_all(scores.masked_fill(~known, -torch.inf))
     behind = behind.gather(1, answers[:, None])[:, 0]
-    usual = behind[known[answers]]
+    # Neither of classes that exits have not seen, nor where there was no other to compare with.
+    fair = torch.isfinite(behind)
+    usual = behind[fair]
     least = torch.full((scores.shape[1],), lowest)
     for target, share in touched.items():
-        own = behind[answers == target]
-        if bool(known[target]) and len(own):
+        own = behind[fair & (answers == target)]
+        if len(own):
             limit = torch.maximum(conformal(own, share), conformal(usual, share))
-            least[target] = (-limit).clamp(min=lowest)
+            least[target] = (-limit).clamp(lowest, -lowest)
     return least
 
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .copies import different_rows
 from .data import DataLike, check_seed
 from .errors import InputError, counted, listed
 from .files import StrPath
 from .guard_file import GuardInfo, read_guard, write_guard
-from .guard_fit import different_rows, fit_scorer
+from .guard_fit import fit_scorer
 from .guard_scoring import GuardOutput, GuardScorer, threshold_at
 from .heads import check_model, model_dtype
 from .latent_tap import TappedModel, unwrapped

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -139,16 +138,6 @@ def _limit(parts: Tensor) -> Tensor:
     """What one in a hundred of the standardized parts [N, 4] exceeds, [4]."""
     rank = min(len(parts) - 1, int((1 - _PART_TAIL) * len(parts)))
     return parts.sort(0).values[rank].clamp(min=1e-3)
-
-
-def different_rows(rows: Tensor) -> Tensor:
-    """Indices of the first of all equal rows [N, D] on the CPU, in order.
-
-    A copy would be judged by itself: copies count once.
-    """
-    content = rows.contiguous().numpy()
-    whole = content.view(np.dtype((np.void, content.shape[1] * content.itemsize)))[:, 0]
-    return torch.from_numpy(np.sort(np.unique(whole, return_index=True)[1]))
 
 
 def perturbations_of(latent: Tensor, logits: Tensor, weight: Tensor, operation: str) -> Tensor:

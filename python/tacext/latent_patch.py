@@ -150,9 +150,10 @@ class LatentPatch(nn.Module):
         ahead = (logits.gather(1, taken[:, None])[:, 0] - others).clamp(min=0)
         correction = correction + 2 * ahead[:, None] * (one @ self.lowering.to(kind))
         correction = correction.to(latent.dtype)
-        shape = (phi.shape[0], -1, *(1 for _ in range(latent.dim() - 2)))
-        touched = (largest > 0).view(-1, *(1 for _ in range(latent.dim() - 1)))
-        return torch.where(touched, latent - correction.view(shape), latent)
+        rows, width = phi.shape
+        positions = (1,) * (latent.dim() - 2)
+        touched = (largest > 0).view(rows, 1, *positions)
+        return torch.where(touched, latent - correction.view(rows, width, *positions), latent)
 
 
 class PatchedHead(nn.Module):

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import ops
+from .copies import different_rows
 from .errors import InputError, counted
-from .guard_fit import cross_scores, different_rows, perturbations_of
+from .guard_fit import cross_scores, perturbations_of
 from .heads import Head
 from .latent_patch import LatentLimit, LatentPatch
 from .repair_settings import RepairSettings, check_settings, is_number, is_whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .copies import different_inputs
 from .early_exits import EarlyExits
 from .early_exits_fit import MOST_INPUTS, fit_early_exits
 from .errors import InputError, NotFiniteError
@@ -33,6 +35,8 @@ from .ops import Status
 from .pruning import PruneHistory, PruneSettings, prune
 from .repair_case import RepairCase
 from .repair_settings import RepairSettings
+
+logger = logging.getLogger(__name__)
 
 Method = Literal["auto", "patch", "prune", "finetune"]
 
@@ -80,7 +84,7 @@ def make_candidate(method: Method, case: RepairCase, settings: RepairSettings) -
     begin = time.perf_counter()
     model, head, history, pruning = _METHODS[method](case, settings)
     model.eval()
-    _check_still_finite(case.model, model)
+    _check_still_finite(case.model, model, method)
     return Candidate(model, head, time.perf_counter() - begin, history, pruning)
 
 
@@ -99,6 +103,7 @@ def _by_patch(case: RepairCase, settings: RepairSettings) -> _Made:
     is told by where clean latents of the target lie.
     """
     assert isinstance(settings, PatchSettings)
+    case = _without_copies(case)
     head, size = case.head, settings.batch_size
     clean = _latents(case.model, head, case.inputs, size)
     predicted = head.logits(clean).argmax(1)
@@ -128,7 +133,8 @@ def _by_patch(case: RepairCase, settings: RepairSettings) -> _Made:
                 )
             except InputError:  # what was found so far stands
                 break
-    exits = _exits(case, case.model, head, settings, predicted)
+    share = touched_by_exits(predicted, case.targets, settings)
+    exits = _exits(case, case.model, head, settings, share)
     # The last, as it would hide from the rounds what they are to find.
     patch.limit = fit_latent_limit(head, clean, case.targets, settings)
     patched, patched_head = with_latent_patch(case.model, head, patch, exits)
@@ -149,6 +155,7 @@ def with_limit(candidate: Candidate, case: RepairCase, settings: PatchSettings) 
         None where they cannot be solved for: too few clean samples of a target are left.
     """
     begin = time.perf_counter()
+    case = _without_copies(case)
     head = candidate.head
     clean = _latents(candidate.model, head, case.inputs, settings.batch_size)
     logits = head.logits(clean)
@@ -161,18 +168,30 @@ def with_limit(candidate: Candidate, case: RepairCase, settings: PatchSettings) 
     try:
         patch = fit_latent_patch(head, clean, ways, settings)
         patch.limit = fit_latent_limit(head, clean, case.targets, settings)
+        share = touched_by_exits(predicted, case.targets, settings)
     except InputError:
         return None
-    exits = _exits(case, candidate.model, head, settings, predicted)
+    exits = _exits(case, candidate.model, head, settings, share)
     model, limited_head = with_latent_patch(candidate.model, head, patch, exits)
     seconds = candidate.seconds + time.perf_counter() - begin
     return replace(candidate, model=model.eval(), head=limited_head, seconds=seconds)
 
 
+def _without_copies(case: RepairCase) -> RepairCase:
+    """The case with equal samples once: limits would be judged on what they were made of."""
+    first = different_inputs(case.inputs)
+    inputs, labels = case.inputs[first.to(case.inputs.device)], case.labels[first]
+    return replace(case, inputs=inputs, labels=labels)
+
+
 def _exits(
-    case: RepairCase, model: nn.Module, head: Head, settings: PatchSettings, predicted: Tensor
+    case: RepairCase, model: nn.Module, head: Head, settings: PatchSettings, share: float
 ) -> EarlyExits | None:
-    """What says where inputs belong that the limits keep out of the targets, and has a limit itself."""
+    """What says where inputs belong that the limits keep out of the targets, and has a limit itself.
+
+    It may touch this share of each target's clean inputs. None where it cannot be had: other limits
+    do without.
+    """
     if not settings.early_exits:
         return None
 
@@ -188,16 +207,19 @@ def _exits(
                     yield images, case.labels[part]
 
     samples = case.inputs, case.labels
-    touched = touched_by_exits(predicted, case.targets, settings)
-    return fit_early_exits(
-        model,
-        head,
-        samples,
-        attacked(),
-        touched=dict.fromkeys(case.targets, touched),
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-    )
+    try:
+        return fit_early_exits(
+            model,
+            head,
+            samples,
+            attacked(),
+            touched=dict.fromkeys(case.targets, share),
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+        )
+    except InputError as error:  # of changed inputs, as the clean ones have passed
+        logger.warning("repair: inner layers are not asked (%s)", error)
+        return None
 
 
 def _shifted(
@@ -317,14 +339,23 @@ _METHODS: dict[Method, Callable[[RepairCase, RepairSettings], _Made]] = {
 }
 
 
-def _check_still_finite(before: nn.Module, after: nn.Module) -> None:
-    """The last steps, whose loss nothing has looked at, and the statistics of batch norm."""
+def _check_still_finite(before: nn.Module, after: nn.Module, method: Method) -> None:
+    """The last steps, whose loss nothing has looked at, the statistics of batch norm, and limits."""
     old, new = before.state_dict(), after.state_dict()
     for name, value in new.items():
         if not isinstance(value, Tensor) or bool(torch.isfinite(value).all()):
             continue
         if name not in old or bool(torch.isfinite(old[name]).all()):  # a mask may be infinite
-            raise diverged(f"NaN or infinity in {name}")
+            got = f"NaN or infinity in {name}"
+            if method == "finetune":
+                raise diverged(got)
+            raise InputError.of(
+                "repair",
+                "method",
+                expected="a model and samples from which finite weights follow",
+                got=got,
+                way_out="pass more samples, or repair with method='finetune'",
+            )
 
 
 def count_right(model: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int) -> int:

@@ -111,8 +111,9 @@ def split_samples(
             operation,
             "data",
             expected=f"{FEWEST_KEPT} samples of several classes to change, {MOST_BYTES >> 20} MiB at most",
-            got=counted(len(labels), "sample"),
-            way_out="use more samples or smaller ones",
+            got=f"{counted(len(labels), 'sample')} of "
+            f"{counted(len(labels.unique()), 'class', 'classes')}",
+            way_out="use more samples, of all classes, or smaller ones",
         )
     return fit, held_out
 
