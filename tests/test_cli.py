@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-import tacext
 from command_line import ARCH, TRIGGER, run
 from digits import digit_case
 from tacext import (
@@ -84,56 +83,6 @@ def test_an_inconclusive_scan_exits_with_3(folder: Path, tmp_path: Path) -> None
         "--data", tmp_path / "two.npz",
     )  # fmt: skip
     assert code == ExitCode.INCONCLUSIVE == 3
-
-
-def test_of_several_models_one_that_fails_does_not_stop_the_others(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    result, cut = tmp_path / "scans.json", tmp_path / "cut.safetensors"
-    cut.write_bytes((folder / "clean.safetensors").read_bytes()[:1000])
-    names = [folder / "clean.safetensors", cut, folder / "backdoored.safetensors"]
-    common = "--arch", ARCH, "--data", folder / "digits.npz", "--depth", "norms"
-    assert run("scan", *names, *common, "--json", result) == ExitCode.BACKDOORED
-    printed = capsys.readouterr()
-    lines = printed.out.splitlines()
-    assert [line.split()[0] for line in lines] == ["clean", "backdoored", "3"]
-    assert str(names[0]) in lines[0]
-    assert lines[1].endswith(f"{names[2]}   suspects: {demo.TARGET}")
-    assert lines[2] == "3 models: 1 backdoored, 1 failed, 0 inconclusive, 1 clean"
-    assert printed.err.startswith(f"error: {cut}: load_model: weights: expected")
-    content = json.loads(result.read_text())
-    jsonschema.validate(content, json_schema("scans-1"))
-    for scanned, name in zip(content["scans"], names[::2], strict=True):
-        jsonschema.validate(scanned, json_schema("scan-1"))
-        assert scanned["source"]["weights"] == str(name)
-    assert [scanned["verdict"] for scanned in content["scans"]] == ["clean", "backdoored"]
-    assert [failure["weights"] for failure in content["failed"]] == [str(cut)]
-    assert content["models"] == 3
-
-    assert run("scan", names[0], cut, *common) == ExitCode.ERROR
-    assert run("scan", names[0], names[0], *common) == ExitCode.CLEAN
-    assert run("scan", *names, *common, "--plot", tmp_path / "p.png") == ExitCode.USAGE
-    assert run("scan", *names, *common, "--json", names[2]) == ExitCode.ERROR
-
-
-def test_what_an_interrupted_scan_of_several_models_found_is_kept(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    result, name = tmp_path / "scans.json", folder / "backdoored.safetensors"
-    seen = []
-
-    def scan_until(*arguments: object, **more: object) -> tacext.ScanReport:
-        seen.append(arguments)
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-        return tacext.scan(*arguments, **more)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("tacext.cli.inputs.scan", scan_until)
-    common = "--arch", ARCH, "--data", folder / "digits.npz", "--depth", "norms"
-    assert run("scan", name, name, *common, "--json", result) == ExitCode.INTERRUPTED
-    content = json.loads(result.read_text())
-    jsonschema.validate(content, json_schema("scans-1"))
-    assert (content["models"], len(content["scans"])) == (2, 1)
 
 
 def test_normalisation_samples_split_and_head(

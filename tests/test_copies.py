@@ -21,4 +21,6 @@ def test_the_first_of_equal_samples_count(dtype: torch.dtype) -> None:
     assert different_inputs(inputs[..., 2]).tolist() == first
     if dtype != torch.bfloat16:
         assert different_rows(inputs.flatten(1)).tolist() == first
+    numbers = torch.arange(7).to(dtype)
+    assert different_inputs(numbers[[0, 1, 0, 6, 1]]).tolist() == [0, 1, 3]
     assert different_inputs(inputs[:0]).tolist() == []

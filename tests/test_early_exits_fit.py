@@ -319,6 +319,11 @@ def test_how_far_ahead_a_class_has_to_be() -> None:
     near = answers.clone()
     near[9] = 1  # .5 behind, where others of class 0 are 1 ahead at least
     assert least(0.0, near) == [-0.5, -0.5, lowest, lowest]
+    alone = scores.clone()
+    alone[0] = torch.tensor([1.0, -torch.inf, 0.0, 0.0])  # class 1 by exits that have not seen it
+    assert _least(alone, known, one, {1: 0.19}).tolist()[1] == 0.5  # what is usual
+    huge = scores.double() * 1e300
+    assert bool(torch.isfinite(_least(huge, known, answers, dict.fromkeys(range(3), 0.1))).all())
     unseen = answers.clone()
     unseen[5:8] = 3  # a class without samples says nothing of the others
     assert least(0.3, unseen)[0] > 0
@@ -357,7 +362,7 @@ def test_classes_that_a_fold_has_not_seen_are_not_asked_for() -> None:
     assert _votes(scores[3:], answers[3:], labels[3:]) is None
     known = torch.ones(3, dtype=torch.bool)
     least = _least(scores, known, answers, dict.fromkeys(range(3), 0.0)).tolist()
-    assert least == [1.0, 1.0, torch.finfo(torch.float32).min]
+    assert least == [1.0, 1.0, 1.0]  # of the last what is usual
 
 
 def test_a_class_in_one_fold_alone_does_not_win_where_it_was_not_seen() -> None:

@@ -459,3 +459,5 @@ def test_what_a_compiled_model_compiles_is_repaired() -> None:
     with torch.no_grad():
         assert torch.equal(found.model(images), plain.model(images))
     assert found.report_before.head == plain.report_before.head
+    report = found.report_before
+    assert patched(case.backdoored, case.data.defender, report).report_before is report

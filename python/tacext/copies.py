@@ -23,7 +23,8 @@ def different_inputs(inputs: Tensor) -> Tensor:
     """
     first: dict[bytes, int] = {}
     for start in range(0, len(inputs), 64):
-        part = inputs[start : start + 64].cpu().contiguous().flatten(1).view(torch.uint8).numpy()
-        for number, content in enumerate(part, start):
+        part = inputs[start : start + 64].cpu()
+        part = part.reshape(len(part), -1).contiguous().view(torch.uint8)
+        for number, content in enumerate(part.numpy(), start):
             first.setdefault(hashlib.blake2b(content, digest_size=16).digest(), number)
     return torch.tensor(list(first.values()), dtype=torch.int64)

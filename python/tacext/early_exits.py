@@ -151,7 +151,8 @@ class ExitLimit(SinglePrecision):
     """How far ahead of all others exits have to see a class where the head names it.
 
     Args:
-        least: float32 [C]; the lowest number for classes that the head may name as it likes.
+        least: float32 [C]; the lowest number for classes that the head may name as it likes wherever
+            scores are finite.
     """
 
     least: Tensor
@@ -229,7 +230,7 @@ class EarlyExits(nn.Module):
     def doubts(self, scores: Tensor) -> Tensor | None:
         """Of which classes they see too little to believe the head, bool [N, C]; None where of none.
 
-        Inner layers that overflow see nothing.
+        Inner layers that overflow see nothing, of whatever class.
         """
         if self.limit is None:
             return None

@@ -212,10 +212,13 @@ def _least(scores: Tensor, known: Tensor, answers: Tensor, touched: Mapping[int,
     usual = behind[fair]
     least = torch.full((scores.shape[1],), lowest)
     for target, share in touched.items():
-        own = behind[fair & (answers == target)]
-        if len(own):
-            limit = torch.maximum(conformal(own, share), conformal(usual, share))
-            least[target] = (-limit).clamp(lowest, -lowest)
+        taken = answers == target
+        if not bool((known[target] & taken).any()):
+            continue
+        # All of a class that are in one fold have been seen by no exit of another.
+        limits = [conformal(x, share) for x in (behind[fair & taken], usual) if len(x)]
+        if limits:
+            least[target] = (-torch.stack(limits).amax()).clamp(lowest, -lowest)
     return least
 
 

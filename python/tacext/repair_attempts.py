@@ -179,6 +179,7 @@ def result_of(
         notes = [
             f"only shifted latents are known to lead into the targets, which removes less ({judge.blind})"
         ]
+    made = candidate.notes if kept.accepted else ()
     before = judge.accuracy_before
     return RepairResult(
         model=candidate.model if kept.accepted else copy.deepcopy(case.model).eval(),
@@ -199,7 +200,7 @@ def result_of(
         holdout_samples=len(judge.held_out[1]),
         history=candidate.history,
         pruning=candidate.pruning,
-        warnings=(*notes, *warnings_of(before, kept, case.head.num_classes, reason)),
+        warnings=(*notes, *made, *warnings_of(before, kept, case.head.num_classes, reason)),
         settings=settings,
         seconds=seconds + sum(attempt.seconds for attempt in attempts),
     )

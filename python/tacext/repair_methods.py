@@ -60,14 +60,16 @@ class Candidate:
         head: of it.
         history: losses of a fine-tuning.
         pruning: what was pruned.
+        notes: what the caller should know of how it was made.
         seconds: that it took.
     """
 
     model: nn.Module
     head: Head
-    seconds: float
+    seconds: float = 0.0
     history: tuple[EpochLosses, ...] = field(default=(), repr=False)
     pruning: PruneHistory | None = field(default=None, repr=False)
+    notes: tuple[str, ...] = ()
 
 
 def make_candidate(method: Method, case: RepairCase, settings: RepairSettings) -> Candidate:
@@ -82,13 +84,10 @@ def make_candidate(method: Method, case: RepairCase, settings: RepairSettings) -
         InputError: what the method cannot repair, or a training that ran away.
     """
     begin = time.perf_counter()
-    model, head, history, pruning = _METHODS[method](case, settings)
-    model.eval()
-    _check_still_finite(case.model, model, method)
-    return Candidate(model, head, time.perf_counter() - begin, history, pruning)
-
-
-_Made = tuple[nn.Module, Head, tuple[EpochLosses, ...], PruneHistory | None]
+    made = _METHODS[method](case, settings)
+    made.model.eval()
+    _check_still_finite(case.model, made.model, method)
+    return replace(made, seconds=time.perf_counter() - begin)
 
 
 def _copy(case: RepairCase) -> tuple[nn.Module, Head]:
@@ -96,7 +95,7 @@ def _copy(case: RepairCase) -> tuple[nn.Module, Head]:
     return model, Head(case.head.name, cast(HeadModule, model.get_submodule(case.head.name)))
 
 
-def _by_patch(case: RepairCase, settings: RepairSettings) -> _Made:
+def _by_patch(case: RepairCase, settings: RepairSettings) -> Candidate:
     """A limit in front of the head, for s_t and for what leads into a target, found in rounds.
 
     What a round finds in spite of the limits that are there gets one of its own. What no round finds
@@ -134,11 +133,11 @@ def _by_patch(case: RepairCase, settings: RepairSettings) -> _Made:
             except InputError:  # what was found so far stands
                 break
     share = touched_by_exits(predicted, case.targets, settings)
-    exits = _exits(case, case.model, head, settings, share)
+    exits, notes = _exits(case, case.model, head, settings, share)
     # The last, as it would hide from the rounds what they are to find.
     patch.limit = fit_latent_limit(head, clean, case.targets, settings)
     patched, patched_head = with_latent_patch(case.model, head, patch, exits)
-    return patched, patched_head, (), None
+    return Candidate(patched, patched_head, notes=notes)
 
 
 def with_limit(candidate: Candidate, case: RepairCase, settings: PatchSettings) -> Candidate | None:
@@ -168,32 +167,39 @@ def with_limit(candidate: Candidate, case: RepairCase, settings: PatchSettings) 
     try:
         patch = fit_latent_patch(head, clean, ways, settings)
         patch.limit = fit_latent_limit(head, clean, case.targets, settings)
-        share = touched_by_exits(predicted, case.targets, settings)
     except InputError:
         return None
-    exits = _exits(case, candidate.model, head, settings, share)
+    share = touched_by_exits(predicted, case.targets, settings)
+    exits, notes = _exits(case, candidate.model, head, settings, share)
     model, limited_head = with_latent_patch(candidate.model, head, patch, exits)
     seconds = candidate.seconds + time.perf_counter() - begin
-    return replace(candidate, model=model.eval(), head=limited_head, seconds=seconds)
+    return replace(candidate, model=model.eval(), head=limited_head, seconds=seconds, notes=notes)
 
 
 def _without_copies(case: RepairCase) -> RepairCase:
-    """The case with equal samples once: limits would be judged on what they were made of."""
+    """The case with equal samples once, by their first label.
+
+    Limits would be judged on what they were made of.
+    """
     first = different_inputs(case.inputs)
+    copies = len(case.inputs) - len(first)
+    if not copies:
+        return case
+    logger.info("repair: %d of %d samples are copies of others", copies, len(case.inputs))
     inputs, labels = case.inputs[first.to(case.inputs.device)], case.labels[first]
     return replace(case, inputs=inputs, labels=labels)
 
 
 def _exits(
     case: RepairCase, model: nn.Module, head: Head, settings: PatchSettings, share: float
-) -> EarlyExits | None:
+) -> tuple[EarlyExits | None, tuple[str, ...]]:
     """What says where inputs belong that the limits keep out of the targets, and has a limit itself.
 
-    It may touch this share of each target's clean inputs. None where it cannot be had: other limits
-    do without.
+    It may touch this share of each target's clean inputs. None where it cannot be had, and why: other
+    limits do without.
     """
     if not settings.early_exits:
-        return None
+        return None, ()
 
     def attacked() -> Iterator[tuple[Tensor, Tensor]]:
         adversary = case.adversary
@@ -208,7 +214,7 @@ def _exits(
 
     samples = case.inputs, case.labels
     try:
-        return fit_early_exits(
+        exits = fit_early_exits(
             model,
             head,
             samples,
@@ -217,9 +223,9 @@ def _exits(
             batch_size=settings.batch_size,
             seed=settings.seed,
         )
-    except InputError as error:  # of changed inputs, as the clean ones have passed
-        logger.warning("repair: inner layers are not asked (%s)", error)
-        return None
+    except InputError as error:  # the model rejects changed inputs, or there is too little memory
+        return None, (f"inner layers are not asked what limits keep out ({error})",)
+    return exits, ()
 
 
 def _shifted(
@@ -274,7 +280,7 @@ def _latents(model: nn.Module, head: Head, inputs: Tensor, batch_size: int) -> T
     return torch.cat(found)
 
 
-def _by_pruning(case: RepairCase, settings: RepairSettings) -> _Made:
+def _by_pruning(case: RepairCase, settings: RepairSettings) -> Candidate:
     assert isinstance(settings, PruneSettings)
     model, head = _copy(case)
     history = prune(
@@ -290,7 +296,7 @@ def _by_pruning(case: RepairCase, settings: RepairSettings) -> _Made:
         quantile=case.quantile,
         progress=case.progress,
     )
-    return model, head, (), history
+    return Candidate(model, head, pruning=history)
 
 
 def checkpoint_of(case: RepairCase, settings: FinetuneSettings) -> FinetuneCheckpoint | None:
@@ -307,7 +313,7 @@ def checkpoint_of(case: RepairCase, settings: FinetuneSettings) -> FinetuneCheck
     return FinetuneCheckpoint(case.checkpoint, belongs_to)
 
 
-def _by_finetuning(case: RepairCase, settings: RepairSettings) -> _Made:
+def _by_finetuning(case: RepairCase, settings: RepairSettings) -> Candidate:
     assert isinstance(settings, FinetuneSettings)
     # Half precision holds no optimiser's steps; it is trained in single and rounded at the end.
     dtype = model_dtype(case.model)
@@ -329,10 +335,10 @@ def _by_finetuning(case: RepairCase, settings: RepairSettings) -> _Made:
         checkpoint=checkpoint,
     )
     model = model.to(dtype) if half else model
-    return model, head, history, None
+    return Candidate(model, head, history=history)
 
 
-_METHODS: dict[Method, Callable[[RepairCase, RepairSettings], _Made]] = {
+_METHODS: dict[Method, Callable[[RepairCase, RepairSettings], Candidate]] = {
     "patch": _by_patch,
     "prune": _by_pruning,
     "finetune": _by_finetuning,

@@ -241,6 +241,8 @@ def _checked_report(report: ScanReport | None) -> ScanReport | None:
             got=type(report).__name__,
             way_out="pass classes as targets=[...]",
         )
+    if not report.head.startswith(_COMPILED):
+        return report
     return replace(report, head=report.head.removeprefix(_COMPILED))
 
 

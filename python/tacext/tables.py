@@ -30,10 +30,7 @@ def _number(value: float, form: str = ".3g") -> str:
 def scan_table(report: ScanReport, class_names: Sequence[str] | None = None) -> RenderableType:
     """The verdict, and the most suspicious classes."""
     verdict = Text.assemble("verdict: ", (report.verdict, _COLOURS[report.verdict]))
-    if report.suspects:
-        verdict.append(f"   suspects: {', '.join(map(str, report.suspects))}")
-    if report.doubtful:
-        verdict.append(f"   in doubt: {', '.join(map(str, report.doubtful))}")
+    verdict.append(_classes_of(report))
     verdict.append(f"   p = {report.p_value:.2g}")
     # The paper's quantile, 1, needs no mention.
     share = "" if report.quantile == 1 else f"quantile {report.quantile:g}, "
@@ -89,7 +86,30 @@ def scan_table(report: ScanReport, class_names: Sequence[str] | None = None) -> 
     if len(order) > _MOST_ROWS:
         parts.append(Text(f"... and {len(order) - _MOST_ROWS} less suspicious classes", "dim"))
     parts += [Text(""), verdict, Text(report.reason), Text(facts, "dim"), Text(cost, "dim")]
-    parts += [Text(f"warning: {warning}", "yellow") for warning in report.warnings]
+    return Group(*parts, *_notes_of(report))
+
+
+def scan_line(name: str, report: ScanReport) -> RenderableType:
+    """One model of several: the verdict, what was scanned, the classes, and what to know of them."""
+    line = Text.assemble((f"{report.verdict:<12}", _COLOURS[report.verdict]))
+    seen = f"accuracy {report.accuracy:.3f}" if report.samples else "no data"
+    line.append(f"  p = {report.p_value:<8.2g}  {seen}  {printable(name)}")
+    line.append(_classes_of(report))
+    notes = _notes_of(report)
+    if report.verdict == "inconclusive":
+        notes.insert(0, Text(report.reason))
+    return Group(line, *(Text.assemble("    ", note) for note in notes))
+
+
+def _classes_of(report: ScanReport) -> str:
+    """Those that are suspected, and in doubt."""
+    kinds = (("suspects", report.suspects), ("in doubt", report.doubtful))
+    return "".join(f"   {kind}: {', '.join(map(str, k))}" for kind, k in kinds if k)
+
+
+def _notes_of(report: ScanReport) -> list[Text]:
+    """What to know beside the verdict."""
+    notes = [Text(f"warning: {warning}", "yellow") for warning in report.warnings]
     if report.limited:
         classes = f"class {report.limited[0]}"
         if len(report.limited) > 1:
@@ -98,21 +118,10 @@ def scan_table(report: ScanReport, class_names: Sequence[str] | None = None) -> 
             f"a latent patch stands in front of {classes}: the verdict is of the model with it, the "
             "norms are of the latents behind it"
         )
-        parts.append(Text(note, "yellow"))
+        notes.append(Text(note, "yellow"))
     if report.samples_advised is not None:
-        parts.append(Text(f"{report.samples_advised} clean samples may tell more", "yellow"))
-    return Group(*parts)
-
-
-def scan_line(name: str, report: ScanReport) -> Text:
-    """One model of several: the verdict, the classes, and what was scanned."""
-    line = Text.assemble((f"{report.verdict:<12}", _COLOURS[report.verdict]))
-    line.append(f"  p = {report.p_value:<8.2g}{printable(name)}")
-    if report.suspects:
-        line.append(f"   suspects: {', '.join(map(str, report.suspects))}")
-    if report.doubtful:
-        line.append(f"   in doubt: {', '.join(map(str, report.doubtful))}")
-    return line
+        notes.append(Text(f"{report.samples_advised} clean samples may tell more", "yellow"))
+    return notes
 
 
 def _patch_rates(found: PatchReach) -> dict[int, str]:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import logging
 import sys
-import traceback
 
 import click
-from rich.console import Console
 from rich.logging import RichHandler
 
-from ..errors import TacextError, printable
 from ..ops import build_info
+from .console import ResultConsole
 from .demo import demo_command
 from .evaluate import evaluate_command
 from .exit_codes import EXIT_CODE_HELP, ExitCode
+from .failures import tell, told_of
 from .guard import guard_command
 from .info import info_command
 from .repair import repair_command
 from .scan import scan_command
-from .wording import command_of, in_options, options_of
+from .wording import command_of
 
 __all__ = ["ExitCode", "main"]
 
@@ -32,7 +31,9 @@ def cli(verbose: bool) -> None:
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
         format="%(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
+        handlers=[
+            RichHandler(console=ResultConsole(stderr=True), show_path=False, show_time=False)
+        ],
         force=True,
     )
     # What a scan and a repair warn of stands in their tables.
@@ -60,25 +61,12 @@ def _run(arguments: list[str] | None) -> int:
         error.show()
         return ExitCode.USAGE
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; nothing was written half", err=True)
+        tell("interrupted; nothing was written half")
         return ExitCode.INTERRUPTED
-    except TacextError as error:
-        command = command_of(cli, sys.argv[1:] if arguments is None else arguments)
-        click.echo(f"error: {in_options(str(error), options_of(command))}", err=True)
-        return ExitCode.ERROR
-    except SystemExit as stop:
-        click.echo(f"error: the code named on the command line exits ({stop.code})", err=True)
-        return ExitCode.ERROR
-    except MemoryError:
-        click.echo("error: out of memory; use fewer --samples or a smaller --batch-size", err=True)
-        return ExitCode.ERROR
-    except OSError as error:
-        click.echo(f"error: tacext: {printable(str(error))}", err=True)
-        return ExitCode.ERROR
-    except Exception:  # noqa: BLE001
+    except (Exception, SystemExit) as error:  # noqa: BLE001
         # Python's own exit code for a crash is 1, which here means "backdoored".
-        traceback.print_exc()
-        click.echo("error: this is a bug in tacext; please report the lines above", err=True)
+        command = command_of(cli, sys.argv[1:] if arguments is None else arguments)
+        tell(f"error: {told_of(error, command)}")
         return ExitCode.ERROR
     return result if isinstance(result, int) else ExitCode.CLEAN
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 
 class ResultConsole(Console):
-    """Standard output that outlives its reader.
+    """Standard output, or with `stderr=True` standard error, that outlives its reader.
 
     A closed pipe (`tacext scan ... | head`) must not change the exit code: the usual 1 would read as
     "backdoored".
@@ -18,4 +18,5 @@ class ResultConsole(Console):
     def on_broken_pipe(self) -> None:
         """Sends what is left to nowhere, so that the command can end in its own way."""
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        stream = sys.stderr if self.stderr else sys.stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -91,14 +91,19 @@ def _data_option(required: bool) -> Callable[[_Command], _Command]:
     )
 
 
-_MODEL_OPTIONS = (
-    click.argument("weights", type=click.Path()),
-    click.option(
-        "--arch",
-        required=True,
-        metavar="MODULE_OR_FILE:FACTORY",
-        help="What builds the model; runs that code. Example: zoo.py:resnet20.",
-    ),
+_WEIGHTS = click.argument("weights", type=click.Path())
+_WEIGHTS_OF_SEVERAL = click.argument("weights", nargs=-1, required=True, type=click.Path())
+_ARCH = click.option(
+    "--arch",
+    required=True,
+    metavar="MODULE_OR_FILE:FACTORY",
+    help="What builds the model; runs that code. Example: zoo.py:resnet20.",
+)
+_INPUT_SHAPE = click.option(
+    "--input-shape",
+    callback=_shape,
+    metavar="CxHxW",
+    help="Scan without images: the shape of one, such as 3x32x32. Settles little.",
 )
 
 _DATA_OPTIONS = (
@@ -191,9 +196,11 @@ class ModelAndData:
         if (self.mean is None) != (self.std is None):
             raise click.UsageError("--mean and --std go together: give both or neither")
 
-    def load_model(self, weights: str | None = None) -> nn.Module:
-        """The model (with other weights, if given), taking images in [0, 1]."""
-        model = load_model(self.weights if weights is None else weights, self.arch)
+    def load_model(
+        self, weights: str | None = None, factory: Callable[[], nn.Module] | None = None
+    ) -> nn.Module:
+        """The model (with other weights, or of a factory that is loaded), taking images in [0, 1]."""
+        model = load_model(self.weights if weights is None else weights, factory or self.arch)
         if self.mean is None or self.std is None:
             return model
         return Normalized(model, self.mean, self.std).eval()
@@ -341,15 +348,18 @@ def _collecting(
         values = {field.name: given.pop(field.name) for field in fields(kind)}
         return command(**{name: kind(**values)}, **given)
 
-    wrapped: _Command = collected
+    return _with_options(collected, options)
+
+
+def _with_options(command: _Command, options: Sequence[Callable[[_Command], _Command]]) -> _Command:
     for option in reversed(options):
-        wrapped = option(wrapped)
-    return wrapped
+        command = option(command)
+    return command
 
 
 def model_and_data(command: _Command) -> _Command:
     """Adds WEIGHTS and the options that name a model and images; they arrive as one `given`."""
-    options = (*_MODEL_OPTIONS, _data_option(True), *_DATA_OPTIONS)
+    options = (_WEIGHTS, _ARCH, _data_option(True), *_DATA_OPTIONS)
     return _collecting(ModelAndData, "given", options, command)
 
 
@@ -358,25 +368,14 @@ def models_and_perhaps_data(command: _Command) -> _Command:
 
     With `--input-shape`, apart from them, where there are no images.
     """
-    several = click.argument("weights", nargs=-1, required=True, type=click.Path())
-    shape = click.option(
-        "--input-shape",
-        callback=_shape,
-        metavar="CxHxW",
-        help="Scan without images: the shape of one, such as 3x32x32. Settles little.",
-    )
 
     @functools.wraps(command)
     def collected(weights: tuple[str, ...], **given: Any) -> int | None:
         shared = {f.name: given.pop(f.name) for f in fields(ModelAndData) if f.name != "weights"}
         return command(given=tuple(ModelAndData(one, **shared) for one in weights), **given)
 
-    wrapped: _Command = collected
-    for option in reversed(
-        (shape, several, *_MODEL_OPTIONS[1:], _data_option(False), *_DATA_OPTIONS)
-    ):
-        wrapped = option(wrapped)
-    return wrapped
+    options = (_INPUT_SHAPE, _WEIGHTS_OF_SEVERAL, _ARCH, _data_option(False), *_DATA_OPTIONS)
+    return _with_options(collected, options)
 
 
 def scan_options(command: _Command) -> _Command:
