@@ -255,6 +255,7 @@ def test_names_cannot_steer_the_terminal(
         assert "[red]x" in text
         assert "\x1b" not in text
     assert len(printed.out.splitlines()) == 2
+    assert len(printed.err.splitlines()) == 1
 
 
 def test_messages_speak_of_options(
