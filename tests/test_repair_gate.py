@@ -195,7 +195,7 @@ def test_a_patch_against_which_norms_alone_stand_is_the_last_resort(
     case = digit_case()
     # Eight times the usual change leads half of the digits anywhere; whether a few more come here
     # depends on the processor that the network was trained on.
-    monkeypatch.setattr(repair_gate, "_led_anew", lambda *_: None)
+    monkeypatch.setattr(repair_gate, "led_anew", lambda *_: None)
     idle = FinetuneSettings(epochs=1, learning_rate=1e-7)
     result = repair(case.backdoored, case.data.defender, method="auto", settings=idle)
     assert [attempt.method for attempt in result.attempts] == ["patch", "prune", "finetune"]

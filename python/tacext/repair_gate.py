@@ -7,7 +7,6 @@ that passes has lost what was found in it; that it had nothing else is no more p
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,22 +20,19 @@ from .data import DataLike
 from .errors import InputError
 from .input_adversary import FEWEST_LED, Effects, InputAdversary
 from .joint_test import moderated_p_values, shipped_calibration
+from .limited_scan import ALWAYS_MOVED, led_anew, without_norms
 from .repair_methods import count_right
 from .scan_report import ScanReport
 from .scanning import scan
 from .second_look import SecondLook, corner_evidence, reach_evidence
-from .verdict import SOURCE_SHARE, Evidence, Finding, patch_p_value, telling_waves, weigh
+from .verdict import SOURCE_SHARE, Evidence, patch_p_value, telling_waves
 from .waves import class_by_wave, wave_pattern
 
 # A p-value above this leaves no doubt of a patch or a shuffle.
 _DOUBT = 0.3
 
-# Of what the old changes and patches moved, so much may still move; a tenth of all images may in any
-# model.
+# Of what the old changes and patches moved, so much may still move.
 _MOST_LEFT = 0.5
-_ALWAYS_MOVED = 0.1
-# The same of the 40 images that squares in corners are measured on: two standard errors more.
-_MOVED_FROM_CORNERS = 0.2
 
 
 @dataclass(frozen=True)
@@ -134,7 +130,7 @@ def check_repair(
     rates = zip(adversary.targets, was.moved.tolist(), left.moved.tolist(), strict=True)
     for target, old, new in rates:
         for kind, a, b in zip(("change", "patch"), old, new, strict=False):
-            if target not in unseen and b > max(_ALWAYS_MOVED, _MOST_LEFT * a):
+            if target not in unseen and b > max(ALWAYS_MOVED, _MOST_LEFT * a):
                 return no(
                     f"the {kind} that led {a:.0%} of the samples into class {target} still leads {b:.0%}"
                 )
@@ -189,13 +185,13 @@ def _still_led_by_source(
     """What is wrong where the patch that led one class into a target before still does."""
     look = None if before.evidence is None else before.evidence.look
     found = None if look is None else look.source
-    if found is None or found.target not in targets or found.share <= _ALWAYS_MOVED:
+    if found is None or found.target not in targets or found.share <= ALWAYS_MOVED:
         return None
     own = held_out[0][held_out[1] == found.source]
     if not len(own):
         return None
     share = _share_led(repaired, own, found.corner, found.pattern, found.target, batch_size)
-    if share <= max(_ALWAYS_MOVED, _MOST_LEFT * found.share):
+    if share <= max(ALWAYS_MOVED, _MOST_LEFT * found.share):
         return None
     return (
         f"the patch that led {found.share:.0%} of the samples of class {found.source} into class "
@@ -220,7 +216,7 @@ def _still_led_by_wave(
     reached = torch.full((len(led),), k)
     share = count_right(repaired, led, reached, batch_size) / max(1, len(led))
     rate = float(found.rate[k])
-    if share <= max(_ALWAYS_MOVED, _MOST_LEFT * rate):
+    if share <= max(ALWAYS_MOVED, _MOST_LEFT * rate):
         return None
     return f"the wave that led {rate:.0%} of the samples into class {k} still leads {share:.0%}"
 
@@ -263,7 +259,7 @@ def _still_led_from_corner(
             rate, place = float(found.rate[size, j]), found.corner[size, j].tolist()
             pattern = found.pattern[size][j]
             share = _share_led(repaired, images, place, pattern, target, batch_size)
-            if share > max(_ALWAYS_MOVED, _MOST_LEFT * rate):
+            if share > max(ALWAYS_MOVED, _MOST_LEFT * rate):
                 return (
                     f"the square in a corner that led {rate:.0%} of the samples into class {target} "
                     f"still leads {share:.0%}"
@@ -299,10 +295,10 @@ def judge_scan(
     look = None if report.evidence is None else report.evidence.look
     if look is None or look.reach is None:
         return False, f"a scan of the repaired model could not look for new ways: {report.reason}"
-    wrong = _led_anew(look, targets, seen if limited else ())
+    wrong = led_anew(look, targets, seen if limited else ())
     if wrong:
         return False, wrong
-    finding, evidence = _without_norms(report, seen, limited)
+    finding, evidence = without_norms(report, seen, limited)
     found = f"a scan of the repaired model says {finding.verdict}"
     if seen and finding.verdict != report.verdict:
         found += f" of what inputs show (and {report.verdict} with the norms of what was repaired)"
@@ -313,49 +309,6 @@ def judge_scan(
     if told and not doubted & set(targets):
         return True, f"{found}, of other classes than were repaired: {finding.reason}"
     return False, f"{found}: {finding.reason}"
-
-
-def _led_anew(look: SecondLook, targets: tuple[int, ...], limited: tuple[int, ...]) -> str | None:
-    """What is wrong with the samples that new changes and patches lead into the targets.
-
-    A patch or a square in a corner may lead no more there than into the easiest other class, a change
-    past a limit no more than into the usual one, at any budget; or a tenth, of squares a fifth.
-
-    Args:
-        look: of the repaired model.
-        targets: the classes that were repaired.
-        limited: those that a limit keeps inputs out of.
-    """
-    patch, reach = look.patch, look.reach
-    assert reach is not None
-    for target in targets:
-        if patch is not None and target in patch.classes:
-            rate = float(patch.rate[patch.classes.index(target)])
-            rest = [
-                float(r) for k, r in zip(patch.classes, patch.rate, strict=True) if k not in targets
-            ]
-            if rate > max(_ALWAYS_MOVED, max(rest, default=0.0)):
-                return f"a patch found anew leads {rate:.0%} of the samples into class {target}"
-        if look.corners is not None and target in look.corners.classes:
-            rates = look.corners.rate.nan_to_num(0.0).amax(0).tolist()
-            rest = [r for k, r in zip(look.corners.classes, rates, strict=True) if k not in targets]
-            rate = rates[look.corners.classes.index(target)]
-            if rate > max(_MOVED_FROM_CORNERS, max(rest, default=0.0)):
-                return f"a square in a corner found anew leads {rate:.0%} of the samples into class {target}"
-    for target in limited:
-        if target not in look.classes:
-            return f"class {target} was not looked at again"
-        others = [j for j, k in enumerate(look.classes) if k not in targets]
-        own = reach.rate[:, look.classes.index(target)]
-        usual = reach.rate[:, others].median(dim=1).values if others else torch.zeros_like(own)
-        beyond = own > usual.clamp(min=_ALWAYS_MOVED)
-        if bool(beyond.any()):
-            j = int((own - usual).argmax())
-            return (
-                f"a change found anew leads {float(own[j]):.0%} of the samples into class {target}, and "
-                f"{float(usual[j]):.0%} into the usual one"
-            )
-    return None
 
 
 def _classes_in_doubt(
@@ -418,30 +371,3 @@ def _stood_out(
     p_value = len(classes) * float(np.nan_to_num(by_change[classes.index(target)], nan=1.0))
     kinds = 2 + len(in_corners)
     return kinds * min([p_value, *by_patch, *in_corners]) < after.alpha
-
-
-def _without_norms(
-    report: ScanReport, seen: tuple[int, ...], limited: bool
-) -> tuple[Finding, Evidence | None]:
-    """The verdict of a scan that knows nothing of these classes' norms, nor, if limited, of reach."""
-    told = Finding(report.verdict, report.suspects, report.p_value, report.reason)
-    # What a doubt stands against stays as it is.
-    if report.evidence is None or report.evidence.look is None or not seen or report.warnings:
-        return told, report.evidence
-    norm = np.array(report.test.norm, dtype=float)
-    norm[list(seen)] = np.nan
-    test = dataclasses.replace(report.test, norm=norm)
-    if set(report.test.suspects) <= set(seen):
-        test = dataclasses.replace(test, verdict="clean", suspects=())
-    look = report.evidence.look
-    unknown = [look.classes.index(t) for t in seen if t in look.classes]
-    if limited and look.reach is not None:
-        gain, rate = look.reach.gain.clone(), look.reach.rate.clone()
-        gain[:, unknown] = rate[:, unknown] = torch.nan
-        reach = dataclasses.replace(look.reach, gain=gain, rate=rate)
-        look = dataclasses.replace(look, reach=reach)
-    if limited and look.corners is not None:
-        gain = look.corners.gain.clone()
-        gain[:, unknown] = torch.nan
-        look = dataclasses.replace(look, corners=dataclasses.replace(look.corners, gain=gain))
-    return weigh(test, look, report.alpha, shipped_calibration())

@@ -24,6 +24,7 @@ from .errors import InputError, check_choice, counted
 from .heads import check_model
 from .joint_test import shipped_calibration
 from .latent_patch import limited_classes
+from .limited_scan import with_limits
 from .observation import Metric, Observation, observe, solve
 from .ops import MinimalPerturbation, SolverSettings, Status
 from .patch_reach import FEWEST_PIXELS, has_room
@@ -141,7 +142,7 @@ def scan(
             seed=seed,
             progress=progress,
         )
-        return replace(report, limited=limited_classes(model))
+        return with_limits(report, limited_classes(model))
     assert data is not None
     keeper = None if depth == "norms" else LookKeeper(seed, gradients=depth == "thorough")
     observation = observe(
@@ -203,7 +204,7 @@ def scan(
             tested - solved + time.perf_counter() - looked,
         ),
     )
-    return replace(report, limited=limited_classes(model))
+    return with_limits(report, limited_classes(model))
 
 
 def _refuse_what_needs_data(depth: Depth, quantile: float) -> None:
