@@ -172,6 +172,11 @@ def test_a_patched_model_is_written_and_read_again(
     assert content["history"] == []
     assert any(".patch." in name for name in load_state_dict(repaired))
     capsys.readouterr()
+    again = "repair", repaired, *common, "--output", tmp_path / "again.safetensors"
+    assert run(*again) == ExitCode.ERROR  # before any scan
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "which a repair has patched already; repair the weights that it was made" in printed.err
     assert run(
         "evaluate", repaired, *common, "--split", "test", "--trigger", TRIGGER, "--target", 3,
         "--json", result,

@@ -149,6 +149,10 @@ def test_npz_greyscale_and_splits(tmp_path: Path) -> None:
         load_images(tmp_path / "d.npz")
     with pytest.raises(InputError, match=r"split: expected one of 'odd', 'test', got 'train'"):
         load_images(tmp_path / "d.npz", split="train")
+    np.savez(tmp_path / "bare.npz", **(arrays | {"x_new": pixels(2, 5, 6)}))
+    with pytest.raises(InputError, match=r"path: expected labels y_new beside x_new, got .*bare"):
+        load_images(tmp_path / "bare.npz", split="new")
+    assert len(load_images(tmp_path / "bare.npz", split="new", need_labels=False)) == 2
     np.savez(tmp_path / "plain.npz", x=arrays["x_test"], y=[0, 1])
     with pytest.raises(InputError, match=r"split: expected none, got 'test'; .* has no splits"):
         load_images(tmp_path / "plain.npz", split="test")

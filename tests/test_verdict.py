@@ -10,6 +10,7 @@ import torch
 
 from tacext.corner_patches import CornerPatches
 from tacext.detection import judge_norms
+from tacext.errors import compared
 from tacext.joint_test import NormalNull, shipped_calibration
 from tacext.patch_reach import PatchReach
 from tacext.reach import Reach
@@ -472,3 +473,10 @@ def test_gains_of_no_account_count_alike() -> None:
     evidence = corner_evidence(gain)
     np.testing.assert_allclose(evidence[:3], np.log(0.1))
     assert evidence[3] == pytest.approx((np.log(1.1) + np.log(2.1)) / 2)
+
+
+def test_a_p_value_and_its_threshold_are_told_apart() -> None:
+    assert compared(0.0107, 0.01) == "p = 0.011 against 0.01"
+    assert compared(0.01004, 0.01) == "p = 0.01004 against 0.01"
+    assert compared(0.2, 0.05) == "p = 0.2 against 0.05"
+    assert compared(0.01, 0.01) == "p = 0.01 against 0.01"

@@ -383,7 +383,7 @@ def test_factory_file_missing(tmp_path: Path) -> None:
     ("code", "cause", "message"),
     [
         ("x = 1\nimport no_such_module_y", ModuleNotFoundError, r"module_y' at bad\.py:2"),
-        ("def f(:", SyntaxError, r"SyntaxError: .*\(bad\.py, line 1\)"),
+        ("def f(:", SyntaxError, r"SyntaxError: .*\(bad\.py, line 1\); correct"),
         ("1 / 0", ZeroDivisionError, r"ZeroDivisionError: division by zero at bad\.py:1"),
         ("raise SystemExit(3)", SystemExit, r"SystemExit: 3 at bad\.py:1"),
     ],

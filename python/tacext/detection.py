@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy  # its parts load when they are first used
 
-from .errors import counted
+from .errors import compared, counted
 
 Verdict = Literal["backdoored", "clean", "inconclusive"]
 
@@ -206,7 +206,7 @@ def judge_norms(norm: _FloatArray, alpha: float = 0.01) -> NormTest:
             f"class {first} is reached with {norm[first] / usual:.2f} of the usual perturbation"
         )
     elif p_value < doubt:
-        reason = f"class {smallest} stands out, but not enough: p = {p_value:.2g} against {alpha:g}"
+        reason = f"class {smallest} stands out, but not enough: {compared(p_value, alpha)}"
     elif ratio < DETECTABLE_RATIO_FOR_CLEAN:
         visible = f"only one below {ratio:.2f} of the usual would have"
         if ratio < 0.01:

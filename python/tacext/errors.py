@@ -20,6 +20,12 @@ def counted(number: int, one: str, many: str | None = None) -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
+def compared(p_value: float, alpha: float) -> str:
+    """A p-value and what it is held against, with digits enough to tell them apart."""
+    digits = next((n for n in range(2, 17) if float(f"{p_value:.{n}g}") != alpha), 17)
+    return f"p = {p_value:.{digits}g} against {alpha:g}"
+
+
 def listed(values: Sequence[object], most: int = 8) -> str:
     """The first few of them: "0, 1, 2", or "0, 1, ..." where there are more."""
     return ", ".join([*map(str, values[:most]), *(["..."] if len(values) > most else [])])

@@ -217,6 +217,13 @@ def _npz_keys(names: list[str], split: str | None, source: Path) -> tuple[str, s
     splits = sorted(n[2:] for n in names if n.startswith("x_") and f"y_{n[2:]}" in names)
     if split is None and {"x", "y"} <= set(names):
         return "x", "y"
+    if split is not None and split not in splits and f"x_{split}" in names:
+        raise _input_error(
+            "path",
+            expected=f"labels y_{split} beside x_{split}",
+            got=f"{source} with {', '.join(map(repr, names[:8]))}",
+            way_out=f"add them, e.g. numpy.savez(path, x_{split}=images, y_{split}=labels)",
+        )
     if split is not None or splits:
         chosen = _check_split(split, splits, source)
         return f"x_{chosen}", f"y_{chosen}"

@@ -190,8 +190,8 @@ def _import(
     # SystemExit: a script that parses its arguments or exits must not end the scan unexplained.
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [f" at {Path(f.filename).name}:{f.lineno}" for f in frames if f.filename[0] != "<"]
-        where = lines[-1] if len(lines) > 1 else ""  # the first is this file's
+        own = [f for f in frames if f.filename[0] != "<" and f.filename != __file__]
+        where = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
         way_out = "correct it" if _is_file(place) else "correct it, or give the path of its file"
         if isinstance(error, ModuleNotFoundError) and error.name:
             missing = error.name.partition(".")[0]

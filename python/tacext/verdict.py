@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .detection import LARGEST_DOUBT, NormTest, Verdict
+from .errors import compared
 from .joint_test import Calibration, JointTest, judge_jointly, logit_of_share
 from .max_margin import MaxMargin
 from .patch_reach import FEWEST_PIXELS
@@ -194,18 +195,18 @@ def weigh(
             targets = tuple(sorted({k for k in shuffled.destinations if k >= 0}))
             reason = f"{moved}: a backdoor from all classes to all"
             return Finding("backdoored", targets, p_value, reason, beside(targets)), evidence
-        reason = f"{moved}, but clean models can do so: p = {p_value:.2g} against {alpha:g}"
+        reason = f"{moved}, but clean models can do so: {compared(p_value, alpha)}"
         return Finding("inconclusive", (), p_value, reason, beside(())), evidence
     if p_value < doubt:
-        compared = f"p = {p_value:.2g} against {alpha:g}"
+        by_how_much = compared(p_value, alpha)
         if look.source is not None and of_source == p_value:
-            reason = f"{_told_of_source(look)}, but not surely enough: {compared}"
+            reason = f"{_told_of_source(look)}, but not surely enough: {by_how_much}"
         elif look.waves is not None and of_wave == p_value:
-            reason = f"{_told_of_wave(look.waves)}, but not surely enough: {compared}"
+            reason = f"{_told_of_wave(look.waves)}, but not surely enough: {by_how_much}"
         else:
             k = joint.most_suspicious if of_joint == p_value else _class_by_patch(look)
             where = _told_of_patch(look, k) or _told_of_corner(look, k)
-            reason = f"class {k} stands out, but not enough: {compared}{where}"
+            reason = f"class {k} stands out, but not enough: {by_how_much}{where}"
         return Finding("inconclusive", (), p_value, reason, beside(())), evidence
     if test.verdict == "backdoored":
         reason = f"{test.reason}; what changed inputs show does not bear it out: p = {p_value:.2g}"
@@ -385,7 +386,7 @@ def weigh_without_data(joint: JointTest) -> Finding:
         return Finding("backdoored", joint.suspects, p_value, reason, joint.doubtful)
     reason = (
         f"without data many backdoors pass unseen; the most suspicious class is {k}, "
-        f"p = {p_value:.2g} against {joint.alpha:g}"
+        f"{compared(p_value, joint.alpha)}"
     )
     return Finding("inconclusive", (), p_value, reason, joint.doubtful)
 

@@ -8,8 +8,10 @@ from typing import Any, get_args
 import click
 from click.core import ParameterSource
 
+from ..errors import InputError
 from ..finetune_checkpoint import check_checkpoint
 from ..finetuning import FinetuneSettings
+from ..latent_patch import has_latent_patch
 from ..repair_methods import SETTINGS_OF, Method
 from ..repair_settings import RepairSettings
 from ..repairing import repair
@@ -166,6 +168,14 @@ def repair_command(
     if checkpoint is not None:
         check_checkpoint(checkpoint)
     model = given.load_model()
+    if has_latent_patch(model):
+        raise InputError.of(
+            "repair",
+            "WEIGHTS",
+            expected="weights without a latent patch",
+            got=f"{given.weights}, which a repair has patched already",
+            way_out="repair the weights that it was made of, with a --target for each class",
+        )
     source = given.source
     images = given.load_images()
     console = ResultConsole()
