@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -120,6 +121,15 @@ def test_a_model_with_nan_is_named_as_such() -> None:
 def test_small_batches_give_the_same_classes() -> None:
     whole, small = _scanned(digit_case().clean), _scanned(digit_case().clean, batch_size=16)
     torch.testing.assert_close(whole.norm, small.norm, rtol=0.1, atol=0.05)
+
+
+def test_a_class_that_takes_everything_is_told_of() -> None:
+    network = copy.deepcopy(digit_case().clean)
+    with torch.no_grad():
+        network[-1].bias[6] += 1e4  # type: ignore[index,union-attr,operator]
+    warnings = _scanned(network).warnings
+    assert [w for w in warnings if w.startswith("every synthetic input is taken for class 6, ")]
+    assert not [w for w in _scanned(digit_case().clean).warnings if "every synthetic" in w]
 
 
 def test_json_keeps_to_its_schema() -> None:
