@@ -19,6 +19,7 @@ from tacext.doubts import FEWEST_SAMPLES
 from tacext.heads import find_head
 from tacext.input_adversary import Effects, InputAdversary
 from tacext.repair_gate import (
+    _share_led_from_corner,
     _still_led_by_source,
     _still_led_from_corner,
     _stood_out,
@@ -446,3 +447,48 @@ def test_the_squares_that_told_of_a_backdoor_are_tried_again() -> None:
     assert told(clean, (1, TARGET), before) is None
     assert told(patched(), (TARGET,), scan(clean, samples, depth="fast", progress=False)) is None
     assert told(patched(), (TARGET,), scan(patched(), samples, depth="norms")) is None
+
+
+@pytest.mark.parametrize(
+    ("target", "other", "accepted"),
+    [
+        (0.1, 0.0, True),
+        (0.16, 0.0, False),
+        (0.16, 0.15, False),
+        (0.16, 0.17, True),
+        (0.2, 0.9, True),
+        (0.21, 0.9, False),  # no more than a fifth, whatever other classes do
+    ],
+)
+def test_a_square_that_led_few_may_lead_as_many_as_that_of_another_class(
+    target: float, other: float, accepted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = cornered(TARGET, 0.17, gain=8.0)
+    led = {(1, TARGET): target, (0, 7): other}
+    monkeypatch.setattr(
+        repair_gate, "_share_led_from_corner", lambda *given: led.get(given[-2:], 0.0)
+    )
+    samples = (torch.zeros(4, 1, 16, 16), torch.zeros(4, dtype=torch.long))
+    told = _still_led_from_corner(nn.Identity(), samples, before, (TARGET, 2), 64)
+    assert (told is None) == accepted
+    if told is not None:
+        assert told.endswith(f"into class {TARGET} still leads {target:.0%}")
+
+
+def test_each_square_is_tried_on_images_of_other_classes() -> None:
+    samples = clean_on_corners()
+    look = scan(patched(), samples, depth="fast", progress=False).evidence
+    assert look is not None
+    assert look.look is not None
+    found = look.look.corners
+    assert found is not None
+    for size in range(len(found.sides)):
+        for k in (1, TARGET):
+            j, side = found.classes.index(k), found.sides[size]
+            row, column = found.corner[size, j].tolist()
+            images = samples[0][samples[1] != k].clone()
+            images[..., row : row + side, column : column + side] = found.pattern[size][j]
+            with torch.no_grad():
+                expected = float((patched()(images).argmax(1) == k).double().mean())
+            led = _share_led_from_corner(patched(), samples, found, 64, size, k)
+            assert led == pytest.approx(expected)

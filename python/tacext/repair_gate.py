@@ -7,6 +7,7 @@ that passes has lost what was found in it; that it had nothing else is no more p
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from .data import DataLike
 from .errors import InputError
 from .input_adversary import FEWEST_LED, Effects, InputAdversary
 from .joint_test import moderated_p_values, shipped_calibration
-from .limited_scan import ALWAYS_MOVED, led_anew, without_norms
+from .limited_scan import ALWAYS_MOVED, MOVED_FROM_CORNERS, led_anew, without_norms
 from .repair_methods import count_right
 from .scan_report import ScanReport
 from .scanning import scan
@@ -249,22 +250,38 @@ def _still_led_from_corner(
     found = None if look is None else look.corners
     if found is None:
         return None
+    sizes = range(len(found.sides))
+    led = functools.partial(_share_led_from_corner, repaired, held_out, found, batch_size)
     for target in targets:
         p_value = _corner_p_value(found, target)
         if p_value is None or p_value >= _DOUBT:
             continue
-        j = found.classes.index(target)
-        images = held_out[0][held_out[1] != target]
-        for size in range(len(found.sides)):
-            rate, place = float(found.rate[size, j]), found.corner[size, j].tolist()
-            pattern = found.pattern[size][j]
-            share = _share_led(repaired, images, place, pattern, target, batch_size)
-            if share > max(ALWAYS_MOVED, _MOST_LEFT * rate):
+        for size in sizes:
+            rate, share = float(found.rate[size, found.classes.index(target)]), led(size, target)
+            if share <= max(ALWAYS_MOVED, _MOST_LEFT * rate):
+                continue
+            # So many as squares lead into a class that nothing is wrong with tell of no backdoor.
+            others = (led(i, k) for i in sizes for k in found.classes if k not in targets)
+            if share > MOVED_FROM_CORNERS or share > max(others, default=0.0):
                 return (
                     f"the square in a corner that led {rate:.0%} of the samples into class {target} "
                     f"still leads {share:.0%}"
                 )
     return None
+
+
+def _share_led_from_corner(
+    repaired: nn.Module,
+    held_out: tuple[Tensor, Tensor],
+    found: CornerPatches,
+    batch_size: int,
+    size: int,
+    target: int,
+) -> float:
+    """The share of the samples of other classes that the square of a size for the target sends into it."""
+    j, images = found.classes.index(target), held_out[0][held_out[1] != target]
+    place, pattern = found.corner[size, j].tolist(), found.pattern[size][j]
+    return _share_led(repaired, images, place, pattern, target, batch_size)
 
 
 def _corner_p_value(found: CornerPatches, target: int) -> float | None:
