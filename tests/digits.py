@@ -6,7 +6,7 @@ Each is made once in a process and shared by its tests, which leave it as it is.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Literal
 from unittest import mock
 
@@ -19,23 +19,25 @@ from tacext.attacks import AllToAll, Attack, plan_poisoning
 from tacext.heads import Head, find_head
 
 
-@dataclass(frozen=True)
 class DigitCase:
-    """A backdoored and a clean classifier of handwritten digits, and the data behind them."""
+    """A backdoored and a clean classifier of handwritten digits, trained when asked for, and their data."""
 
-    backdoored: nn.Module
-    clean: nn.Module
-    data: demo.DemoData
+    def __init__(self, train: Callable[[Tensor, Tensor], nn.Module]) -> None:
+        self.data = demo.load_digits()
+        self._train = train
+
+    @functools.cached_property
+    def backdoored(self) -> nn.Module:
+        return self._train(*demo.poison(*self.data.training))
+
+    @functools.cached_property
+    def clean(self) -> nn.Module:
+        return self._train(*self.data.training)
 
 
 @functools.cache
 def digit_case() -> DigitCase:
-    data = demo.load_digits()
-    return DigitCase(
-        backdoored=demo.train(*demo.poison(*data.training)),
-        clean=demo.train(*data.training),
-        data=data,
-    )
+    return DigitCase(demo.train)
 
 
 @functools.cache
@@ -45,13 +47,7 @@ def steady_case() -> DigitCase:
     Float32 rounds differently on each processor, and training makes other networks of that. Not
     every network shows what these tests expect; that of this seed does.
     """
-    data, seed = demo.load_digits(), 34
-    images, labels = data.training
-    backdoored, clean = (
-        demo.train(x.double(), y, seed=seed).float()
-        for x, y in (demo.poison(images, labels), (images, labels))
-    )
-    return DigitCase(backdoored, clean, data)
+    return DigitCase(lambda images, labels: demo.train(images.double(), labels, seed=34).float())
 
 
 @functools.cache
