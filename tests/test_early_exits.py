@@ -1,69 +1,24 @@
-"""Early exits: what they compute, which layers they look at, what they bring back, and their undoing."""
+"""Early exits: what they compute, which layers they look at, and that no two passes mix."""
 
 from __future__ import annotations
 
 import copy
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import tacext
 from blobs import blobs, trained
-from digits import Cropped, data_parallel, digit_case, padded, padded_corner, patched_digits
-from tacext import (
-    Guard,
-    InputError,
-    Normalized,
-    PatchSettings,
-    demo,
-    evaluate,
-    load_model,
-    repair,
-    save_weights,
-)
-from tacext.early_exits import (
-    MOST_FEATURES,
-    EarlyExit,
-    EarlyExits,
-    ExitLimit,
-    LayerHook,
-    pooled,
-)
+from digits import digit_case, padded, patched_digits
+from exits import exits_of, triggered
+from tacext import Guard
+from tacext.early_exits import MOST_FEATURES, EarlyExit, EarlyExits, ExitLimit, LayerHook, pooled
 from tacext.early_exits_fit import fit_early_exits
 from tacext.heads import find_head
-from tacext.latent_patch import (
-    LatentPatch,
-    PatchedHead,
-    remove_latent_patch,
-    with_latent_patch,
-)
-from tacext.latent_patch_fit import shifts_between_logits, touched_by_exits
-from tacext.repair_case import RepairCase, reconstructed_tac
-from tacext.repair_methods import Candidate, make_candidate, with_limit
-
-
-def patched_head(model: nn.Module) -> PatchedHead:
-    return next(m for m in model.modules() if isinstance(m, PatchedHead))
-
-
-def exits_of(model: nn.Module) -> EarlyExits:
-    exits = patched_head(model).exits
-    assert exits is not None
-    return exits
-
-
-def hooks_of(model: nn.Module) -> int:
-    return sum(isinstance(h, LayerHook) for m in model.modules() for h in m._forward_hooks.values())
-
-
-def triggered() -> tuple[Tensor, Tensor]:
-    images, labels = padded(digit_case().data.test)
-    others = labels != demo.TARGET
-    return padded_corner(images[others]), labels[others]
+from tacext.latent_patch import LatentPatch, with_latent_patch
+from tacext.latent_patch_fit import shifts_between_logits
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (4, 4), (1, 1), (2, 1)])
@@ -167,22 +122,6 @@ def test_a_class_that_the_exits_hardly_see_is_doubted() -> None:
     assert EarlyExits({}, known, torch.tensor(1.0), raising).doubts(scores) is None
 
 
-def test_a_target_that_no_sample_shows_is_left_to_the_head() -> None:
-    torch.manual_seed(0)
-    inputs, labels = (torch.cat(parts) for parts in zip(*map(blobs, range(10)), strict=True))
-    with torch.enable_grad():
-        model = trained(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), inputs, labels)
-    seen = labels != 1
-    result = repair(
-        model, (inputs[seen], labels[seen]), targets=[1], method="patch", max_accuracy_drop=None
-    )
-    assert not bool(exits_of(result.model).known[1])
-    new = torch.cat([blobs(seed)[0] for seed in range(20, 24)])
-    with torch.no_grad():
-        before, after = (int((m(new).argmax(1) == 1).sum()) for m in (model, result.model))
-    assert after > 0.7 * before > 100
-
-
 def test_autocast_rounds_no_scores() -> None:
     model, (images, _) = patched_digits().model, triggered()
     features = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)) * 100
@@ -196,67 +135,6 @@ def test_autocast_rounds_no_scores() -> None:
         with torch.no_grad():
             same = (answers == model(images).argmax(1)).double().mean()
         assert float(same) > 0.95
-
-
-class Swapped(nn.Module):
-    """A backdoor that only inner layers show: behind its trigger latents are clean ones of the target.
-
-    With `overflows` what inner layers compute behind it is infinite.
-    """
-
-    latents: Tensor
-    trigger = 0.5
-
-    def __init__(self, overflows: bool) -> None:
-        super().__init__()
-        self.layer, self.overflows = nn.Linear(8, 8), overflows
-        with torch.no_grad():
-            self.layer.weight.copy_(torch.eye(8))
-        self.register_buffer("latents", torch.zeros(0, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        on = x[:, 7:] == self.trigger
-        seen = torch.where(on & self.overflows, torch.inf, x)
-        latent = (0.5 * self.layer(seen)).tanh()
-        if not len(self.latents):
-            return latent
-        other = self.latents[torch.arange(len(x)) % len(self.latents)]
-        return torch.where(on, other, latent)
-
-
-@pytest.mark.parametrize("overflows", [False, True])
-def test_they_keep_out_what_no_latent_shows(overflows: bool) -> None:
-    torch.manual_seed(0)
-    inputs, labels = (torch.cat(parts) for parts in zip(*map(blobs, range(10)), strict=True))
-    swapped, target = Swapped(overflows), 2
-    with torch.enable_grad():
-        model = trained(swapped, inputs, labels)
-    with torch.no_grad():
-        latent = swapped(inputs)
-        right = (model[1](latent).argmax(1) == labels) & (labels == target)  # type: ignore[index,operator]
-        swapped.latents = latent[right]
-
-    def triggered(x: Tensor) -> Tensor:
-        return torch.cat([x[:, :7], torch.full_like(x[:, 7:], swapped.trigger)], 1)
-
-    found = {}
-    new = tuple(torch.cat(parts) for parts in zip(*map(blobs, range(20, 30)), strict=True))
-    assert evaluate(model, new, triggered, target).asr == 1
-    for early_exits in (True, False):
-        result = repair(
-            model,
-            (inputs, labels),
-            targets=[target],
-            method="patch",
-            settings=PatchSettings(early_exits=early_exits, untouched=0.9),
-            max_accuracy_drop=None,
-        )
-        found[early_exits] = evaluate(result.model, new, triggered, target)
-    assert found[False].asr > 0.9
-    assert found[True].asr < (0.01 if overflows else 0.4)
-    if not overflows:  # else the head guesses
-        assert found[True].ra > 0.5
-    assert found[True].acc > found[False].acc - 0.01
 
 
 def test_where_scores_are_not_finite_the_head_guesses() -> None:
@@ -282,148 +160,6 @@ def test_an_empty_batch_passes() -> None:
     for model in (patched_digits().model, copy.deepcopy(patched_digits().model).double()):
         dtype = next(model.parameters()).dtype
         assert model(torch.zeros(0, 1, 16, 16, dtype=dtype)).shape == (0, 10)
-
-
-@pytest.mark.parametrize("grid", [False, True])
-def test_whatever_goes_wrong_with_changed_inputs_other_limits_stand(
-    grid: bool,
-) -> None:
-    """Of a model that takes no inputs but those on a grid, or for others of which memory is out."""
-
-    class OnGrid(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = Cropped(digit_case().backdoored)
-
-        def forward(self, x: Tensor) -> Tensor:
-            if not torch.equal(x * 16, (x * 16).round()):
-                raise RuntimeError("not on the grid") if grid else MemoryError
-            return self.net(x)  # type: ignore[no-any-return]
-
-    data = padded(digit_case().data.defender)
-    result = repair(OnGrid(), data, targets=[demo.TARGET], method="patch", max_accuracy_drop=None)
-    assert patched_head(result.model).exits is None
-    assert patched_head(result.model).patch.limit is not None
-    told = [w for w in result.warnings if w.startswith("inner layers are not asked what limits")]
-    assert len(told) == 1
-    assert ("(repair: data: expected" if grid else "batch_size") in told[0]
-
-
-@pytest.mark.parametrize("classes", [[2], [2, 3]])
-def test_of_one_class_there_is_nothing_to_compare(classes: list[int]) -> None:
-    """Or of two, of which one is held out."""
-    torch.manual_seed(0)
-    inputs, labels = (torch.cat(parts) for parts in zip(*map(blobs, range(10)), strict=True))
-    with torch.enable_grad():
-        model = trained(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), inputs, labels)
-    report = tacext.scan(model, (inputs, labels), depth="norms")
-    chosen = torch.isin(labels, torch.tensor(classes))
-    chosen[(labels == 3).nonzero()[1:]] = False
-    result = repair(
-        model, (inputs[chosen], labels[chosen]), report, [2], "patch", max_accuracy_drop=None
-    )
-    assert all(bool(torch.isfinite(b).all()) for b in exits_of(result.model).buffers())
-
-
-def test_copies_of_samples_count_once() -> None:
-    """In every limit: what is made of samples and their copies is what is made of the samples."""
-    images, labels = padded(digit_case().data.defender)
-    model = Cropped(digit_case().backdoored)
-    head = find_head(model, images[:4])
-    report = tacext.scan(model, (images, labels), depth="norms")
-    shifts = reconstructed_tac(report, head, (0, 4))
-    copied = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    states = []
-    for more in (copied[:0], copied):
-        case = RepairCase(
-            model, head, torch.cat([images, images[more]]), torch.cat([labels, labels[more]]),
-            shifts, (0, 4), None, None, 1.0, False,
-        )  # fmt: skip
-        patched = make_candidate("patch", case, PatchSettings())
-        trained_on = copy.deepcopy(model)
-        candidate = Candidate(trained_on, find_head(trained_on, images[:4]), 0.0)
-        limited = with_limit(candidate, case, PatchSettings())
-        assert limited is not None
-        assert exits_of(patched.model).names == exits_of(limited.model).names != ()
-        states.append([patched.model.state_dict(), limited.model.state_dict()])
-    for alone, with_copies in zip(*states, strict=True):
-        assert all(torch.equal(v, with_copies[n]) for n, v in alone.items())
-
-
-def test_a_repair_lets_exits_doubt_no_more_than_their_share() -> None:
-    torch.manual_seed(0)
-    inputs, labels = (torch.cat(parts) for parts in zip(*map(blobs, range(40)), strict=True))
-    with torch.enable_grad():
-        model = trained(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), inputs, labels)
-    settings = PatchSettings(untouched=0.9)
-    result = repair(
-        model,
-        (inputs, labels),
-        targets=[2],
-        method="patch",
-        settings=settings,
-        max_accuracy_drop=None,
-    )
-    new = torch.cat([blobs(seed)[0] for seed in range(50, 150)])
-    with torch.no_grad():
-        answers = model(new).argmax(1)
-    exits = exits_of(result.model)
-    exits.attach(model)  # without the limits
-    with torch.no_grad():
-        model(new)
-        scores = exits.scores(len(new))
-    assert scores is not None
-    doubted = exits.doubts(scores)
-    assert doubted is not None
-    share = touched_by_exits(answers, [2], settings)
-    found = float(doubted[answers == 2, 2].double().mean())
-    assert 0.5 * share < found < 2 * share
-
-
-def test_they_bring_the_classes_back() -> None:
-    """Of images with the trigger, which no repair has seen, and of nothing else."""
-    test, model = padded(digit_case().data.test), patched_digits().model
-    plain = copy.deepcopy(model)
-    patched_head(plain).exits = None
-    with_exits, without = (evaluate(m, test, padded_corner, demo.TARGET) for m in (model, plain))
-    assert with_exits.ra > without.ra + 0.02
-    assert with_exits.ra > with_exits.acc - 0.05
-    assert with_exits.asr <= without.asr
-    assert with_exits.acc >= without.acc - 0.002
-    with torch.no_grad():
-        inputs = test[0]
-        same = (model(inputs) == plain(inputs)).all(1)
-        untouched = (Cropped(digit_case().backdoored)(inputs) == plain(inputs)).all(1)
-    assert bool(same[untouched].all())
-
-
-def test_they_can_be_left_out() -> None:
-    data = padded(digit_case().data.defender)
-    settings = PatchSettings(early_exits=False)
-    model = Cropped(digit_case().backdoored)
-    result = tacext.repair(
-        model, data, targets=[0], method="patch", settings=settings, max_accuracy_drop=None
-    )
-    assert patched_head(result.model).exits is None
-    assert hooks_of(result.model) == 0
-    with pytest.raises(InputError, match="PatchSettings: early_exits: expected"):
-        PatchSettings(early_exits=1)  # type: ignore[arg-type]
-
-
-def test_the_model_given_is_left_without_hooks() -> None:
-    model = Cropped(digit_case().backdoored).train()
-    state = copy.deepcopy(model.state_dict())
-    head = find_head(model, padded(digit_case().data.test)[0][:4])
-    samples = padded(digit_case().data.defender)
-    exits = fit_early_exits(model, head, samples, [], batch_size=64, seed=0)
-    assert exits is not None
-    assert hooks_of(model) == 0
-    assert model.training
-    assert all(torch.equal(v, state[n]) for n, v in model.state_dict().items())
-    model.eval()  # as the others have it
-    assert hooks_of(patched_digits().model) == len(exits_of(patched_digits().model).names) > 1
-    undone = remove_latent_patch(patched_digits().model)
-    assert hooks_of(undone) == 0
 
 
 def test_a_copy_looks_at_its_own_layers() -> None:
@@ -490,74 +226,6 @@ def test_half_precision_keeps_the_classes() -> None:
         assert answers.dtype == torch.bfloat16
         same = (answers.argmax(1) == model(images).argmax(1)).double().mean()
     assert float(same) > 0.95
-
-
-def test_they_are_saved_and_loaded(tmp_path: Path) -> None:
-    model, (images, _) = patched_digits().model, triggered()
-    file = tmp_path / "patched.safetensors"
-    save_weights(model, file)
-
-    def built() -> nn.Module:
-        return Cropped(demo.digit_net())
-
-    loaded = load_model(file, built)
-    with torch.no_grad():
-        assert torch.equal(loaded(images), model(images))
-    assert hooks_of(loaded) == hooks_of(model)
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    raising, known, votes, least = (
-        next(n for n in state if n.endswith(f"exits.{part}"))
-        for part in ("raising", "known", "votes", "limit.least")
-    )
-    weight = next(n for n in state if ".exits.layers.0:" in n and n.endswith(".weight"))
-    bias = weight.removesuffix("weight") + "bias"
-    without = {n: v for n, v in state.items() if ".exits." not in n}
-    save_weights(without, file)  # as from before there were any
-    assert patched_head(load_model(file, built)).exits is None
-    save_weights(
-        {n: v for n, v in state.items() if n != least}, file
-    )  # and from before they doubted
-    assert exits_of(load_model(file, built)).limit is None
-
-    def renamed(new: str) -> dict[str, Tensor]:
-        layer = weight.removesuffix(".weight").rpartition(".")[2]
-        return {n.replace(layer, new): v for n, v in state.items()}
-
-    for damaged in (
-        {n: v for n, v in state.items() if n != raising},
-        {n: v for n, v in state.items() if n != known},
-        {n: v for n, v in state.items() if n != votes},
-        {n: v for n, v in state.items() if n != bias},
-        {n: v for n, v in state.items() if n not in (weight, bias)},  # no number 0
-        without | {n: state[n] for n in (raising, known, votes)},
-        state | {votes: state[votes][None].clone()},
-        state | {votes: state[votes].to(torch.int64)},
-        state | {least: state[least][:5].clone()},
-        state | {least: state[least].to(torch.int64)},
-        state | {raising: state[raising][:, :5].clone()},
-        state | {raising: state[raising].to(torch.int64)},
-        state | {known: state[known].to(torch.uint8)},
-        state | {known: state[known][:5].clone()},
-        state | {weight: state[weight][0].clone()},
-        state | {weight: state[weight][:5].clone()},
-        state | {weight: state[weight][:, :5].clone()},
-        state | {bias: state[bias][:5].clone()},
-        state | {weight: state[weight][:5].clone(), bias: state[bias][:5].clone()},
-        state | {weight: state[weight].to(torch.int32)},
-        state | {bias.replace("bias", "more"): state[bias]},
-        renamed("0:no/layer"),
-        renamed("0:model/19"),  # the head
-        renamed("0:"),
-        renamed("0"),
-        renamed(":values"),
-        renamed("-1:model/0"),
-        renamed("7:model/0"),
-        renamed("1:model/0"),  # two of one number
-        renamed("0:model/0:0"),
-    ):
-        save_weights(damaged, file)
-        with pytest.raises(InputError, match="load_model: arch: expected"):
-            load_model(file, built)
 
 
 def touched_everywhere(
@@ -648,56 +316,3 @@ def test_they_stay_in_single_precision() -> None:
     assert half.raising.dtype == torch.float16
     assert half.limit is not None
     assert half.limit.least.dtype == torch.float32
-
-
-def test_behind_data_parallel_they_are_saved_for_the_plain_model(tmp_path: Path) -> None:
-    data, images = padded(digit_case().data.defender), triggered()[0]
-    wrapped = data_parallel(Cropped(digit_case().backdoored))
-    result = tacext.repair(
-        wrapped, data, targets=[0], method="patch", max_accuracy_drop=None, progress=False
-    )
-    assert not any("module" in name for name in exits_of(result.model).names)
-    file = tmp_path / "parallel.safetensors"
-    save_weights(result.model, file)
-    loaded = load_model(file, lambda: Cropped(demo.digit_net()))
-    assert exits_of(loaded).names == exits_of(result.model).names
-    with torch.no_grad():
-        assert torch.equal(loaded(images), result.model(images))
-
-
-@pytest.mark.parametrize("whole", [False, True])
-def test_a_normalised_model_is_saved_and_read_again(whole: bool, tmp_path: Path) -> None:
-    """As the command line does with --mean and --std: the weights are those of the model inside."""
-    images, labels = padded(digit_case().data.defender)
-    shift = {"mean": [0.1], "std": [0.5]}
-
-    def inner() -> nn.Module:
-        return nn.Sequential(Scaled(), Cropped(demo.digit_net()))
-
-    model = inner()
-    model[1].model.load_state_dict(digit_case().backdoored.state_dict())  # type: ignore[index,union-attr]
-    model = Normalized(model, **shift)
-    result = repair(
-        model, (images, labels), targets=[demo.TARGET], method="patch", max_accuracy_drop=None
-    )
-    assert exits_of(result.model).names
-    assert isinstance(result.model, Normalized)
-    file = tmp_path / "patched.safetensors"
-    if whole:
-        save_weights(result.model, file)
-        read = load_model(file, lambda: Normalized(inner(), **shift))
-    else:
-        save_weights(result.model.model, file)
-        read = Normalized(load_model(file, inner), **shift)
-    attacked, _ = triggered()
-    with torch.no_grad():
-        expected, found = (m.eval()(attacked) for m in (result.model, read))
-    assert torch.equal(expected, found)
-    assert hooks_of(read) == hooks_of(result.model) > 0
-
-
-class Scaled(nn.Module):
-    """Takes back what `Normalized` did, as the digits were trained without."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * 0.5 + 0.1
