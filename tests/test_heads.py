@@ -152,6 +152,18 @@ def test_a_model_without_a_linear_layer_has_none_to_name(name: str | None) -> No
         find_head(nn.Sequential(nn.Flatten()), images(), name)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch deprecates both
+def test_layers_that_cannot_be_seen_are_told_from_none() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).eval()
+    traced = torch.jit.trace(model, images())
+    with pytest.raises(HeadNotFoundError, match=r"pass the nn\.Module that it was made from"):
+        find_head(traced, images())
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    for name in (None, "1"):
+        with pytest.raises(HeadNotFoundError, match=r"quantised layers.*pass the model as it was"):
+            find_head(quantised, images(), name)
+
+
 def test_a_nonlinear_output_needs_a_name_and_gets_it() -> None:
     model = Wrapped(nn.Sigmoid())
     with pytest.raises(HeadNotFoundError, match="head="):

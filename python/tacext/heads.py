@@ -362,7 +362,7 @@ def _named_head(
             "head",
             expected="the name of an nn.Linear or 1x1 nn.Conv2d",
             got=got,
-            way_out=f"choose one of {listing}" if listing else _NO_LINEAR_LAYER,
+            way_out=f"choose one of {listing}" if listing else _without_candidates(model),
         )
     head = _head(model, name)
     latent = next((seen[n] for n in seen if known[n] is known[name]), None)
@@ -384,7 +384,14 @@ def _named_head(
     return head
 
 
-_NO_LINEAR_LAYER = "the model has no linear layer; wrap it to end in one that gives the logits"
+def _without_candidates(model: nn.Module) -> str:
+    """The way out where no layer can be named."""
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        return "layers of TorchScript cannot be seen; pass the nn.Module that it was made from"
+    # Quantised layers have no class in common, and each way of quantising has classes of its own.
+    if any("quantized" in type(m).__module__.split(".") for m in model.modules()):
+        return "quantised layers give no latents in floating point; pass the model as it was before"
+    return "the model has no linear layer; wrap it to end in one that gives the logits"
 
 
 def _listing(model: nn.Module) -> str:
@@ -434,5 +441,5 @@ def find_head(
         way_out=f"name the layer with head= (candidates: {listing}), "
         "or wrap the model to end in its logits"
         if listing
-        else _NO_LINEAR_LAYER,
+        else _without_candidates(model),
     )
