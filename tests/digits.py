@@ -20,19 +20,27 @@ from tacext.heads import Head, find_head
 
 
 class DigitCase:
-    """A backdoored and a clean classifier of handwritten digits, trained when asked for, and their data."""
+    """A backdoored and a clean classifier of handwritten digits, and their data.
+
+    They are trained when they are asked for, and where that is within inference mode as anywhere else.
+    """
 
     def __init__(self, train: Callable[[Tensor, Tensor], nn.Module]) -> None:
-        self.data = demo.load_digits()
+        with torch.inference_mode(False):
+            self.data = demo.load_digits()
         self._train = train
 
     @functools.cached_property
     def backdoored(self) -> nn.Module:
-        return self._train(*demo.poison(*self.data.training))
+        return self._trained(*demo.poison(*self.data.training))
 
     @functools.cached_property
     def clean(self) -> nn.Module:
-        return self._train(*self.data.training)
+        return self._trained(*self.data.training)
+
+    def _trained(self, images: Tensor, labels: Tensor) -> nn.Module:
+        with torch.inference_mode(False), torch.enable_grad():
+            return self._train(images, labels)
 
 
 @functools.cache
