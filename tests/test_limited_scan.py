@@ -1,25 +1,33 @@
-"""Scans of models with limits in front of classes: what is behind a limit is a doubt, what passes it is not."""
+"""Scans of models with limits in front of classes: what these hold is a doubt, what passes them a backdoor."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from digits import Cropped, digit_case, padded, patched_digits
-from tacext import demo, repair, scan
-from tacext.latent_patch import PatchedHead
-from tacext.limited_scan import with_limits
+from tacext import ScanReport, demo, limited_scan, repair, scan
+from tacext.heads import find_head
+from tacext.latent_patch import LatentPatch, PatchedHead, with_latent_patch
+from tacext.limited_scan import holds_back, led_anew, patch_in_front, with_limits
 from tacext.scan_report import Depth
+from tacext.second_look import SecondLook
+
+
+def patched_head(model: nn.Module) -> PatchedHead:
+    return next(m for m in model.modules() if isinstance(m, PatchedHead))
 
 
 def holding_nothing() -> nn.Module:
     """With a patch as anybody can put into a file of weights."""
     model = copy.deepcopy(patched_digits().model)
-    head = next(m for m in model.modules() if isinstance(m, PatchedHead))
+    head = patched_head(model)
     head.exits = None
     head.patch.threshold += 1e6
     assert head.patch.limit is not None
@@ -27,54 +35,219 @@ def holding_nothing() -> nn.Module:
     return model
 
 
+def always(_target: int) -> bool:
+    return True
+
+
+def never(_target: int) -> bool:
+    return False
+
+
 @pytest.mark.parametrize("depth", ["norms", "fast", "thorough"])
-def test_what_stays_behind_a_limit_is_a_doubt_and_what_passes_it_a_backdoor(depth: Depth) -> None:
+def test_what_a_limit_holds_is_a_doubt_and_what_passes_it_a_backdoor(depth: Depth) -> None:
     data = padded(digit_case().data.defender)
     held = scan(patched_digits().model, data, depth=depth, alpha=0.02)
-    assert held.verdict != "backdoored"
-    assert held.suspects == ()
-    assert held.limited == (demo.TARGET,)
+    assert (held.verdict, held.suspects, held.limited) == ("inconclusive", (), (demo.TARGET,))
+    assert held.doubtful[0] == demo.TARGET
+    assert "; but the latent patch in front of it holds" in held.reason
     loose = scan(holding_nothing(), data, depth=depth, alpha=0.02)
-    if depth == "norms":  # which look behind any
-        assert held.verdict == "inconclusive"
-        assert held.doubtful[0] == demo.TARGET
-        assert "; but that is behind a latent patch: clean, if" in held.reason
-    else:
-        assert loose.verdict == "backdoored"
-        assert loose.suspects[0] == demo.TARGET
+    assert loose.verdict == "backdoored"
+    assert loose.suspects[0] == demo.TARGET
+    assert loose.limited == (demo.TARGET,)
+    assert "does not hold it back" in loose.reason
 
 
-def test_only_suspects_behind_limits_are_doubts() -> None:
+def test_only_suspects_that_limits_hold_are_doubts() -> None:
     report = scan(digit_case().backdoored, digit_case().data.defender, depth="norms")
     assert report.suspects == (demo.TARGET,)
-    limited = with_limits(report, (3, demo.TARGET))
+    limited = with_limits(report, (3, demo.TARGET), always)
     assert (limited.verdict, limited.suspects) == ("inconclusive", ())
     assert limited.doubtful == (demo.TARGET,)
     for classes in ((), (3,)):
-        same = with_limits(report, classes)
+        same = with_limits(report, classes, always)
         assert same.limited == classes
         assert (same.verdict, same.suspects) == (report.verdict, report.suspects)
         assert same.reason == report.reason
+    loose = with_limits(report, (demo.TARGET,), never)
+    assert (loose.verdict, loose.suspects) == ("backdoored", (demo.TARGET,))
+    assert loose.reason.startswith(report.reason)
     two = replace(report, suspects=(demo.TARGET, 5))
-    assert with_limits(two, (demo.TARGET,)).verdict == "backdoored"
+    assert with_limits(two, (demo.TARGET,), always).verdict == "backdoored"
+    assert with_limits(two, (demo.TARGET, 5), lambda k: k != 5).verdict == "backdoored"
+    assert with_limits(two, (demo.TARGET, 5), always).doubtful == (demo.TARGET, 5)
     clean = scan(digit_case().clean, digit_case().data.defender, depth="norms")
-    assert with_limits(clean, (0,)).verdict == clean.verdict
+    assert with_limits(clean, (0,), never).verdict == clean.verdict
+
+
+def test_without_data_nothing_tells_whether_limits_hold() -> None:
+    model = digit_case().backdoored
+    report = scan(model, None, input_shape=(1, 8, 8))
+    assert report.evidence is not None
+    flagged = replace(report, verdict="backdoored", suspects=(demo.TARGET,))
+    limited = with_limits(flagged, (demo.TARGET,), always)
+    assert (limited.verdict, limited.suspects) == ("backdoored", (demo.TARGET,))
+    assert "without data nothing tells" in limited.reason
+
+
+@functools.cache
+def loose_report() -> ScanReport:
+    report = scan(holding_nothing(), padded(digit_case().data.defender), alpha=0.02)
+    return replace(report, limited=())
+
+
+def look_of(report: ScanReport) -> SecondLook:
+    assert report.evidence is not None
+    assert report.evidence.look is not None
+    return report.evidence.look
+
+
+def looking(report: ScanReport, look: SecondLook) -> ScanReport:
+    assert report.evidence is not None
+    return replace(report, evidence=replace(report.evidence, look=look))
+
+
+def moving_nothing(report: ScanReport) -> ScanReport:
+    """As if whatever was tried led far and moved no image."""
+    look = look_of(report)
+    assert look.corners is not None
+    assert look.reach is not None
+    assert look.patch is not None
+    still = [replace(x, rate=x.rate * 0) for x in (look.reach, look.patch, look.corners)]
+    return looking(report, replace(look, reach=still[0], patch=still[1], corners=still[2]))  # type: ignore[arg-type]
 
 
 def test_gains_alone_are_a_doubt_and_images_that_are_moved_are_none() -> None:
-    data = padded(digit_case().data.defender)
-    report = scan(holding_nothing(), data, depth="fast", alpha=0.02)
-    assert report.evidence is not None
-    look = report.evidence.look
-    assert look is not None
-    assert look.corners is not None
-    report = replace(report, limited=())
-    assert with_limits(report, (demo.TARGET,)).verdict == "backdoored"
-    corners = replace(look.corners, rate=torch.zeros_like(look.corners.rate))
-    evidence = replace(report.evidence, look=replace(look, corners=corners))
-    held = with_limits(replace(report, evidence=evidence), (demo.TARGET,))
-    assert held.verdict == "inconclusive"
-    assert "nothing that was tried leads inputs past it" in held.reason
+    report, target = loose_report(), (demo.TARGET,)
+    passing = with_limits(report, target, always)
+    assert passing.verdict == "backdoored"
+    assert passing.reason.endswith("past the latent patch in front of it")
+    held = with_limits(moving_nothing(report), target, always)
+    assert (held.verdict, held.doubtful[0]) == ("inconclusive", demo.TARGET)
+
+
+def test_what_is_no_matter_of_norms_and_gains_stays_a_backdoor() -> None:
+    """A shuffle of all classes, say."""
+    report = moving_nothing(loose_report())
+    look = look_of(report)
+    assert look.shuffle is not None
+    shuffled = replace(look.shuffle, share=1.0)
+    told = with_limits(looking(report, replace(look, shuffle=shuffled)), (demo.TARGET,), always)
+    assert told.verdict == "backdoored"
+
+
+def test_limits_in_front_of_other_classes_are_no_yardstick() -> None:
+    """Nothing is allowed to a suspect but what classes that are none show."""
+    report = moving_nothing(loose_report())
+    look = look_of(report)
+    assert look.patch is not None
+    rate = look.patch.rate.clone()
+    rate[look.patch.classes.index(demo.TARGET)] = 0.5
+    other = next(k for k in look.patch.classes if k != demo.TARGET)
+    rate[look.patch.classes.index(other)] = 0.6
+    report = looking(report, replace(look, patch=replace(look.patch, rate=rate)))
+    assert led_anew(look_of(report), (demo.TARGET,), (demo.TARGET,)) is None
+    assert led_anew(look_of(report), (demo.TARGET, other), (demo.TARGET,)) is not None
+    everything = tuple(range(10))
+    asked: list[tuple[int, ...]] = []
+
+    def noted(look: SecondLook, targets: tuple[int, ...], limited: tuple[int, ...]) -> str | None:
+        asked.append(targets)
+        return led_anew(look, targets, limited)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(limited_scan, "led_anew", noted)
+        with_limits(report, everything, always)
+    assert asked[0] == (demo.TARGET,)
+
+
+def test_a_change_beyond_what_is_allowed_is_told_at_its_own_budget() -> None:
+    report = moving_nothing(loose_report())
+    look = look_of(report)
+    assert look.reach is not None
+    assert len(look.reach.budgets) > 1
+    rate = torch.zeros_like(look.reach.rate)
+    rate[0] = 0.08
+    rate[0, look.classes.index(demo.TARGET)] = 0.15
+    rate[1, look.classes.index(demo.TARGET)] = 0.1
+    look = replace(look, reach=replace(look.reach, rate=rate))
+    told = led_anew(look, (demo.TARGET,), (demo.TARGET,))
+    assert told is not None
+    assert "leads 15% of the samples" in told
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_whether_a_limit_holds(positions: bool) -> None:
+    """Against latents written down one by one."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(6, 5)) if not positions else nn.Conv2d(1, 5, 1)
+    head: nn.Module = nn.Conv2d(5, 4, 1) if positions else nn.Linear(5, 4)
+    tail = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()) if positions else nn.Identity()
+    model: nn.Module = nn.Sequential(body, head, tail).eval()
+    samples = torch.randn(80, 1, 2, 3), torch.arange(80) % 4
+    found = find_head(model, samples[0][:4], "1")
+    weight = found.weight.detach().double()
+    change = torch.zeros(4, 5, dtype=torch.float64)
+    change[2] = 50 * (weight[2] - weight.mean(0))
+
+    def limit(threshold: float) -> nn.Module:
+        one, none = torch.ones(1), torch.zeros(1, 5)
+        direction = (change[2] / change[2].norm()).float()[None]
+        patch = LatentPatch(
+            direction, one * threshold, direction * 40, none, torch.zeros(1, 5, 1),
+            torch.zeros(1, 1, 5), -direction * 40, torch.tensor([2]),
+        )  # fmt: skip
+        return with_latent_patch(model, found, patch)[0]
+
+    for threshold in (-1e3, 1e3):
+        limited = limit(threshold)
+        patch = patch_in_front(limited, "1.head")
+        assert patch is not None
+        held = holds_back(limited, patch, samples, change, 32, 2)
+        with torch.no_grad():
+            latent = body(samples[0])
+            moved = latent + change[2].float().view(1, -1, *((1, 1) if positions else ()))
+            expected = tail(patch(moved)).argmax(1) == 2
+        past = float(expected[samples[1] != 2].double().mean())
+        assert held == (past <= 0.1)
+        assert not patch._forward_pre_hooks
+    assert patch is not None
+    assert not holds_back(limited, patch, (samples[0], torch.full((80,), 2)), change, 32, 2)
+
+
+def test_what_is_not_finite_is_not_held() -> None:
+    model = copy.deepcopy(patched_digits().model)
+    patch, samples = patched_head(model), padded(digit_case().data.defender)
+    change = patched_digits().report_before.perturbation
+    assert holds_back(model, patch, samples, change, 128, demo.TARGET)
+
+    def broken(_module: nn.Module, _given: object, output: Tensor) -> Tensor:
+        return output * torch.nan
+
+    patch.register_forward_hook(broken)
+    assert not holds_back(model, patch, samples, change, 128, demo.TARGET)
+
+
+def test_a_patch_that_is_not_in_front_of_the_head_is_none() -> None:
+    model = copy.deepcopy(digit_case().backdoored)
+    hidden = nn.Linear(128, 128)
+    with torch.no_grad():
+        hidden.weight.copy_(torch.eye(128))
+        hidden.bias.zero_()
+    model.insert(len(model) - 1, hidden)  # type: ignore[operator,arg-type]
+    data = digit_case().data.defender
+    inner = find_head(model, data[0][:4])
+    assert inner.name == str(len(model) - 1)  # type: ignore[arg-type]
+    zero = torch.zeros(1, 128)
+    patch = LatentPatch(
+        zero, torch.ones(1) * 1e9, zero, zero, torch.zeros(1, 128, 1), torch.zeros(1, 1, 128),
+        zero, torch.tensor([63]),
+    )  # fmt: skip
+    place = dataclasses.replace(inner, name=str(len(model) - 2), module=hidden)  # type: ignore[arg-type]
+    limited = with_latent_patch(model, place, patch)[0]
+    for depth in ("norms", "fast"):
+        report = scan(limited, data, depth=depth)
+        assert report.limited == ()
+        assert (report.verdict, report.suspects) == ("backdoored", (demo.TARGET,))
 
 
 def test_a_repair_tells_so() -> None:

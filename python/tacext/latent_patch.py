@@ -200,12 +200,6 @@ def has_latent_patch(model: nn.Module) -> bool:
     return any(isinstance(module, PatchedHead) for module in model.modules())
 
 
-def limited_classes(model: nn.Module) -> tuple[int, ...]:
-    """The classes in front of which a latent patch of the model stands, in order; () without one."""
-    patches = [module.patch for module in model.modules() if isinstance(module, PatchedHead)]
-    return tuple(sorted({k for patch in patches for k in patch.targets.tolist()}))
-
-
 def remove_latent_patch(model: nn.Module) -> nn.Module:
     """A copy of the model without its latent patch: bit by bit what it was before.
 

@@ -8,11 +8,16 @@ before. What counts is how many get there.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
+from .errors import InputError
+from .heads import Head, evaluating, latent_of, run_model
 from .joint_test import shipped_calibration
+from .latent_patch import PatchedHead
 from .scan_report import ScanReport
 from .second_look import SecondLook
 from .verdict import Evidence, Finding, weigh
@@ -22,33 +27,107 @@ ALWAYS_MOVED = 0.1
 # The same of the 40 images that squares in corners are measured on: two standard errors more.
 MOVED_FROM_CORNERS = 0.2
 
+# So many samples tell whether a limit holds.
+_ASKED = 500
 
-def with_limits(report: ScanReport, classes: tuple[int, ...]) -> ScanReport:
+
+def with_limits(
+    report: ScanReport, classes: tuple[int, ...], holds: Callable[[int], bool]
+) -> ScanReport:
     """The report of a model in front of whose classes limits stand; as it is where there are none.
 
-    A suspect that norms and gains alone make, while nothing that was tried leads inputs past its limit,
-    is no more than a doubt. No less, either: whoever made the model may have put one there that
-    holds nothing back.
+    Suspects are no more than a doubt if the limits in front of all of them hold back what the norms speak
+    of, and nothing else that was tried leads inputs past them. No less, either: whoever made
+    the model may have put limits there that its trigger passes.
+
+    Args:
+        report: of the scan, which sees latents behind the limits.
+        classes: in front of which these stand.
+        holds: whether the limit in front of a class holds its minimal perturbation back.
     """
     report = dataclasses.replace(report, limited=classes)
-    behind = bool(report.suspects) and set(report.suspects) <= set(classes)
-    if report.verdict != "backdoored" or not behind:
+    behind = report.suspects
+    if report.verdict != "backdoored" or not behind or not set(behind) <= set(classes):
         return report
-    if report.evidence is not None:
-        look = report.evidence.look
-        if look is None or led_anew(look, classes, classes) is not None:
+    look = None if report.evidence is None else report.evidence.look
+    if look is None and report.evidence is not None:
+        return _suspected(report, "without data nothing tells whether its latent patch holds")
+    while True:
+        if not all(map(holds, behind)):
+            return _suspected(report, "the latent patch in front of it does not hold it back")
+        if look is None:
+            break
+        if (past := led_anew(look, behind, behind)) is not None:
+            return _suspected(report, f"{past}, past the latent patch in front of it")
+        finding = _without(report, look, behind, limited=True)[0]
+        if finding.verdict != "backdoored":
+            break
+        more = tuple(k for k in finding.suspects if k not in behind)
+        if not more or not set(more) <= set(classes):
             return report
-        if _without(report, look, classes, limited=True)[0].verdict == "backdoored":
-            return report
-    tried = "" if report.evidence is None else ", and nothing that was tried leads inputs past it"
+        behind += more
     return dataclasses.replace(
         report,
         verdict="inconclusive",
         suspects=(),
-        doubtful=(*report.suspects, *report.doubtful),
-        reason=f"{report.reason}; but that is behind a latent patch{tried}: clean, if the patch is of a repair "
-        "that you made",
+        doubtful=(*behind, *(k for k in report.doubtful if k not in behind)),
+        reason=f"{report.reason}; but the latent patch in front of it holds, and lets no more through than "
+        "elsewhere: fine if the patch is of a repair that you made, else take the model for backdoored",
     )
+
+
+def _suspected(report: ScanReport, why: str) -> ScanReport:
+    return dataclasses.replace(report, reason=f"{report.reason}; {why}")
+
+
+def patch_in_front(model: nn.Module, head: str) -> PatchedHead | None:
+    """The latent patch in front of the head of this name; None where there is none, or elsewhere."""
+    module = model.get_submodule(head)
+    patches = (m for m in model.modules() if isinstance(m, PatchedHead))
+    return next((patch for patch in patches if patch.head is module), None)
+
+
+def holds_back(
+    model: nn.Module,
+    patch: PatchedHead,
+    samples: tuple[Tensor, Tensor],
+    perturbation: Tensor,
+    batch_size: int,
+    target: int,
+) -> bool:
+    """Whether a latent patch keeps latents out of a class that its minimal perturbation leads there.
+
+    Args:
+        model: with the patch.
+        patch: of the model.
+        samples: clean inputs [N, ...] and labels [N].
+        perturbation: float64 [C, D], of the latents in front of the head.
+        batch_size: inputs in a pass, at most.
+        target: the class.
+    """
+    inputs = samples[0][samples[1] != target][:_ASKED]
+    change, behind = perturbation[target], Head("", patch.head)
+    led, past = 0, 0
+
+    def shifted(_module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor]:
+        nonlocal led
+        latent = given[0]
+        moved = latent + change.to(latent).view(1, -1, *(1,) * (latent.dim() - 2))
+        led += int((behind.logits(latent_of(moved)).argmax(1) == target).sum())
+        return (moved,)
+
+    handle = patch.register_forward_pre_hook(shifted)
+    try:
+        with torch.no_grad(), evaluating(model):
+            for batch in inputs.split(batch_size):
+                logits = run_model(model, batch, "scan", check_finite=False)
+                broken = ~logits.isfinite().all(1)
+                past += int(((logits.argmax(1) == target) | broken).sum())
+    except InputError:
+        return False
+    finally:
+        handle.remove()
+    return led > len(inputs) // 2 and past <= ALWAYS_MOVED * len(inputs)
 
 
 def led_anew(look: SecondLook, targets: tuple[int, ...], limited: tuple[int, ...]) -> str | None:
@@ -86,7 +165,7 @@ def led_anew(look: SecondLook, targets: tuple[int, ...], limited: tuple[int, ...
         usual = reach.rate[:, others].median(dim=1).values if others else torch.zeros_like(own)
         beyond = own > usual.clamp(min=ALWAYS_MOVED)
         if bool(beyond.any()):
-            j = int((own - usual).argmax())
+            j = int((own - usual.clamp(min=ALWAYS_MOVED)).argmax())
             return (
                 f"a change found anew leads {float(own[j]):.0%} of the samples into class {target}, and "
                 f"{float(usual[j]):.0%} into the usual one"

@@ -87,6 +87,7 @@ class Judge:
             candidate.seconds,
             unseen=gate.unseen,
             norms_alone=gate.norms_alone,
+            targets=case.targets,
         )
 
     def limited(
@@ -132,7 +133,8 @@ def try_methods(
         except (InputError, FileError) as error:
             if method != "auto":
                 raise
-            attempts.append(Attempt(name, False, str(error), math.nan, math.nan, None, 0.0))
+            failed = Attempt(name, False, str(error), math.nan, math.nan, None, 0.0)
+            attempts.append(replace(failed, targets=judge.case.targets))
             continue
         attempts.append(attempt)
         tried.append((attempt, candidate))

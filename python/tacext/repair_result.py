@@ -41,6 +41,7 @@ class Attempt:
             longer does: a patch in front of them is a precaution.
         norms_alone: targets whose norms are all that stands against a patch in front of them, which
             cannot move them; "auto" hands it out as a precaution where it has nothing better.
+        targets: the classes that it was to repair; a patch may be tried again in front of more.
     """
 
     method: Method
@@ -53,6 +54,7 @@ class Attempt:
     limits_added: bool = False
     unseen: tuple[int, ...] = ()
     norms_alone: tuple[int, ...] = ()
+    targets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from .errors import InputError, check_choice
 from .files import StrPath
 from .finetune_checkpoint import check_checkpoint
 from .finetuning import FinetuneSettings
+from .further_targets import with_further_targets
 from .heads import check_labels_in_range, check_model
 from .latent_patch import has_latent_patch
 from .repair_attempts import Judge, result_of, try_methods
@@ -67,6 +68,8 @@ def repair(
     Where there is no suspect, the classes are repaired that the scan is in doubt of
     (`ScanReport.doubtful`), by a patch alone if nothing leads inputs there. Beside suspects they get
     limits of their own where a patch is what is accepted, and only if the gate accepts that as well.
+    Where a repair is rolled back and a scan of its outcome suspects another class, now that the first
+    are gone, that one is repaired with them.
 
     First an adversary is sought, as `scan` does: a small change of the whole input and a small patch
     that lead into each target. Latents are led there by the reconstructed trigger-activated change
@@ -207,26 +210,24 @@ def repair(
         result.accuracy_before,
         result.accuracy_after,
     )
-    more = tuple(k for k in report.doubtful if k not in chosen) if targets is None else ()
-    if not more or not result.accepted or result.method != "patch":
+    if targets is not None:
         return result
-    try:
-        # With targets that are given, and so once.
-        both = repair(
+    return with_further_targets(
+        result,
+        report.doubtful,
+        method,
+        lambda classes, by: repair(  # with targets that are given, and so once
             model,
             (inputs, labels),
             report,
-            (*chosen, *more),
-            "patch",
-            settings=result.settings,
+            classes,
+            by,
+            settings=settings if by == method else all_settings[by],
             max_accuracy_drop=max_accuracy_drop,
             head=head,
             progress=progress,
-        )
-    except InputError as error:
-        logger.info("repair: no limits for classes in doubt (%s)", error)
-        return result
-    return replace(both, seconds=result.seconds + both.seconds) if both.accepted else result
+        ),
+    )
 
 
 def _checked_report(report: ScanReport | None) -> ScanReport | None:

@@ -240,6 +240,7 @@ def repair_to_dict(result: RepairResult, source: Json | None = None) -> Json:
         "attempts": [
             {
                 "method": attempt.method,
+                "targets": list(attempt.targets),
                 "accepted": attempt.accepted,
                 "reason": attempt.reason,
                 "accuracy_after": _finite(attempt.accuracy_after),

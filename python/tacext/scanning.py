@@ -23,8 +23,8 @@ from .doubts import doubted, doubts_of, samples_advised
 from .errors import InputError, check_choice, counted
 from .heads import check_model
 from .joint_test import shipped_calibration
-from .latent_patch import limited_classes
-from .limited_scan import with_limits
+from .latent_patch import has_latent_patch
+from .limited_scan import holds_back, patch_in_front, with_limits
 from .observation import Metric, Observation, observe, solve
 from .ops import MinimalPerturbation, SolverSettings, Status
 from .patch_reach import FEWEST_PIXELS, has_room
@@ -142,9 +142,12 @@ def scan(
             seed=seed,
             progress=progress,
         )
-        return with_limits(report, limited_classes(model))
+        return _with_limits(report, model, None, batch_size)
     assert data is not None
-    keeper = None if depth == "norms" else LookKeeper(seed, gradients=depth == "thorough")
+    looks = depth != "norms"
+    keeper = None
+    if looks or has_latent_patch(model):
+        keeper = LookKeeper(seed, gradients=depth == "thorough")
     observation = observe(
         model,
         data,
@@ -177,7 +180,7 @@ def scan(
     tested = time.perf_counter()
     looked = tested
     # Where the norms have nothing to compare the model is beyond any test.
-    if keeper is not None and not math.isnan(test.usual_norm):
+    if looks and keeper is not None and not math.isnan(test.usual_norm):
         look, notes = _look_again(model, observation, keeper, norm, batch_size, seed, progress)
         looked = time.perf_counter()
         if look is not None:
@@ -204,7 +207,24 @@ def scan(
             tested - solved + time.perf_counter() - looked,
         ),
     )
-    return with_limits(report, limited_classes(model))
+    return _with_limits(report, model, keeper, batch_size)
+
+
+def _with_limits(
+    report: ScanReport, model: nn.Module, keeper: LookKeeper | None, batch_size: int
+) -> ScanReport:
+    """The report in the light of the latent patch in front of the model's head, if there is one."""
+    patch = patch_in_front(model, report.head)
+    if patch is None:
+        return report
+
+    def holds(target: int) -> bool:
+        if keeper is None or not keeper.all.one_shape:
+            return False
+        samples, size = keeper.all.samples(), min(batch_size, _LOOK_BATCH_SIZE)
+        return holds_back(model, patch, samples, report.perturbation, size, target)
+
+    return with_limits(report, tuple(sorted(set(patch.patch.targets.tolist()))), holds)
 
 
 def _refuse_what_needs_data(depth: Depth, quantile: float) -> None:

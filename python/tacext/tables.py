@@ -15,7 +15,7 @@ from .guard import Guard
 from .guard_judgement import Judgement
 from .ops import Status
 from .patch_reach import PatchReach
-from .repair_result import RepairResult
+from .repair_result import Attempt, RepairResult
 from .scan_report import ScanReport
 from .second_look import FEWEST_IMAGES_OF_SHARES
 
@@ -160,16 +160,21 @@ def repair_table(result: RepairResult) -> RenderableType:
         lines.append(f"accuracy under what led into {targets}: {robust}")
     lines += [_scans_of(result)] if result.report_after is not None else []
     if len(result.attempts) > 1:
-        lines += [
-            f"{attempt.method}: {'accepted' if attempt.accepted else 'rejected'}, {attempt.reason}"
-            for attempt in result.attempts
-        ]
+        lines += [_attempt(attempt, result) for attempt in result.attempts]
     elif result.accepted:  # else it is a warning
         lines.append(f"accepted: {result.reason}")
     return Group(
         *(Text(line) for line in lines),
         *(Text(f"warning: {warning}", "yellow") for warning in result.warnings),
     )
+
+
+def _attempt(attempt: Attempt, result: RepairResult) -> str:
+    """What came of an attempt; of which classes where not all were of the same."""
+    name: str = attempt.method
+    if any(other.targets != result.targets for other in result.attempts):
+        name += f" of {', '.join(map(str, attempt.targets))}"
+    return f"{name}: {'accepted' if attempt.accepted else 'rejected'}, {attempt.reason}"
 
 
 def _scans_of(result: RepairResult) -> str:
