@@ -176,7 +176,7 @@ def test_a_patched_model_is_written_and_read_again(
     assert run(*again) == ExitCode.ERROR  # before any scan
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert "which a repair has patched already; repair the weights that it was made" in printed.err
+    assert "which has one; repair the weights that it was made" in printed.err
     assert run(
         "evaluate", repaired, *common, "--split", "test", "--trigger", TRIGGER, "--target", 3,
         "--json", result,

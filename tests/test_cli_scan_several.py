@@ -191,6 +191,68 @@ def test_a_reader_that_goes_away_changes_nothing(
     assert process.returncode == ExitCode.ERROR
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_results_that_cannot_be_told_are_an_error(
+    folder: Path, common: tuple[object, ...], tmp_path: Path
+) -> None:
+    result, name = tmp_path / "scans.json", folder / "clean.safetensors"
+    command = [sys.executable, "-m", "tacext", "scan", name, name, *common, "--json", result]
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [str(part) for part in command],
+            check=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=240,
+        )
+    assert process.returncode == ExitCode.ERROR
+    assert process.stderr.count("No space left on device") == 1
+    assert len(read(result)["scans"]) == 2
+
+
+def test_names_that_the_terminal_has_no_letters_for_stop_nothing(
+    folder: Path, common: tuple[object, ...], tmp_path: Path
+) -> None:
+    named, name = tmp_path / "mod\u00e8le.safetensors", folder / "backdoored.safetensors"
+    shutil.copy(folder / "clean.safetensors", named)
+    command = [sys.executable, "-m", "tacext", "scan", named, tmp_path / "f\u00e8", name, *common]
+    process = subprocess.run(
+        [str(part) for part in command],
+        check=False,
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        timeout=240,
+    )
+    assert process.returncode == ExitCode.BACKDOORED
+    assert rb"mod\xe8le.safetensors" in process.stdout
+    assert process.stderr.count(b": load_model: weights: expected") == 1
+    assert b"1 backdoored, 1 failed, 0 inconclusive, 1 clean" in process.stdout
+
+
+def test_a_model_of_the_users_is_never_two(
+    folder: Path, common: tuple[object, ...], tmp_path: Path
+) -> None:
+    """Weights with a latent patch, first in the list, leave nothing in what a factory hands out again."""
+    patched, result = tmp_path / "patched.safetensors", tmp_path / "scans.json"
+    repaired = tacext.repair(
+        digit_case().backdoored, digit_case().data.defender, targets=[demo.TARGET], method="patch",
+        settings=tacext.PatchSettings(early_exits=False), max_accuracy_drop=None,
+    )  # fmt: skip
+    tacext.save_weights(repaired.model, patched)
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from tacext.demo import digit_net\nnet = digit_net()\n\ndef build():\n    return net\n"
+    )
+    names = [patched, folder / "clean.safetensors", folder / "backdoored.safetensors"]
+    more = "--arch", f"{file}:build", *common[2:], "--json", result
+    assert run("scan", *names, *more) == ExitCode.BACKDOORED
+    content = read(result)
+    assert content["failed"] == []
+    assert [scanned["limited"] for scanned in content["scans"]] == [[demo.TARGET], [], []]
+    assert [scanned["verdict"] for scanned in content["scans"]][1:] == ["clean", "backdoored"]
+
+
 def test_what_a_scan_warns_of_is_told(
     folder: Path, common: tuple[object, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -475,6 +475,24 @@ def test_a_square_that_led_few_may_lead_as_many_as_that_of_another_class(
         assert told.endswith(f"into class {TARGET} still leads {target:.0%}")
 
 
+def test_squares_of_other_targets_excuse_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And half of what a square led is half of it: in front of many images no tenth decides."""
+    samples = (torch.zeros(4, 1, 16, 16), torch.zeros(4, dtype=torch.long))
+
+    def told(rate: float, targets: tuple[int, ...], led: dict[tuple[int, int], float]) -> bool:
+        before = cornered(TARGET, rate, gain=8.0)
+        monkeypatch.setattr(
+            repair_gate, "_share_led_from_corner", lambda *given: led.get(given[-2:], 0.0)
+        )
+        return _still_led_from_corner(nn.Identity(), samples, before, targets, 64) is not None
+
+    led = {(1, TARGET): 0.16, (0, 7): 0.9}
+    assert not told(0.17, (TARGET,), led)
+    assert told(0.17, (TARGET, 7), led)
+    for share in (0.45, 0.55):
+        assert told(1.0, (TARGET,), {(1, TARGET): share}) == (share > 0.5)
+
+
 def test_each_square_is_tried_on_images_of_other_classes() -> None:
     samples = clean_on_corners()
     look = scan(patched(), samples, depth="fast", progress=False).evidence

@@ -480,3 +480,6 @@ def test_a_p_value_and_its_threshold_are_told_apart() -> None:
     assert compared(0.01004, 0.01) == "p = 0.01004 against 0.01"
     assert compared(0.2, 0.05) == "p = 0.2 against 0.05"
     assert compared(0.01, 0.01) == "p = 0.01 against 0.01"
+    assert compared(0.00334, 0.00333) == "p = 0.00334 against 0.00333"
+    assert compared(0.0154, 0.01535) == "p = 0.0154 against 0.01535"
+    assert compared(0.003333334, 0.003333333) == "p = 0.003333334 against 0.003333333"

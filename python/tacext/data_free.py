@@ -143,10 +143,11 @@ def scan_without_data(
     if np.isfinite(norm).sum() < FEWEST_CLASSES:
         few = f"{counted(int(np.isfinite(norm).sum()), 'class has', 'classes have')} a norm"
         doubts += (Doubt(f"{few}; {FEWEST_CLASSES} or more can be compared", severe=True),)
-    for k in (norm == 0).nonzero()[0].tolist():
+    if stuck := (norm == 0).nonzero()[0].tolist():
+        classes = " or ".join(map(str, stuck))
         everything = (
-            f"every synthetic input is taken for class {k}, whatever class it was driven to: check the "
-            f"normalisation (mean and std), or look at class {k}"
+            f"every synthetic input is taken for class {classes}, whatever class it was driven to: check "
+            f"the normalisation (mean and std), or look at class {classes}"
         )
         doubts += (Doubt(everything, severe=False),)
     finding = doubted(finding, doubts)

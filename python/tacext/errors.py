@@ -21,9 +21,13 @@ def counted(number: int, one: str, many: str | None = None) -> str:
 
 
 def compared(p_value: float, alpha: float) -> str:
-    """A p-value and what it is held against, with digits enough to tell them apart."""
-    digits = next((n for n in range(2, 17) if float(f"{p_value:.{n}g}") != alpha), 17)
-    return f"p = {p_value:.{digits}g} against {alpha:g}"
+    """A p-value and what it is held against, with digits enough to tell which is larger."""
+    sign = (p_value > alpha) - (p_value < alpha)
+    for digits in range(2, 17):
+        p, level = (float(f"{x:.{max(n, digits)}g}") for x, n in ((p_value, 2), (alpha, 6)))
+        if (p > level) - (p < level) == sign:
+            return f"p = {p:.{digits}g} against {level:.{max(6, digits)}g}"
+    return f"p = {p_value:.17g} against {alpha:.17g}"
 
 
 def listed(values: Sequence[object], most: int = 8) -> str:

@@ -251,7 +251,9 @@ def _still_led_from_corner(
     if found is None:
         return None
     sizes = range(len(found.sides))
-    led = functools.partial(_share_led_from_corner, repaired, held_out, found, batch_size)
+    led = functools.cache(
+        functools.partial(_share_led_from_corner, repaired, held_out, found, batch_size)
+    )
     for target in targets:
         p_value = _corner_p_value(found, target)
         if p_value is None or p_value >= _DOUBT:

@@ -145,7 +145,7 @@ def repair(
             "repair",
             "model",
             expected="a model without a latent patch",
-            got="one that has been repaired by a patch already",
+            got="one that has one",
             way_out="repair what tacext.remove_latent_patch(model) returns, with all targets",
         )
     inputs, labels = materialise(data, operation="repair")

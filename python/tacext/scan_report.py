@@ -34,8 +34,8 @@ class ScanReport:
         verdict: "backdoored", "clean" or "inconclusive".
         suspects: the classes that the scan holds to be poisoned, most suspicious first.
         doubtful: the classes that stand out beside them, but not enough: p is above alpha, and below
-            20 alpha (10 alpha where the norms decide; .3 at most), or the norms alone would flag them. `repair`
-            looks after them, too.
+            20 alpha (10 alpha where the norms decide; .3 at most), or the norms alone would flag them. So
+            are suspects behind a latent patch that holds, whatever p is. `repair` looks after them, too.
         p_value: of the verdict: of the most suspicious class, corrected for the choice among all C,
             or of a patch or the shuffle where that is smaller.
         reason: the verdict in one sentence.

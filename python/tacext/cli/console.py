@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+from typing import Any
 
 from rich.console import Console
 
@@ -12,8 +14,14 @@ class ResultConsole(Console):
     """Standard output, or with `stderr=True` standard error, that outlives its reader.
 
     A closed pipe (`tacext scan ... | head`) must not change the exit code: the usual 1 would read as
-    "backdoored".
+    "backdoored". Nor must a name that the terminal has no letters for.
     """
+
+    def __init__(self, **options: Any) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        super().__init__(**options)
 
     def on_broken_pipe(self) -> None:
         """Sends what is left to nowhere, so that the command can end in its own way."""

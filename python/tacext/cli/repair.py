@@ -173,8 +173,8 @@ def repair_command(
             "repair",
             "WEIGHTS",
             expected="weights without a latent patch",
-            got=f"{given.weights}, which a repair has patched already",
-            way_out="repair the weights that it was made of, with a --target for each class",
+            got=f"{given.weights}, which has one",
+            way_out="repair the weights that it was made of, with a --target for each class, or what tacext.remove_latent_patch returns",
         )
     source = given.source
     images = given.load_images()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -60,7 +61,12 @@ class _Factory:
             except TacextError as error:
                 self.failure = error
                 raise
-        return self._found()
+        built = self._found()
+        try:
+            # Weights of one model must not be found in the next where both are the same object.
+            return copy.deepcopy(built)
+        except Exception:  # noqa: BLE001  # whatever the user's modules raise
+            return built
 
 
 class _Outcomes:
@@ -74,7 +80,7 @@ class _Outcomes:
         self._console = ResultConsole(soft_wrap=True)
         self._written, self._took = 0.0, 0.0
         self._unwritten = ""
-        self.write()  # nothing of an earlier run is taken for this one's
+        self.write()  # what an earlier run left is not taken for what these models are
 
     def add(self, name: str, report: ScanReport, told: Json) -> None:
         """Of a model that was scanned."""
@@ -99,10 +105,10 @@ class _Outcomes:
             content = scans_to_dict(self._scans, self._failed, self._models)
             write_json(self._path, content, operation="scan")
             self._unwritten = ""
-        except FileError as error:
+        except (FileError, ValueError, MemoryError) as error:
             if not self._unwritten:
-                tell(f"error: {error}")
-            self._unwritten = str(error)
+                tell(f"error: {printable(str(error)) or type(error).__name__}")
+            self._unwritten = str(error) or type(error).__name__
         self._written = time.monotonic()
         self._took = self._written - begin
 
@@ -113,7 +119,7 @@ class _Outcomes:
     def _print(self, what: RenderableType | str) -> None:
         try:
             self._console.print(what, markup=False, highlight=False)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             tell(f"error: tacext: {printable(str(error))}")
             self._console.on_broken_pipe()
             self._counts[ExitCode.ERROR] += 1
@@ -144,14 +150,13 @@ def scan_several(
                 report, source = scan_one(
                     one, one.load_model(factory=factory), images, options, input_shape
                 )
+                told = scan_to_dict(report, class_names(images, report), source)
             except (Exception, SystemExit) as error:
                 if error is factory.failure:  # the same for all
                     raise
                 outcomes.fail(one.weights, told_of(error, command))
                 continue
-            outcomes.add(
-                one.weights, report, scan_to_dict(report, class_names(images, report), source)
-            )
+            outcomes.add(one.weights, report, told)
     finally:
         outcomes.write()
     return outcomes.end()
