@@ -253,6 +253,22 @@ def test_a_model_of_the_users_is_never_two(
     assert [scanned["verdict"] for scanned in content["scans"]][1:] == ["clean", "backdoored"]
 
 
+def test_what_a_factory_makes_anew_is_not_copied(
+    folder: Path, common: tuple[object, ...], tmp_path: Path
+) -> None:
+    """A closure would go on to run the model that it was copied from, without weights."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from tacext.demo import digit_net\n\ndef build():\n    net = digit_net()\n"
+        "    inner = net.forward\n    net.forward = lambda x: inner(x)\n    return net\n"
+    )
+    names = folder / "clean.safetensors", folder / "backdoored.safetensors"
+    result = tmp_path / "scans.json"
+    more = "--arch", f"{file}:build", *common[2:], "--json", result
+    assert run("scan", *names, *more) == ExitCode.BACKDOORED
+    assert [scanned["verdict"] for scanned in read(result)["scans"]] == ["clean", "backdoored"]
+
+
 def test_what_a_scan_warns_of_is_told(
     folder: Path, common: tuple[object, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -71,8 +71,21 @@ FAILED = InputError("repair: data: no")
         (outcome((2,), False, (2,)), (5,), [], [], (2,)),
         (outcome((2,), False, method="finetune"), (5,), [], [], (2,)),
         (outcome((2,), False, (7,)), (), [outcome((2, 7), True)], [(2, 7)], (2, 7)),
-        (outcome((2,), False, (7, 5)), (5,), [outcome((2, 5, 7), True)], [(2, 5, 7)], (2, 5, 7)),
-        # And again, while there is another one.
+        (outcome((2,), False, (7, 2)), (5,), [outcome((2, 7), False)], [(2, 7)], (2,)),
+        # A patch in front of both may have one in front of a class in doubt, too; training has not.
+        (
+            outcome((2,), False, (7,)), (5,),
+            [outcome((2, 7), True), outcome((2, 7, 5), True)], [(2, 7), (2, 7, 5)], (2, 7, 5),
+        ),
+        (
+            outcome((2,), False, (7,)), (5,),
+            [outcome((2, 7), True), outcome((2, 7, 5), False)], [(2, 7), (2, 7, 5)], (2, 7),
+        ),
+        (
+            outcome((2,), False, (7,)), (5,),
+            [outcome((2, 7), True, method="finetune")], [(2, 7)], (2, 7),
+        ),
+        # And again, while there is another one, but not for ever.
         (
             outcome((2,), False, (7,)), (),
             [outcome((2, 7), False, (1,)), outcome((2, 7, 1), True)], [(2, 7), (2, 7, 1)], (2, 7, 1),
@@ -80,6 +93,11 @@ FAILED = InputError("repair: data: no")
         (
             outcome((2,), False, (7,)), (),
             [outcome((2, 7), False, (1,)), FAILED], [(2, 7), (2, 7, 1)], (2,),
+        ),
+        (
+            outcome((2,), False, (7,)), (),
+            [outcome((2, 7), False, (1,)), outcome((2, 7, 1), False, (0,)), outcome((2, 7, 1, 0), False, (3,))],
+            [(2, 7), (2, 7, 1), (2, 7, 1, 0)], (2,),
         ),
         (outcome((2,), False, (7,)), (), [outcome((2, 7), False, (2,))], [(2, 7)], (2,)),
     ],
@@ -95,7 +113,7 @@ def test_which_are_looked_after(
 
     def again(targets: tuple[int, ...], method: Method) -> RepairResult:
         found.append(targets)
-        assert method == ("patch" if first.accepted else "auto")
+        assert method == ("patch" if 5 in targets else "auto")
         outcome = others[len(found) - 1]
         if isinstance(outcome, InputError):
             raise outcome
@@ -108,6 +126,30 @@ def test_which_are_looked_after(
     tried = [first, *(o for o in others if isinstance(o, RepairResult))]
     assert [a.targets for a in result.attempts] == [r.targets for r in tried]
     assert result.seconds == len(tried)
+
+
+def test_of_several_scans_that_of_a_patch_names_the_class() -> None:
+    """And where the patch came to none, that of another method."""
+
+    def tried(patch: tuple[int, ...] | None, tuned: tuple[int, ...]) -> list[tuple[int, ...]]:
+        first = outcome((2,), False, tuned, "finetune")
+        if patch is None:
+            refused = Attempt("patch", False, "it loses", 0.5, 0.9, None, 1.0, targets=(2,))
+        else:
+            refused = outcome((2,), False, patch).attempts[0]
+        first = dataclasses.replace(first, attempts=(refused, *first.attempts))
+        asked: list[tuple[int, ...]] = []
+
+        def again(targets: tuple[int, ...], _method: Method) -> RepairResult:
+            asked.append(targets)
+            return outcome(targets, True)
+
+        with_further_targets(first, (), "auto", again)
+        return asked
+
+    assert tried((7,), (1,)) == [(2, 7)]
+    assert tried(None, (1,)) == [(2, 1)]
+    assert tried((), (1,)) == []
 
 
 def test_a_second_backdoor_that_the_first_had_hidden_is_repaired_too() -> None:

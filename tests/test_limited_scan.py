@@ -5,19 +5,23 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from digits import Cropped, digit_case, padded, patched_digits
-from tacext import ScanReport, demo, limited_scan, repair, scan
-from tacext.heads import find_head
-from tacext.latent_patch import LatentPatch, PatchedHead, with_latent_patch
-from tacext.limited_scan import holds_back, led_anew, patch_in_front, with_limits
+from digits import Cropped, digit_case, padded, padded_corner, patched_digits
+from tacext import ScanReport, demo, evaluate, limited_scan, repair, scan
+from tacext.heads import find_head, latent_of
+from tacext.latent_patch import LatentPatch, PatchedHead, patch_in_front, with_latent_patch
+from tacext.latent_patch_fit import shifts_between_logits
+from tacext.limited_scan import holds_back, led_anew, with_limits
 from tacext.scan_report import Depth
 from tacext.second_look import SecondLook
+from tacext.verdict import Finding
 
 
 def patched_head(model: nn.Module) -> PatchedHead:
@@ -49,12 +53,13 @@ def test_what_a_limit_holds_is_a_doubt_and_what_passes_it_a_backdoor(depth: Dept
     held = scan(patched_digits().model, data, depth=depth, alpha=0.02)
     assert (held.verdict, held.suspects, held.limited) == ("inconclusive", (), (demo.TARGET,))
     assert held.doubtful[0] == demo.TARGET
-    assert "; but the latent patch in front of it holds" in held.reason
+    assert "; but the latent patch in front of it holds that back" in held.reason
+    assert ("lets no more through" in held.reason) == (depth == "thorough")
     loose = scan(holding_nothing(), data, depth=depth, alpha=0.02)
     assert loose.verdict == "backdoored"
     assert loose.suspects[0] == demo.TARGET
     assert loose.limited == (demo.TARGET,)
-    assert "does not hold it back" in loose.reason
+    assert "is not seen to hold it back" in loose.reason
 
 
 def test_only_suspects_that_limits_hold_are_doubts() -> None:
@@ -75,6 +80,8 @@ def test_only_suspects_that_limits_hold_are_doubts() -> None:
     assert with_limits(two, (demo.TARGET,), always).verdict == "backdoored"
     assert with_limits(two, (demo.TARGET, 5), lambda k: k != 5).verdict == "backdoored"
     assert with_limits(two, (demo.TARGET, 5), always).doubtful == (demo.TARGET, 5)
+    more = replace(report, doubtful=(7, demo.TARGET))
+    assert with_limits(more, (demo.TARGET,), always).doubtful == (demo.TARGET, 7)
     clean = scan(digit_case().clean, digit_case().data.defender, depth="norms")
     assert with_limits(clean, (0,), never).verdict == clean.verdict
 
@@ -175,56 +182,197 @@ def test_a_change_beyond_what_is_allowed_is_told_at_its_own_budget() -> None:
     assert "leads 15% of the samples" in told
 
 
-@pytest.mark.parametrize("positions", [False, True])
-def test_whether_a_limit_holds(positions: bool) -> None:
-    """Against latents written down one by one."""
+def test_changes_that_move_images_past_a_limit_count() -> None:
+    report = moving_nothing(loose_report())
+    look = look_of(report)
+    assert look.reach is not None
+    rate = look.reach.rate.clone()
+    rate[-1, look.classes.index(demo.TARGET)] = 0.5
+    moved = looking(report, replace(look, reach=replace(look.reach, rate=rate)))
+    told = with_limits(moved, (demo.TARGET,), always)
+    assert told.verdict == "backdoored"
+    assert "a change found anew leads 50%" in told.reason
+
+
+@pytest.mark.parametrize("limited", [(demo.TARGET, 5), (demo.TARGET,)])
+def test_what_stands_out_beside_the_suspects_is_asked_as_well(
+    limited: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = moving_nothing(loose_report())
+    asked: list[int] = []
+
+    def holds(target: int) -> bool:
+        asked.append(target)
+        return True
+
+    def weighed(_report: object, _look: object, seen: tuple[int, ...], **_: object) -> object:
+        if 5 in seen:
+            return Finding(
+                "inconclusive", (), 0.05, "class 7 stands out, but not enough", (7,)
+            ), None
+        return Finding("backdoored", (5,), 0.001, "class 5 stands out"), None
+
+    monkeypatch.setattr(limited_scan, "_without", weighed)
+    told = with_limits(report, limited, holds)
+    if 5 in limited:
+        assert asked == [demo.TARGET, 5]  # each once
+        assert told.verdict == "inconclusive"
+        assert told.doubtful[:2] == (demo.TARGET, 5)
+        assert 7 in told.doubtful
+        assert told.reason.endswith("; beside that class 7 stands out, but not enough")
+    else:
+        assert (told.verdict, told.suspects) == (report.verdict, report.suspects)
+
+
+def limiting(positions: bool) -> tuple[nn.Module, Callable[[float], nn.Module], Tensor]:
+    """A network of six inputs and four classes, a limit of its latents on the way to class 2, and that way."""
     torch.manual_seed(0)
     body = nn.Sequential(nn.Flatten(), nn.Linear(6, 5)) if not positions else nn.Conv2d(1, 5, 1)
     head: nn.Module = nn.Conv2d(5, 4, 1) if positions else nn.Linear(5, 4)
     tail = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()) if positions else nn.Identity()
-    model: nn.Module = nn.Sequential(body, head, tail).eval()
-    samples = torch.randn(80, 1, 2, 3), torch.arange(80) % 4
-    found = find_head(model, samples[0][:4], "1")
+    model = nn.Sequential(body, head, tail).eval()
+    found = find_head(model, torch.randn(4, 1, 2, 3), "1")
     weight = found.weight.detach().double()
     change = torch.zeros(4, 5, dtype=torch.float64)
-    change[2] = 50 * (weight[2] - weight.mean(0))
+    change[2] = weight[2] - weight.mean(0)
+
+    lowering = shifts_between_logits(found.weight.detach(), [2]).float()
 
     def limit(threshold: float) -> nn.Module:
-        one, none = torch.ones(1), torch.zeros(1, 5)
+        none = torch.zeros(1, 5)
         direction = (change[2] / change[2].norm()).float()[None]
         patch = LatentPatch(
-            direction, one * threshold, direction * 40, none, torch.zeros(1, 5, 1),
-            torch.zeros(1, 1, 5), -direction * 40, torch.tensor([2]),
+            direction, torch.tensor([threshold]), none, none.clone(), torch.zeros(1, 5, 1),
+            torch.zeros(1, 1, 5), lowering, torch.tensor([2]),
         )  # fmt: skip
         return with_latent_patch(model, found, patch)[0]
 
-    for threshold in (-1e3, 1e3):
+    return model, limit, change
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_whether_a_limit_holds(positions: bool) -> None:
+    """Against latents written down one by one, some of which get past."""
+    model, limit, change = limiting(positions)
+    body, tail = model[0], model[2]  # type: ignore[index]
+    samples = torch.randn(400, 1, 2, 3), torch.arange(400) % 4
+    others = samples[0][samples[1] != 2]
+    change = 50 * change
+    with torch.no_grad():
+        moved = body(others) + change[2].float().view(1, -1, *((1, 1) if positions else ()))
+    along = latent_of(moved) @ (change[2] / change[2].norm()).float()
+    pasts = []
+    for threshold in torch.quantile(
+        along, torch.tensor([0.0, 0.05, 0.09, 0.11, 0.3, 1.0])
+    ).tolist():
         limited = limit(threshold)
-        patch = patch_in_front(limited, "1.head")
+        patch = patch_in_front(limited, find_head(limited, samples[0][:4], "1.head"))
         assert patch is not None
-        held = holds_back(limited, patch, samples, change, 32, 2)
         with torch.no_grad():
-            latent = body(samples[0])
-            moved = latent + change[2].float().view(1, -1, *((1, 1) if positions else ()))
-            expected = tail(patch(moved)).argmax(1) == 2
-        past = float(expected[samples[1] != 2].double().mean())
-        assert held == (past <= 0.1)
+            past = float((tail(patch(moved)).argmax(1) == 2).double().mean())
+        assert holds_back(limited, patch, samples, change, 32, 2) == (past <= 0.1)
         assert not patch._forward_pre_hooks
+        pasts.append(past)
+    assert any(0.02 < past <= 0.1 for past in pasts)
+    assert any(0.1 < past < 0.4 for past in pasts)
+    # Of samples of the class itself there is nothing to lead there.
+    limited = limit(-1e3)
+    patch = patch_in_front(limited, find_head(limited, samples[0][:4], "1.head"))
     assert patch is not None
-    assert not holds_back(limited, patch, (samples[0], torch.full((80,), 2)), change, 32, 2)
+    assert not holds_back(limited, patch, (samples[0], torch.full((400,), 2)), change, 32, 2)
 
 
-def test_what_is_not_finite_is_not_held() -> None:
-    model = copy.deepcopy(patched_digits().model)
-    patch, samples = patched_head(model), padded(digit_case().data.defender)
-    change = patched_digits().report_before.perturbation
-    assert holds_back(model, patch, samples, change, 128, demo.TARGET)
+def test_a_change_that_leads_few_is_made_longer() -> None:
+    """As those of a quantile below 1 are, of which a limit that lets nothing through holds all."""
+    model, limit, change = limiting(positions=False)
+    samples = torch.randn(400, 1, 2, 3), torch.arange(400) % 4
+    body, head = model[0], model[1]  # type: ignore[index]
+    with torch.no_grad():
+        latent = body(samples[0][samples[1] != 2])
+        led = {
+            length: float(
+                (head(latent + length * change[2].float()).argmax(1) == 2).double().mean()
+            )
+            for length in (0.25 * i for i in range(60))
+        }
+    few = next(length for length, share in reversed(led.items()) if share <= 0.09)
+    assert led[few] > 0
+    for threshold, held in ((-1e3, True), (1e3, False)):
+        limited = limit(threshold)
+        patch = patch_in_front(limited, find_head(limited, samples[0][:4], "1.head"))
+        assert patch is not None
+        for length in (few, 50.0):
+            assert holds_back(limited, patch, samples, length * change, 32, 2) == held
+        assert not holds_back(limited, patch, samples, 0 * change, 32, 2)
 
-    def broken(_module: nn.Module, _given: object, output: Tensor) -> Tensor:
-        return output * torch.nan
 
-    patch.register_forward_hook(broken)
-    assert not holds_back(model, patch, samples, change, 128, demo.TARGET)
+@pytest.mark.parametrize("quantile", [0.97, 0.9])
+def test_an_honest_repair_is_a_doubt_at_any_quantile(quantile: float) -> None:
+    data = padded(digit_case().data.defender)
+    held = scan(patched_digits().model, data, depth="norms", quantile=quantile, alpha=0.05)
+    assert held.verdict != "backdoored"
+    behind = scan(holding_nothing(), data, depth="norms", quantile=quantile, alpha=0.05)
+    assert behind.verdict == "backdoored"
+
+
+def test_inputs_of_several_shapes_are_asked_as_well() -> None:
+    images, labels = padded(digit_case().data.defender)
+    model = nn.Sequential(LastCorner(), copy.deepcopy(patched_digits().model))
+    wider = functional.pad(images[200:], (2, 0, 2, 0))
+    batches = [(images[:200], labels[:200]), (wider, labels[200:])]
+    held = scan(model, batches, alpha=0.02)
+    assert held.verdict == "inconclusive"
+    assert "holds that back" in held.reason
+
+
+class LastCorner(nn.Module):
+    """Of larger images the last 16 by 16 pixels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, -16:, -16:]
+
+
+def test_what_is_not_finite_or_cannot_be_run_is_not_held() -> None:
+    _, limit, change = limiting(positions=False)
+    samples = torch.randn(80, 1, 2, 3), torch.arange(80) % 4
+    limited = limit(-1e3)
+    patch = patch_in_front(limited, find_head(limited, samples[0][:4], "1.head"))
+    assert patch is not None
+    assert holds_back(limited, patch, samples, 50 * change, 32, 2)
+    handle = patch.register_forward_hook(lambda _module, _given, output: output * torch.nan)
+    assert not holds_back(limited, patch, samples, 50 * change, 32, 2)
+    handle.remove()
+
+    def refusing(_module: nn.Module, _given: object, _output: Tensor) -> Tensor:
+        raise RuntimeError("no")
+
+    patch.register_forward_hook(refusing)
+    assert not holds_back(limited, patch, samples, 50 * change, 32, 2)
+
+
+@pytest.mark.parametrize("depth", ["norms", "fast", "thorough"])
+def test_no_patch_touches_what_the_norms_are_of(depth: Depth) -> None:
+    """Nor can it make a backdoored model a clean one by moving latents of all other classes."""
+    model, data = Cropped(digit_case().backdoored), padded(digit_case().data.defender)
+    plain = scan(model, data, depth=depth)
+    head = find_head(model, data[0][:4])
+    weight = head.weight.detach()
+    others = [k for k in range(10) if k != demo.TARGET]
+    count, zero = len(others), torch.zeros(len(others), weight.shape[1])
+    away = torch.zeros(10)
+    away[demo.TARGET] = -10.0
+    change = -(torch.linalg.pinv(weight) @ away).expand(count, -1).contiguous()
+    patch = LatentPatch(
+        zero, -torch.ones(count), change, zero.clone(), torch.zeros(count, weight.shape[1], 1),
+        torch.zeros(count, 1, weight.shape[1]), zero.clone(), torch.tensor(others),
+    )  # fmt: skip
+    deceiving = with_latent_patch(model, head, patch)[0]
+    corner = evaluate(deceiving, padded(digit_case().data.test), padded_corner, demo.TARGET)
+    assert min(corner.acc, corner.asr) > 0.95
+    told = scan(deceiving, data, depth=depth)
+    assert (told.verdict, told.suspects) == ("backdoored", (demo.TARGET,))
+    assert torch.equal(told.norm, plain.norm)
+    assert told.limited == tuple(others)
 
 
 def test_a_patch_that_is_not_in_front_of_the_head_is_none() -> None:

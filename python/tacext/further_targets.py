@@ -16,6 +16,9 @@ from .repair_result import RepairResult
 
 logger = logging.getLogger(__name__)
 
+# Whoever makes the model decides how many classes show up one after the other, each a repair of its own.
+MOST_ROUNDS = 3
+
 
 def with_further_targets(
     result: RepairResult,
@@ -27,36 +30,53 @@ def with_further_targets(
 
     Args:
         result: of the suspects.
-        doubtful: the classes that the scan of the original doubts. Where a patch is accepted they get
-            limits as well; they alone are no reason for more where it was rolled back.
+        doubtful: the classes that the scan of the original doubts. They get limits of their own where a
+            patch is accepted; nothing is trained against them.
         method: as asked for.
         again: repairs these classes by this method.
     """
-    if result.accepted and result.method != "patch":
-        return result
     kept = result
-    while True:
-        seen = () if kept.accepted else _suspects_of_outcome(kept)
-        more = [k for k in dict.fromkeys((*doubtful, *seen)) if k not in kept.targets]
-        if not more or not (kept.accepted or set(seen) & set(more)):
-            break
-        try:
-            wider = again((*kept.targets, *more), "patch" if kept.accepted else method)
-        except InputError as error:
-            logger.info("repair: no repair of further classes (%s)", error)
-            break
-        attempts, seconds = (*kept.attempts, *wider.attempts), kept.seconds + wider.seconds
-        if wider.accepted:
-            return replace(wider, attempts=attempts, seconds=seconds)
-        result = replace(result, attempts=attempts, seconds=seconds)
+    for _ in range(MOST_ROUNDS):
         if kept.accepted:
             break
-        kept = replace(wider, attempts=attempts, seconds=seconds)
-    return result
+        wider = _repaired_with(kept, _suspects_of_outcome(kept), method, again)
+        if wider is None:
+            break
+        kept = wider
+        if not kept.accepted:
+            result = replace(result, attempts=kept.attempts, seconds=kept.seconds)
+    if not kept.accepted:
+        return result
+    wider = None
+    if kept.method == "patch":
+        wider = _repaired_with(kept, doubtful, "patch", again)
+    if wider is None or wider.accepted:
+        return wider or kept
+    return replace(kept, attempts=wider.attempts, seconds=wider.seconds)
+
+
+def _repaired_with(
+    kept: RepairResult,
+    more: tuple[int, ...],
+    method: Method,
+    again: Callable[[tuple[int, ...], Method], RepairResult],
+) -> RepairResult | None:
+    """A repair of further classes as well, with all attempts so far; None where there are none."""
+    new = [k for k in more if k not in kept.targets]
+    if not new:
+        return None
+    try:
+        wider = again((*kept.targets, *new), method)
+    except InputError as error:
+        logger.info("repair: no repair of further classes (%s)", error)
+        return None
+    attempts, seconds = (*kept.attempts, *wider.attempts), kept.seconds + wider.seconds
+    return replace(wider, attempts=attempts, seconds=seconds)
 
 
 def _suspects_of_outcome(result: RepairResult) -> tuple[int, ...]:
-    """What the scan of the last repaired model suspects: of that with a patch where one was tried."""
-    patched = [a for a in result.attempts if a.method == "patch"]
-    last = (patched or list(result.attempts))[-1].report_after
-    return () if last is None else last.suspects
+    """What the scan of the last outcome suspects: of one with a patch where that was scanned."""
+    scanned = [a for a in result.attempts if a.report_after is not None]
+    patched = [a for a in scanned if a.method == "patch"]
+    last = (patched or scanned)[-1:]
+    return last[0].report_after.suspects if last and last[0].report_after is not None else ()

@@ -259,10 +259,11 @@ class LatentRecorder:
 
 
 @contextlib.contextmanager
-def recording_latents(head: Head) -> Iterator[LatentRecorder]:
-    """Records the latents of every forward pass within the block."""
+def recording_latents(head: Head | nn.Module) -> Iterator[LatentRecorder]:
+    """Records the latents of every forward pass within the block: of a head, or what comes to a module."""
     recorder = LatentRecorder()
-    handle = head.module.register_forward_pre_hook(recorder.record)
+    module = head.module if isinstance(head, Head) else head
+    handle = module.register_forward_pre_hook(recorder.record)
     try:
         yield recorder
     finally:

@@ -200,6 +200,12 @@ def has_latent_patch(model: nn.Module) -> bool:
     return any(isinstance(module, PatchedHead) for module in model.modules())
 
 
+def patch_in_front(model: nn.Module, head: Head) -> PatchedHead | None:
+    """The latent patch in front of this head; None where there is none, or elsewhere."""
+    patches = (m for m in model.modules() if isinstance(m, PatchedHead))
+    return next((patch for patch in patches if patch.head is head.module), None)
+
+
 def remove_latent_patch(model: nn.Module) -> nn.Module:
     """A copy of the model without its latent patch: bit by bit what it was before.
 

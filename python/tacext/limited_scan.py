@@ -8,6 +8,8 @@ before. What counts is how many get there.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -22,13 +24,16 @@ from .scan_report import ScanReport
 from .second_look import SecondLook
 from .verdict import Evidence, Finding, weigh
 
+logger = logging.getLogger(__name__)
+
 # So many of all images may be moved in any model.
 ALWAYS_MOVED = 0.1
 # The same of the 40 images that squares in corners are measured on: two standard errors more.
 MOVED_FROM_CORNERS = 0.2
 
-# So many samples tell whether a limit holds.
+# So many samples tell whether a limit holds; a change is doubled so often until it leads most of them.
 _ASKED = 500
+_LONGER = 5
 
 
 def with_limits(
@@ -41,7 +46,7 @@ def with_limits(
     the model may have put limits there that its trigger passes.
 
     Args:
-        report: of the scan, which sees latents behind the limits.
+        report: of the scan, whose norms are of latents that no limit has touched.
         classes: in front of which these stand.
         holds: whether the limit in front of a class holds its minimal perturbation back.
     """
@@ -52,39 +57,42 @@ def with_limits(
     look = None if report.evidence is None else report.evidence.look
     if look is None and report.evidence is not None:
         return _suspected(report, "without data nothing tells whether its latent patch holds")
+    holds = functools.cache(holds)
+    left: Finding | None = None
     while True:
         if not all(map(holds, behind)):
-            return _suspected(report, "the latent patch in front of it does not hold it back")
+            return _suspected(report, "the latent patch in front of it is not seen to hold it back")
         if look is None:
             break
         if (past := led_anew(look, behind, behind)) is not None:
             return _suspected(report, f"{past}, past the latent patch in front of it")
-        finding = _without(report, look, behind, limited=True)[0]
-        if finding.verdict != "backdoored":
+        left = _without(report, look, behind, limited=True)[0]
+        if left.verdict != "backdoored":
             break
-        more = tuple(k for k in finding.suspects if k not in behind)
+        more = tuple(k for k in left.suspects if k not in behind)
         if not more or not set(more) <= set(classes):
             return report
         behind += more
+    tried = ""
+    if look is not None and look.reach is not None:
+        tried = ", and lets no more through than elsewhere"
+    reason = f"{report.reason}; but the latent patch in front of it holds that back{tried}"
+    reason += ": fine if the patch is of a repair that you made, else take the model for backdoored"
+    doubtful = (*behind, *report.doubtful)
+    if left is not None and left.verdict != "clean":
+        reason += f"; beside that {left.reason}"
+        doubtful += left.doubtful
     return dataclasses.replace(
         report,
         verdict="inconclusive",
         suspects=(),
-        doubtful=(*behind, *(k for k in report.doubtful if k not in behind)),
-        reason=f"{report.reason}; but the latent patch in front of it holds, and lets no more through than "
-        "elsewhere: fine if the patch is of a repair that you made, else take the model for backdoored",
+        doubtful=tuple(dict.fromkeys(doubtful)),
+        reason=reason,
     )
 
 
 def _suspected(report: ScanReport, why: str) -> ScanReport:
     return dataclasses.replace(report, reason=f"{report.reason}; {why}")
-
-
-def patch_in_front(model: nn.Module, head: str) -> PatchedHead | None:
-    """The latent patch in front of the head of this name; None where there is none, or elsewhere."""
-    module = model.get_submodule(head)
-    patches = (m for m in model.modules() if isinstance(m, PatchedHead))
-    return next((patch for patch in patches if patch.head is module), None)
 
 
 def holds_back(
@@ -97,17 +105,42 @@ def holds_back(
 ) -> bool:
     """Whether a latent patch keeps latents out of a class that its minimal perturbation leads there.
 
+    Of a quantile below 1 that is shorter than what leads most of them, and is made long enough here.
+
     Args:
         model: with the patch.
         patch: of the model.
         samples: clean inputs [N, ...] and labels [N].
-        perturbation: float64 [C, D], of the latents in front of the head.
+        perturbation: float64 [C, D], of the latents in front of the patch.
         batch_size: inputs in a pass, at most.
         target: the class.
     """
-    inputs = samples[0][samples[1] != target][:_ASKED]
-    change, behind = perturbation[target], Head("", patch.head)
-    led, past = 0, 0
+    inputs, change = samples[0][samples[1] != target][:_ASKED], perturbation[target]
+    try:
+        for _ in range(_LONGER):
+            led, past = _led_and_past(model, patch, inputs, change, batch_size, target)
+            if 2 * led > len(inputs):
+                return past <= ALWAYS_MOVED * len(inputs)
+            change = 2 * change
+    except InputError as error:
+        logger.info("scan: the latent patch could not be asked (%s)", error)
+    return False
+
+
+def _led_and_past(
+    model: nn.Module,
+    patch: PatchedHead,
+    inputs: Tensor,
+    change: Tensor,
+    batch_size: int,
+    target: int,
+) -> tuple[int, int]:
+    """How many latents, changed in front of the patch, its head alone takes for a class, and the model does.
+
+    What is not finite has got past.
+    """
+    led = past = 0
+    behind = Head("", patch.head)
 
     def shifted(_module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor]:
         nonlocal led
@@ -123,11 +156,9 @@ def holds_back(
                 logits = run_model(model, batch, "scan", check_finite=False)
                 broken = ~logits.isfinite().all(1)
                 past += int(((logits.argmax(1) == target) | broken).sum())
-    except InputError:
-        return False
     finally:
         handle.remove()
-    return led > len(inputs) // 2 and past <= ALWAYS_MOVED * len(inputs)
+    return led, past
 
 
 def led_anew(look: SecondLook, targets: tuple[int, ...], limited: tuple[int, ...]) -> str | None:
@@ -137,9 +168,9 @@ def led_anew(look: SecondLook, targets: tuple[int, ...], limited: tuple[int, ...
     past a limit no more than into the usual one, at any budget; or a tenth, of squares a fifth.
 
     Args:
-        look: of the repaired model.
-        targets: the classes that were repaired.
-        limited: those that a limit keeps inputs out of.
+        look: of the model that was repaired, or that came with limits.
+        targets: the classes that were repaired, or the suspects behind limits.
+        limited: those of them that a limit keeps inputs out of.
     """
     patch, reach = look.patch, look.reach
     for target in targets:

@@ -22,6 +22,7 @@ from .heads import (
     recording_latents,
     run_model,
 )
+from .latent_patch import patch_in_front
 from .latents import LatentMoments
 from .margins import MarginMax, MarginQuantile
 from .memory_layout import fastest_layout, placed
@@ -68,13 +69,16 @@ def observe(
     quantile: float = 1.0,
     keeper: LookKeeper | SampleKeeper | None = None,
     latent_keeper: SampleKeeper | None = None,
+    before_patch: bool = False,
 ) -> Observation:
     """Streams the data through the model once; see `scan` for the arguments and errors.
 
     `keeper` gets the samples to choose some from, `latent_keeper` their latents, each with the head's
-    logits behind it: [N, D + C], float32.
+    logits behind it: [N, D + C], float32. With `before_patch` latents are as they come to a latent patch
+    in front of the head, which could make anything of them, and logits as they would be without it.
     """
     found: Head | None = None
+    entry: Head | nn.Module | None = None
     layout = torch.contiguous_format
     moments = LatentMoments.empty(0)
     # With the number of samples known, a quantile can do without all logits.
@@ -90,16 +94,27 @@ def observe(
             if found is None:
                 first = placed(inputs[:8], layout)
                 found = find_head(model, first, head, operation=operation)
+                patch = patch_in_front(model, found) if before_patch else None
+                entry = found if patch is None else patch
                 layout = fastest_layout(model, inputs, operation)
                 moments = LatentMoments.empty(found.latent_dim)
                 seen = torch.zeros(found.num_classes, dtype=torch.bool)
+            assert entry is not None
             check_labels_in_range(labels, found.num_classes, operation)
             started = time.perf_counter()
-            with evaluating(model), torch.no_grad(), recording_latents(found) as recorder:
+            with (
+                evaluating(model),
+                torch.no_grad(),
+                recording_latents(found) as recorder,
+                recording_latents(entry) as entering,
+            ):
                 output = run_model(model, placed(inputs, layout), operation)
                 latent = recorder.take()
                 logits = found.logits(latent)
                 check_predictions(logits, output, operation)
+                if entry is not found:
+                    latent = entering.take()
+                    logits = found.logits(latent)
             now = time.perf_counter()
             forward_seconds += now - started
             _update(margins, logits, operation)

@@ -6,13 +6,13 @@ import copy
 import logging
 import os
 import time
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import SupportsIndex, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import ops
 from .data import DataLike, materialise
@@ -21,7 +21,7 @@ from .files import StrPath
 from .finetune_checkpoint import check_checkpoint
 from .finetuning import FinetuneSettings
 from .further_targets import with_further_targets
-from .heads import check_labels_in_range, check_model
+from .heads import Head, check_labels_in_range, check_model
 from .latent_patch import has_latent_patch
 from .repair_attempts import Judge, result_of, try_methods
 from .repair_case import (
@@ -122,7 +122,8 @@ def repair(
         head: the name of the last linear layer, where the model is too unusual to tell.
         progress: whether to show a progress bar; None shows it on a terminal.
         checkpoint: a .safetensors file in which a fine-tuning keeps its state after every epoch, and
-            from which it goes on where it was interrupted, with the same outcome. It stays there.
+            from which it goes on where it was interrupted, with the same outcome. It stays there, and
+            is of the first classes alone: what is repaired once these are gone has none.
 
     Returns:
         RepairResult with the repaired model, or a copy of the original where no repair was
@@ -169,65 +170,104 @@ def repair(
         )
     found = locate_head(model, inputs[:8], head, report)
     check_labels_in_range(labels, found.num_classes, "repair")
-    chosen = choose_targets(report, targets, found)
-    shifts = reconstructed_tac(report, found, chosen)
-    held_out = inputs[holdout], labels[holdout]
-    right_before = count_right(model, *held_out, shared.batch_size)
-
-    started = time.perf_counter()
-    adversary, blind = None, ""
-    if not (method == "finetune" and _is_blind(settings)):
-        adversary, blind = seek_adversary(
-            model, found, (inputs[training], labels[training]), chosen, shared, progress, report
-        )
-    case = RepairCase(
+    work = _Work(
         model,
         found,
-        inputs[training],
-        labels[training],
-        shifts,
-        chosen,
-        adversary,
+        (inputs, labels),
+        training,
+        holdout,
+        report,
+        shared,
         max_accuracy_drop,
-        report.quantile,
         progress,
-        kept_at,
+    )
+    blind = method == "finetune" and _is_blind(settings)
+    result = _repair_classes(
+        work, choose_targets(report, targets, found), method, all_settings, kept_at, blind=blind
+    )
+    if targets is None:
+        result = with_further_targets(
+            result,
+            report.doubtful,
+            method,
+            lambda classes, by: _repair_classes(
+                work,
+                choose_targets(report, classes, found),
+                by,
+                all_settings if by == method else {by: all_settings[by]},
+                None,
+                blind=blind,
+            ),
+        )
+    for warning in result.warnings:
+        logger.warning("repair: %s", warning)
+    logger.info(
+        "repair: targets %s by %s, held-out accuracy %.4f -> %.4f",
+        result.targets,
+        result.method,
+        result.accuracy_before,
+        result.accuracy_after,
+    )
+    return result
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """What all attempts have in common, whichever classes they repair."""
+
+    model: nn.Module
+    head: Head
+    samples: tuple[Tensor, Tensor]
+    training: Tensor
+    holdout: Tensor
+    report: ScanReport
+    shared: RepairSettings
+    max_accuracy_drop: float | None
+    progress: bool | None
+
+
+def _repair_classes(
+    work: _Work,
+    targets: tuple[int, ...],
+    method: Method,
+    all_settings: Mapping[Method, RepairSettings],
+    checkpoint: Path | None,
+    *,
+    blind: bool,
+) -> RepairResult:
+    """The outcome for these classes; with `blind` nothing is sought that leads into them."""
+    (inputs, labels), report, shared = work.samples, work.report, work.shared
+    shifts = reconstructed_tac(report, work.head, targets)
+    held_out = inputs[work.holdout], labels[work.holdout]
+    trained_on = inputs[work.training], labels[work.training]
+    right_before = count_right(work.model, *held_out, shared.batch_size)
+
+    started = time.perf_counter()
+    adversary, why_blind = None, ""
+    if not blind:
+        adversary, why_blind = seek_adversary(
+            work.model, work.head, trained_on, targets, shared, work.progress, report
+        )
+    case = RepairCase(
+        work.model,
+        work.head,
+        *trained_on,
+        shifts,
+        targets,
+        adversary,
+        work.max_accuracy_drop,
+        report.quantile,
+        work.progress,
+        checkpoint,
     )
     tuning = all_settings.get("finetune")
     if isinstance(tuning, FinetuneSettings) and (file := checkpoint_of(case, tuning)) is not None:
         file.load()  # a file of something else is no matter of one method alone
     seconds = time.perf_counter() - started
-    was = None if adversary is None else adversary.effects(model, *held_out, shared.batch_size)
-    judge = Judge(case, (inputs, labels), held_out, report, right_before, was, blind)
+    was = None if adversary is None else adversary.effects(work.model, *held_out, shared.batch_size)
+    judge = Judge(case, work.samples, held_out, report, right_before, was, why_blind)
     attempts, kept, candidate = try_methods(judge, all_settings, method)
-    result = result_of(judge, attempts, kept, candidate, all_settings[kept.method], seconds)
-    for warning in result.warnings:
-        logger.warning("repair: %s", warning)
-    logger.info(
-        "repair: targets %s by %s, held-out accuracy %.4f -> %.4f",
-        chosen,
-        result.method,
-        result.accuracy_before,
-        result.accuracy_after,
-    )
-    if targets is not None:
-        return result
-    return with_further_targets(
-        result,
-        report.doubtful,
-        method,
-        lambda classes, by: repair(  # with targets that are given, and so once
-            model,
-            (inputs, labels),
-            report,
-            classes,
-            by,
-            settings=settings if by == method else all_settings[by],
-            max_accuracy_drop=max_accuracy_drop,
-            head=head,
-            progress=progress,
-        ),
-    )
+    return result_of(judge, attempts, kept, candidate, all_settings[kept.method], seconds)
 
 
 def _checked_report(report: ScanReport | None) -> ScanReport | None:

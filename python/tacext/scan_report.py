@@ -60,8 +60,8 @@ class ScanReport:
         alpha: the false-alarm rate asked for.
         depth: "norms", "fast" or "thorough", as asked for.
         timings: seconds in each stage.
-        limited: the classes in front of which a latent patch stands: the model was repaired by one.
-            Their norms speak of the latents behind it; () where there is none.
+        limited: the classes in front of which a latent patch at the head stands, of a repair or as anybody
+            put it there; () where there is none. Norms are of latents that it has not touched.
     """
 
     verdict: Verdict

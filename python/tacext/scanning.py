@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +21,10 @@ from .data_free import scan_without_data
 from .detection import NormTest, judge_norms
 from .doubts import doubted, doubts_of, samples_advised
 from .errors import InputError, check_choice, counted
-from .heads import check_model
+from .heads import Head, HeadModule, check_model
 from .joint_test import shipped_calibration
-from .latent_patch import has_latent_patch
-from .limited_scan import holds_back, patch_in_front, with_limits
+from .latent_patch import has_latent_patch, patch_in_front
+from .limited_scan import holds_back, with_limits
 from .observation import Metric, Observation, observe, solve
 from .ops import MinimalPerturbation, SolverSettings, Status
 from .patch_reach import FEWEST_PIXELS, has_room
@@ -142,7 +142,8 @@ def scan(
             seed=seed,
             progress=progress,
         )
-        return _with_limits(report, model, None, batch_size)
+        module = cast(HeadModule, model.get_submodule(report.head))
+        return _with_limits(report, model, Head(report.head, module), None, batch_size)
     assert data is not None
     looks = depth != "norms"
     keeper = None
@@ -157,6 +158,7 @@ def scan(
         operation="scan",
         quantile=quantile,
         keeper=keeper,
+        before_patch=True,
     )
     if observation.classes_seen < 2:
         raise InputError.of(
@@ -207,19 +209,23 @@ def scan(
             tested - solved + time.perf_counter() - looked,
         ),
     )
-    return _with_limits(report, model, keeper, batch_size)
+    return _with_limits(report, model, observation.head, keeper, batch_size)
 
 
 def _with_limits(
-    report: ScanReport, model: nn.Module, keeper: LookKeeper | None, batch_size: int
+    report: ScanReport,
+    model: nn.Module,
+    head: Head,
+    keeper: LookKeeper | None,
+    batch_size: int,
 ) -> ScanReport:
     """The report in the light of the latent patch in front of the model's head, if there is one."""
-    patch = patch_in_front(model, report.head)
+    patch = patch_in_front(model, head)
     if patch is None:
         return report
 
     def holds(target: int) -> bool:
-        if keeper is None or not keeper.all.one_shape:
+        if keeper is None:  # without data
             return False
         samples, size = keeper.all.samples(), min(batch_size, _LOOK_BATCH_SIZE)
         return holds_back(model, patch, samples, report.perturbation, size, target)

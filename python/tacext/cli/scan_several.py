@@ -52,6 +52,7 @@ class _Factory:
     def __init__(self, reference: str) -> None:
         self._reference = self.__qualname__ = reference
         self._found: Callable[[], nn.Module] | None = None
+        self._shared = False
         self.failure: TacextError | None = None
 
     def __call__(self) -> nn.Module:
@@ -61,12 +62,9 @@ class _Factory:
             except TacextError as error:
                 self.failure = error
                 raise
-        built = self._found()
-        try:
-            # Weights of one model must not be found in the next where both are the same object.
-            return copy.deepcopy(built)
-        except Exception:  # noqa: BLE001  # whatever the user's modules raise
-            return built
+            self._shared = self._found() is self._found()
+        # Weights of one model must not be found in the next where both are the same object.
+        return copy.deepcopy(self._found()) if self._shared else self._found()
 
 
 class _Outcomes:
