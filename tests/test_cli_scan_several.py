@@ -230,8 +230,9 @@ def test_names_that_the_terminal_has_no_letters_for_stop_nothing(
     assert b"1 backdoored, 1 failed, 0 inconclusive, 1 clean" in process.stdout
 
 
+@pytest.mark.parametrize("built", ["net", "nn.Sequential(*net)"])
 def test_a_model_of_the_users_is_never_two(
-    folder: Path, common: tuple[object, ...], tmp_path: Path
+    folder: Path, common: tuple[object, ...], tmp_path: Path, built: str
 ) -> None:
     """Weights with a latent patch, first in the list, leave nothing in what a factory hands out again."""
     patched, result = tmp_path / "patched.safetensors", tmp_path / "scans.json"
@@ -242,7 +243,8 @@ def test_a_model_of_the_users_is_never_two(
     tacext.save_weights(repaired.model, patched)
     file = tmp_path / "mine.py"
     file.write_text(
-        "from tacext.demo import digit_net\nnet = digit_net()\n\ndef build():\n    return net\n"
+        "from torch import nn\nfrom tacext.demo import digit_net\nnet = digit_net()\n\n"
+        f"def build():\n    return {built}\n"
     )
     names = [patched, folder / "clean.safetensors", folder / "backdoored.safetensors"]
     more = "--arch", f"{file}:build", *common[2:], "--json", result
@@ -251,6 +253,20 @@ def test_a_model_of_the_users_is_never_two(
     assert content["failed"] == []
     assert [scanned["limited"] for scanned in content["scans"]] == [[demo.TARGET], [], []]
     assert [scanned["verdict"] for scanned in content["scans"]][1:] == ["clean", "backdoored"]
+
+
+def test_what_cannot_be_copied_is_not_shared(
+    folder: Path, common: tuple[object, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import threading\nfrom tacext.demo import digit_net\nnet = digit_net()\n"
+        "net.lock = threading.Lock()\n\ndef build():\n    return net\n"
+    )
+    name = folder / "clean.safetensors"
+    assert run("scan", name, name, "--arch", f"{file}:build", *common[2:]) == ExitCode.ERROR
+    assert capsys.readouterr().err.count("a factory that builds a new model each time") == 2
+    assert run("scan", name, "--arch", f"{file}:build", *common[2:]) == ExitCode.CLEAN
 
 
 def test_what_a_factory_makes_anew_is_not_copied(

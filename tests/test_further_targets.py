@@ -47,6 +47,7 @@ def outcome(
     empty: dict[str, Any] = {f.name: None for f in dataclasses.fields(RepairResult)}
     given: dict[str, Any] = {
         "accepted": accepted, "targets": targets, "method": method, "attempts": (attempt,), "seconds": seconds,
+        "warnings": (),
     }  # fmt: skip
     return RepairResult(**(empty | given))
 
@@ -126,6 +127,14 @@ def test_which_are_looked_after(
     tried = [first, *(o for o in others if isinstance(o, RepairResult))]
     assert [a.targets for a in result.attempts] == [r.targets for r in tried]
     assert result.seconds == len(tried)
+    left = (
+        []
+        if result.accepted
+        else [k for k in tried[-1].attempts[0].report_after.suspects if k not in kept]
+    )  # type: ignore[union-attr]
+    told = ", ".join(map(str, left))
+    expected = (f"a scan of what came out suspects {told} as well",) if left else ()
+    assert result.warnings == expected
 
 
 def test_of_several_scans_that_of_a_patch_names_the_class() -> None:

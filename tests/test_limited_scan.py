@@ -310,7 +310,8 @@ def test_a_change_that_leads_few_is_made_longer() -> None:
 def test_an_honest_repair_is_a_doubt_at_any_quantile(quantile: float) -> None:
     data = padded(digit_case().data.defender)
     held = scan(patched_digits().model, data, depth="norms", quantile=quantile, alpha=0.05)
-    assert held.verdict != "backdoored"
+    assert held.verdict == "inconclusive"
+    assert held.doubtful[0] == demo.TARGET
     behind = scan(holding_nothing(), data, depth="norms", quantile=quantile, alpha=0.05)
     assert behind.verdict == "backdoored"
 
@@ -348,6 +349,48 @@ def test_what_is_not_finite_or_cannot_be_run_is_not_held() -> None:
 
     patch.register_forward_hook(refusing)
     assert not holds_back(limited, patch, samples, 50 * change, 32, 2)
+
+
+@pytest.mark.parametrize("depth", ["norms", "fast"])
+def test_a_model_with_a_patch_of_unknown_origin_is_not_called_clean(depth: Depth) -> None:
+    """Which could lead inputs into a class that nothing else of the model knows of."""
+    model, data = Cropped(digit_case().clean), padded(digit_case().data.defender)
+    plain = scan(model, data, depth=depth)
+    assert plain.verdict == "clean"
+    head, zero = find_head(model, data[0][:4]), torch.zeros(1, 128)
+    patch = LatentPatch(
+        zero, torch.full((1,), 1e9), zero.clone(), zero.clone(), torch.zeros(1, 128, 1),
+        torch.zeros(1, 1, 128), zero.clone(), torch.tensor([3]),
+    )  # fmt: skip
+    patched = with_latent_patch(model, head, patch)[0]
+    told = scan(patched, data, depth=depth)
+    assert (told.verdict, told.suspects, told.doubtful) == ("inconclusive", (), ())
+    assert told.reason.startswith(f"{plain.reason}; but the model has a latent patch")
+    trusted = scan(patched, data, depth=depth, trust_patch=True)
+    assert (trusted.verdict, trusted.reason, trusted.limited) == ("clean", plain.reason, (3,))
+    # Nor with one anywhere else.
+    within = nn.Sequential(LastCorner(), nn.Flatten(), nn.Linear(256, 256))
+    inside = find_head(within, data[0][:4])
+    wide = torch.zeros(1, 256)
+    elsewhere = LatentPatch(
+        wide, torch.full((1,), 1e9), wide.clone(), wide.clone(), torch.zeros(1, 256, 1),
+        torch.zeros(1, 1, 256), wide.clone(), torch.tensor([3]),
+    )  # fmt: skip
+    with torch.no_grad():
+        inside.module.weight.copy_(torch.eye(256))
+        assert inside.module.bias is not None
+        inside.module.bias.zero_()
+    body = with_latent_patch(within, inside, elsewhere)[0]
+    told = scan(nn.Sequential(body, nn.Unflatten(1, (1, 16, 16)), model), data, depth=depth)
+    assert (told.verdict, told.limited) == ("inconclusive", ())
+
+
+def test_without_data_a_patched_model_is_no_more_suspect_than_before() -> None:
+    shape = (1, 16, 16)
+    plain = scan(Cropped(digit_case().backdoored), None, input_shape=shape)
+    patched = scan(patched_digits().model, None, input_shape=shape)
+    assert plain.verdict == patched.verdict == "inconclusive"
+    assert patched.p_value > 0.1 * plain.p_value
 
 
 @pytest.mark.parametrize("depth", ["norms", "fast", "thorough"])

@@ -99,6 +99,7 @@ def observe_prototypes(
         batch_size=batch_size,
         progress=False,
         operation=_OPERATION,
+        before_patch=True,
     )
     classes = tuple(range(head.num_classes))
     return observation, MaxMargin(classes, torch.cat(margins), seconds)

@@ -46,7 +46,11 @@ def with_further_targets(
         if not kept.accepted:
             result = replace(result, attempts=kept.attempts, seconds=kept.seconds)
     if not kept.accepted:
-        return result
+        left = [k for k in _suspects_of_outcome(kept) if k not in result.targets]
+        if not left:
+            return result
+        told = f"a scan of what came out suspects {', '.join(map(str, left))} as well"
+        return replace(result, warnings=(*result.warnings, told))
     wider = None
     if kept.method == "patch":
         wider = _repaired_with(kept, doubtful, "patch", again)

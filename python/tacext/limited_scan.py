@@ -91,6 +91,18 @@ def with_limits(
     )
 
 
+def not_cleared(report: ScanReport) -> ScanReport:
+    """The report of a model with a latent patch of unknown origin, which is not called clean."""
+    if report.verdict != "clean":
+        return report
+    return dataclasses.replace(
+        report,
+        verdict="inconclusive",
+        reason=f"{report.reason}; but the model has a latent patch, which could lead inputs into a class as well as "
+        "keep them out: clean if the patch is of a repair that you made (trust_patch=True)",
+    )
+
+
 def _suspected(report: ScanReport, why: str) -> ScanReport:
     return dataclasses.replace(report, reason=f"{report.reason}; {why}")
 

@@ -151,6 +151,7 @@ def check_repair(
             quantile=before.quantile,
             alpha=before.alpha,
             batch_size=batch_size,
+            trust_patch=True,
             seed=seed,
             progress=progress,
         )

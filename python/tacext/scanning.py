@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import math
@@ -12,6 +13,7 @@ from typing import Any, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
 from . import ops
@@ -24,7 +26,7 @@ from .errors import InputError, check_choice, counted
 from .heads import Head, HeadModule, check_model
 from .joint_test import shipped_calibration
 from .latent_patch import has_latent_patch, patch_in_front
-from .limited_scan import holds_back, with_limits
+from .limited_scan import holds_back, not_cleared, with_limits
 from .observation import Metric, Observation, observe, solve
 from .ops import MinimalPerturbation, SolverSettings, Status
 from .patch_reach import FEWEST_PIXELS, has_room
@@ -56,6 +58,7 @@ def scan(
     depth: Depth = "thorough",
     batch_size: int = 256,
     settings: SolverSettings = ops.DEFAULT_SETTINGS,
+    trust_patch: bool = False,
     seed: int = 0,
     progress: bool | None = None,
 ) -> ScanReport:
@@ -93,6 +96,9 @@ def scan(
             "norms" always does, which misses most but costs nothing beyond one pass over the samples.
         batch_size: samples in a forward pass, where the data is not already in batches.
         settings: of the exact solver.
+        trust_patch: whether a latent patch of the model is of a repair of your own. One that somebody else
+            put into the weights could lead inputs into a class as well as keep them out, so that a
+            model with a patch is not called clean otherwise.
         seed: of all random choices; on one machine the same seed gives the same
             report.
         progress: whether to show a progress bar; None shows it on a terminal.
@@ -143,7 +149,7 @@ def scan(
             progress=progress,
         )
         module = cast(HeadModule, model.get_submodule(report.head))
-        return _with_limits(report, model, Head(report.head, module), None, batch_size)
+        return _with_limits(report, model, Head(report.head, module), None, batch_size, trust_patch)
     assert data is not None
     looks = depth != "norms"
     keeper = None
@@ -209,7 +215,7 @@ def scan(
             tested - solved + time.perf_counter() - looked,
         ),
     )
-    return _with_limits(report, model, observation.head, keeper, batch_size)
+    return _with_limits(report, model, observation.head, keeper, batch_size, trust_patch)
 
 
 def _with_limits(
@@ -218,19 +224,17 @@ def _with_limits(
     head: Head,
     keeper: LookKeeper | None,
     batch_size: int,
+    trust_patch: bool,
 ) -> ScanReport:
     """The report in the light of the latent patch in front of the model's head, if there is one."""
     patch = patch_in_front(model, head)
-    if patch is None:
-        return report
-
-    def holds(target: int) -> bool:
-        if keeper is None:  # without data
-            return False
-        samples, size = keeper.all.samples(), min(batch_size, _LOOK_BATCH_SIZE)
-        return holds_back(model, patch, samples, report.perturbation, size, target)
-
-    return with_limits(report, tuple(sorted(set(patch.patch.targets.tolist()))), holds)
+    if patch is not None:
+        targets = tuple(sorted(set(patch.patch.targets.tolist())))
+        samples = (torch.zeros(0), torch.zeros(0)) if keeper is None else keeper.all.samples()
+        size = min(batch_size, _LOOK_BATCH_SIZE)
+        holds = functools.partial(holds_back, model, patch, samples, report.perturbation, size)
+        report = with_limits(report, targets, holds)
+    return not_cleared(report) if has_latent_patch(model) and not trust_patch else report
 
 
 def _refuse_what_needs_data(depth: Depth, quantile: float) -> None:

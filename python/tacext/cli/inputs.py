@@ -174,6 +174,7 @@ class ScanOptions:
     quantile: float
     alpha: float
     depth: str
+    trust_patch: bool = False
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,7 @@ class ModelAndData:
             quantile=options.quantile,
             alpha=options.alpha,
             depth=cast(Depth, options.depth),
+            trust_patch=options.trust_patch,
             seed=self.seed,
             batch_size=self.batch_size or BATCH_SIZE,
         )
@@ -345,7 +347,8 @@ def _collecting(
 
     @functools.wraps(command)
     def collected(**given: Any) -> int | None:
-        values = {field.name: given.pop(field.name) for field in fields(kind)}
+        # Not every command has the options that have a default here.
+        values = {f.name: given.pop(f.name) for f in fields(kind) if f.name in given}
         return command(**{name: kind(**values)}, **given)
 
     return _with_options(collected, options)

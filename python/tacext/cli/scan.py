@@ -21,8 +21,13 @@ from .scan_several import class_names, scan_one, scan_several
 
 @click.command("scan", epilog=f"{EXIT_CODE_HELP} Of several models the gravest: 1, 2, 3, 0.")
 @models_and_perhaps_data
-@scan_options
+@click.option(
+    "--trust-patch",
+    is_flag=True,
+    help="A latent patch in WEIGHTS is of your own repair: with it a model may be called clean.",
+)
 @click.option("--plot", type=click.Path(), help="Write a PNG of the norms, of one model.")
+@scan_options
 def scan_command(
     given: tuple[ModelAndData, ...],
     options: ScanOptions,

@@ -12,7 +12,8 @@ from rich.console import RenderableType
 from torch import nn
 
 from ..data import ImageSet
-from ..errors import FileError, TacextError, printable
+from ..errors import FileError, InputError, TacextError, printable
+from ..files import explain
 from ..report import Json, scan_to_dict, scans_to_dict, write_json
 from ..scan_report import ScanReport
 from ..tables import scan_line
@@ -47,24 +48,49 @@ def class_names(images: ImageSet | None, report: ScanReport) -> Sequence[str] | 
 
 
 class _Factory:
-    """The user's code, loaded with the first model: a file that is unsafe is refused before it runs."""
+    """The user's code, loaded with the first model: a file that is unsafe is refused before it runs.
+
+    Weights of one model must not be found in the next where the code hands out the same module again,
+    or one with the same inside: then every model gets a copy.
+    """
 
     def __init__(self, reference: str) -> None:
         self._reference = self.__qualname__ = reference
         self._found: Callable[[], nn.Module] | None = None
-        self._shared = False
+        self._shares = False
         self.failure: TacextError | None = None
 
     def __call__(self) -> nn.Module:
         if self._found is None:
             try:
-                self._found = load_factory(self._reference)
+                found = load_factory(self._reference)
             except TacextError as error:
                 self.failure = error
                 raise
-            self._shared = self._found() is self._found()
-        # Weights of one model must not be found in the next where both are the same object.
-        return copy.deepcopy(self._found()) if self._shared else self._found()
+            built = found()
+            self._shares = _share(built, found())
+            self._found = found
+        else:
+            built = self._found()
+        if not self._shares:
+            return built
+        try:
+            return copy.deepcopy(built)
+        except Exception as error:
+            raise InputError.of(
+                "scan",
+                "arch",
+                expected="a factory that builds a new model each time",
+                got=f"modules that it hands out again, and that cannot be copied ({explain(error)})",
+                way_out="build all of the model within the factory, or scan one file at a time",
+            ) from error
+
+
+def _share(one: object, other: object) -> bool:
+    modules = [
+        set(map(id, m.modules())) if isinstance(m, nn.Module) else {id(m)} for m in (one, other)
+    ]
+    return not modules[0].isdisjoint(modules[1])
 
 
 class _Outcomes:
