@@ -99,7 +99,7 @@ def not_cleared(report: ScanReport) -> ScanReport:
         report,
         verdict="inconclusive",
         reason=f"{report.reason}; but the model has a latent patch, which could lead inputs into a class as well as "
-        "keep them out: clean if the patch is of a repair that you made (trust_patch=True)",
+        "keep them out: if the patch is of a repair that you made, scan with trust_patch (--trust-patch)",
     )
 
 
