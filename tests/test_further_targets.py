@@ -161,6 +161,22 @@ def test_of_several_scans_that_of_a_patch_names_the_class() -> None:
     assert tried((), (1,)) == []
 
 
+def test_of_several_rounds_the_scan_of_the_last_names_the_class() -> None:
+    """Also where its patch came to none, and that of a round before is still among the attempts."""
+    refused = Attempt("patch", False, "it loses", 0.5, 0.9, None, 1.0, targets=(2, 7))
+    second = outcome((2, 7), False, (1,), "finetune")
+    second = dataclasses.replace(second, attempts=(refused, *second.attempts))
+    rounds = iter([second, outcome((2, 7, 1), True, method="finetune")])
+    asked: list[tuple[int, ...]] = []
+
+    def again(targets: tuple[int, ...], _method: Method) -> RepairResult:
+        asked.append(targets)
+        return next(rounds)
+
+    assert with_further_targets(outcome((2,), False, (7,)), (), "auto", again).accepted
+    assert asked == [(2, 7), (2, 7, 1)]
+
+
 def test_a_second_backdoor_that_the_first_had_hidden_is_repaired_too() -> None:
     case = digit_case()
     images, labels = case.data.training

@@ -14,18 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from digits import Cropped, digit_case, padded, padded_corner, patched_digits
+from exits import patched_head
 from tacext import ScanReport, demo, evaluate, limited_scan, repair, scan
 from tacext.heads import find_head, latent_of
-from tacext.latent_patch import LatentPatch, PatchedHead, patch_in_front, with_latent_patch
+from tacext.latent_patch import LatentPatch, patch_in_front, with_latent_patch
 from tacext.latent_patch_fit import shifts_between_logits
 from tacext.limited_scan import holds_back, led_anew, with_limits
 from tacext.scan_report import Depth
 from tacext.second_look import SecondLook
 from tacext.verdict import Finding
-
-
-def patched_head(model: nn.Module) -> PatchedHead:
-    return next(m for m in model.modules() if isinstance(m, PatchedHead))
 
 
 def holding_nothing() -> nn.Module:

@@ -80,7 +80,8 @@ def _repaired_with(
 
 def _suspects_of_outcome(result: RepairResult) -> tuple[int, ...]:
     """What the scan of the last outcome suspects: of one with a patch where that was scanned."""
-    scanned = [a for a in result.attempts if a.report_after is not None]
-    patched = [a for a in scanned if a.method == "patch"]
-    last = (patched or scanned)[-1:]
-    return last[0].report_after.suspects if last and last[0].report_after is not None else ()
+    last = [a for a in result.attempts if a.targets == result.targets]  # not of earlier rounds
+    scans = [(a.method, a.report_after) for a in last if a.report_after is not None]
+    patched = [report for method, report in scans if method == "patch"]
+    reports = patched or [report for _, report in scans]
+    return reports[-1].suspects if reports else ()

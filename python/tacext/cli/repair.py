@@ -174,7 +174,8 @@ def repair_command(
             "WEIGHTS",
             expected="weights without a latent patch",
             got=f"{given.weights}, which has one",
-            way_out="repair the weights that it was made of, with a --target for each class, or what tacext.remove_latent_patch returns",
+            way_out="repair the weights that it was made of, with a --target for each class, or what "
+            "tacext.remove_latent_patch returns",
         )
     source = given.source
     images = given.load_images()
