@@ -12,9 +12,10 @@ from torch import nn
 from digits import digit_case, scan_of
 from tacext import demo, scan
 from tacext.detection import judge_norms
-from tacext.errors import HeadNotFoundError
-from tacext.joint_test import shipped_calibration
+from tacext.errors import HeadNotFoundError, NotFiniteError
+from tacext.joint_test import judge_jointly, shipped_calibration
 from tacext.reach import Reach
+from tacext.scan_report import Depth
 from tacext.second_look import SecondLook
 from tacext.verdict import weigh
 
@@ -33,6 +34,33 @@ def test_the_scale_of_the_logits_hides_nothing(scale: float) -> None:
     assert expected.evidence is not None
     gains = found.evidence.look.reach.gain, expected.evidence.look.reach.gain  # type: ignore[union-attr]
     torch.testing.assert_close(*gains, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("depth", ["fast", "thorough"])
+def test_logits_at_the_end_of_what_float32_holds_hide_nothing(depth: Depth) -> None:
+    """Those of changed inputs are finite, but not their differences in float32."""
+    case = digit_case()
+    plain = scan(case.backdoored, case.data.defender, depth=depth)
+    model = copy.deepcopy(case.backdoored)
+    scale = 0.95 * torch.finfo(torch.float32).max / float(plain.margins.max())
+    with torch.no_grad():
+        for parameter in model[-1].parameters():
+            parameter.mul_(scale)
+    found = scan(model, case.data.defender, depth=depth)
+    assert (found.verdict, found.suspects, found.warnings) == ("backdoored", (demo.TARGET,), ())
+    assert 0.1 < np.log(found.p_value) / np.log(plain.p_value) < 10
+    with torch.no_grad():
+        for parameter in model[-1].parameters():
+            parameter.div_(0.8)
+    with pytest.raises(NotFiniteError, match="logits whose differences float32 holds"):
+        scan(model, case.data.defender, depth=depth)
+
+
+def test_infinite_evidence_is_not_taken_for_none() -> None:
+    evidence = {kind: np.zeros(10) for kind in ("norm", "corner")}
+    evidence["corner"][3] = np.inf
+    with pytest.raises(NotFiniteError, match="finite evidence of corner"):
+        judge_jointly(evidence, 0.01, shipped_calibration())
 
 
 def test_a_model_that_no_change_moves_is_not_cleared() -> None:

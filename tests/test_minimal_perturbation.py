@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
 import threading
 import time
 
@@ -522,20 +523,24 @@ def test_the_result_is_frozen_and_carries_its_certificate() -> None:
 
 @pytest.mark.parametrize("tolerance", [0.0, -1e-9, 1.0, math.nan, math.inf])
 def test_a_tolerance_out_of_range(tolerance: float) -> None:
-    with pytest.raises(ValueError, match="tolerance: expected a number between 0 and 1, got"):
+    with pytest.raises(InputError, match="tolerance: expected a number between 0 and 1, got"):
         SolverSettings(tolerance=tolerance)
 
 
 def test_other_wrong_settings() -> None:
-    with pytest.raises(ValueError, match=r"max_iterations: expected 0 .* or more, got -1"):
+    with pytest.raises(InputError, match=r"max_iterations: expected 0 .* or more, got -1"):
         SolverSettings(max_iterations=-1)
     with pytest.raises(TypeError):
         SolverSettings(1e-9)  # type: ignore[misc]
-    with pytest.raises(TypeError):
+    with pytest.raises(InputError, match=r"expected a number, .* got tolerance='small'"):
         SolverSettings(tolerance="small")  # type: ignore[arg-type]
     settings = SolverSettings()
     with pytest.raises(AttributeError):
         settings.tolerance = 1e-3  # type: ignore[misc]
+    with pytest.raises(AttributeError):
+        settings.rounds = 3  # type: ignore[attr-defined]
+    copied = pickle.loads(pickle.dumps(settings))
+    assert (type(copied), copied) == (SolverSettings, settings)
     assert settings == SolverSettings(tolerance=1e-9, max_iterations=0, closed_form=True)
     assert settings != SolverSettings(max_iterations=5)
     assert repr(settings) == "SolverSettings(tolerance=1e-09, max_iterations=0, closed_form=True)"

@@ -185,7 +185,7 @@ def adaptive_zoo() -> list[Spec]:
 
 
 def tinyimagenet_zoo() -> list[Spec]:
-    """A few models of 200 classes; each takes some ten minutes."""
+    """A few models of 200 classes; each takes some twenty minutes."""
     backdoored = [Spec("tinyimagenet", "resnet", a, 0.05, 1) for a in ("badnets", "blend")]
     clean = [Spec("tinyimagenet", "resnet", "clean", 0.0, seed) for seed in (1, 2)]
     return [spec for pair in zip(backdoored, clean, strict=True) for spec in pair]

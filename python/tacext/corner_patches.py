@@ -135,7 +135,7 @@ class _Search:
     def _margins(self, images: Tensor) -> Tensor:
         """Of the classes, capped, float64 [N, J]."""
         margin = margins_of_all(self._logits(images))[:, self.classes]
-        return margin.double().clamp(max=_CAP * self.scale)
+        return margin.clamp(max=_CAP * self.scale)
 
     def effects(self, squares: _Squares, generator: torch.Generator) -> Iterator[Tensor]:
         """What every cell adds to the margin of every class, up to a factor, on one image after another.

@@ -76,14 +76,19 @@ class InputBox:
 
 
 def margins_of_all(logits: Tensor) -> Tensor:
-    """z_k - max_{j != k} z_j for every class, [N, C] from logits [N, C]."""
+    """z_k - max_{j != k} z_j for every class, float64 [N, C] from logits [N, C].
+
+    In double, in which logits that are just finite have differences that are.
+    """
+    logits = logits.double()
     value, index = logits.topk(2, dim=1)
     is_first = torch.arange(logits.shape[1], device=logits.device) == index[:, :1]
     return logits - torch.where(is_first, value[:, 1:], value[:, :1])
 
 
 def class_margin(logits: Tensor, classes: Tensor) -> Tensor:
-    """z_k - max_{j != k} z_j for each row's class k, [N]."""
+    """z_k - max_{j != k} z_j for each row's class k, float64 [N]; in double as `margins_of_all`."""
+    logits = logits.double()
     own = logits.gather(1, classes[:, None])[:, 0]
     others = logits.scatter(1, classes[:, None], -torch.inf).amax(1)
     return own - others
@@ -209,7 +214,7 @@ class DifferentiableModel:
         with torch.enable_grad():
             try:
                 found, goal = value(self.logits(inputs))
-                unit = found.detach().abs().amax().clamp_min(torch.finfo(found.dtype).tiny)
+                unit = found.detach().abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
                 (gradient,) = torch.autograd.grad((goal / unit).sum(), inputs)
             except (MemoryError, RuntimeError) as error:
                 if is_out_of_memory(error):

@@ -25,6 +25,8 @@ import numpy as np
 import numpy.typing as npt
 import scipy  # its parts load when they are first used
 
+from .errors import NotFiniteError
+
 _FloatArray = npt.NDArray[np.float64]
 
 # Kinds of evidence, by where they come from; `Calibration.kinds` has a null for each.
@@ -234,7 +236,8 @@ def judge_jointly(
 
     Args:
         evidence: float64 [C] for each kind, larger where a class is more suspicious; NaN where it
-            was not measured, which counts as no suspicion. Of `COMBINATIONS` those that it has all
+            was not measured, which counts as no suspicion; infinity, which would count as that,
+            is refused. Of `COMBINATIONS` those that it has all
             kinds of are tested, and share alpha.
         alpha: the false-alarm rate of the whole test on a clean model.
         calibration: fitted on clean models, other than the one that is judged.
@@ -248,6 +251,15 @@ def judge_jointly(
     parts = sum(chosen.values())
     kinds = tuple(dict.fromkeys(kind for combination in chosen for kind in combination))
     total = len(evidence[kinds[0]])
+    for kind in kinds:
+        if np.isinf(evidence[kind]).any():
+            raise NotFiniteError.of(
+                "scan",
+                "model",
+                expected=f"finite evidence of {kind}",
+                got="infinity",
+                way_out="divide the weight and the bias of its head by one number",
+            )
 
     def of(left: npt.NDArray[np.intp]) -> tuple[dict[str, _FloatArray], _FloatArray]:
         by_kind = {

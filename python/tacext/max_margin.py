@@ -100,7 +100,7 @@ def drive_classes(
                     at = box.clamp(at + step * velocity)
                     advance(len(goal))
                 with torch.no_grad():
-                    reached = class_margin(model.logits(at), goal).double()
+                    reached = class_margin(model.logits(at), goal)
             margin = reached.reshape(len(part), starts)
             furthest = torch.arange(len(part), device=model.device) * starts + margin.argmax(1)
             yield DrivenClasses(part, margin.cpu(), at[furthest].float().cpu())

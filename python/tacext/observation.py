@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .data import DataLike, as_batches, sample_count
-from .errors import InputError
+from .errors import InputError, NotFiniteError
 from .heads import (
     Head,
     check_labels_in_range,
@@ -132,6 +132,14 @@ def observe(
     assert found is not None  # as_batches raises where there is no sample
     started = time.perf_counter()
     result = margins.result()
+    if not bool(torch.isfinite(result).all()):
+        raise NotFiniteError.of(
+            operation,
+            "model",
+            expected=f"logits whose differences {str(result.dtype).removeprefix('torch.')} holds",
+            got="larger ones",
+            way_out="divide the weight and the bias of its head by one number, which changes no prediction",
+        )
     margin_seconds += time.perf_counter() - started
     return Observation(
         found,

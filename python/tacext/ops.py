@@ -40,7 +40,7 @@ def _check_torch(version: str) -> None:
 _check_torch(str(torch.__version__))
 try:
     from . import _core
-    from ._core import SolverSettings, Status
+    from ._core import Status
 except ImportError as error:
     raise DependencyError.of(
         "tacext",
@@ -66,6 +66,41 @@ __all__ = [
     "pairwise_margin_max",
     "pairwise_margin_quantile",
 ]
+
+
+class SolverSettings(_core.SolverSettings):
+    """Settings of the exact solver; immutable, compared by value.
+
+    Attributes:
+        tolerance: the largest relative KKT residual at which a class counts as solved, in (0, 1).
+        max_iterations: of the active-set method for a class, at most; 0 leaves it to the solver.
+        closed_form: whether the closed form, in which all constraints are active, is tried first.
+
+    Raises:
+        InputError: a tolerance out of its range, fewer than 0 iterations, or what is no number.
+    """
+
+    __slots__ = ()
+
+    def __init__(
+        self, *, tolerance: float = 1e-9, max_iterations: int = 0, closed_form: bool = True
+    ) -> None:
+        try:
+            super().__init__(
+                tolerance=tolerance, max_iterations=max_iterations, closed_form=closed_form
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        except TypeError:
+            raise InputError.of(
+                "SolverSettings",
+                "arguments",
+                expected="a number, an integer and a truth value",
+                got=f"tolerance={tolerance!r}, max_iterations={max_iterations!r}, "
+                f"closed_form={closed_form!r}",
+                way_out="leave out those whose defaults will do",
+            ) from None
+
 
 DEFAULT_SETTINGS = SolverSettings()
 

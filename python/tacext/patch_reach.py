@@ -192,7 +192,7 @@ class _Patches:
     ) -> None:
         self.places = places = corner.shape[1]
         self.classes = [k for k in classes for _ in range(places)]
-        self.margin = torch.zeros(len(self.classes))  # before the last step
+        self.margin = torch.zeros(len(self.classes), dtype=torch.float64)  # before the last step
         self._left: dict[int, tuple[Tensor, Tensor]] = {}
         self._inputs = fit[0]
         self._turns = [ImagesInTurn(fit[1], k, seed) for k in self.classes]
@@ -210,7 +210,7 @@ class _Patches:
                 self._patterns.paste(j, group)
             goal = torch.tensor([self.classes[j] for j in rows], device=at.device)
             margin, gradient = model.margin_gradient(at, goal.repeat_interleave(images), cap)
-            capped = margin.float().clamp(max=cap).unflatten(0, (len(rows), images))
+            capped = margin.clamp(max=cap).unflatten(0, (len(rows), images))
             self.margin[first : first + len(rows)] = capped.mean(1).cpu()
             mean = gradient.float().unflatten(0, (len(rows), images)).mean(1)
             gradients = [self._patterns.cut(j, mean[i]) for i, j in enumerate(rows)]

@@ -136,7 +136,7 @@ def lift(before: Tensor, after: Tensor, labels: Tensor, k: int) -> tuple[Tensor,
     lift = class_margin(after[others], wanted) - class_margin(before[others], wanted)
     movable = after[others & (before.argmax(1) != k)]
     moved = (movable.argmax(1) == k).double().sum() / max(1, len(movable))
-    return lift.double().mean(), moved
+    return lift.mean(), moved
 
 
 def logits_of(

@@ -282,7 +282,8 @@ def _look_again(
     if look is None and notes:
         notes = [f"only the norms were tested: {'; '.join(notes)}"]
     reached = None if look is None else look.reach
-    if reached is not None and float(reached.gain[-1].median()) < ENOUGH_GAIN:
+    # Of a gain that is no number nothing is known either.
+    if reached is not None and not float(reached.gain[-1].median()) >= ENOUGH_GAIN:
         notes.append(
             "no change of the inputs moves the model much, by its gradients at least; what hides them "
             "would hide a backdoor from the second look, too"

@@ -172,6 +172,7 @@ class _Pairs:
         scale = self._images.scale
 
         def value(logits: Tensor) -> tuple[Tensor, Tensor]:
+            logits = logits.double()  # whose sum is finite where they are
             margin = class_margin(logits, goal.flatten())
             led = margin.clamp(max=MARGIN_CAP * scale)
             if away:  # above its own logit lies the mean of the others: whichever is nearest

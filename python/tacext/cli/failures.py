@@ -9,6 +9,7 @@ import traceback
 import click
 
 from ..errors import TacextError, printable
+from ..heads import is_out_of_memory
 from .wording import in_options, options_of
 
 
@@ -30,7 +31,7 @@ def told_of(error: BaseException, command: click.Command) -> str:
             return in_options(str(error), options_of(command))
         case SystemExit():
             return f"the code named on the command line exits ({error.code})"
-        case MemoryError():
+        case _ if is_out_of_memory(error):
             return "out of memory; use fewer --samples or a smaller --batch-size"
         case OSError():
             return f"tacext: {printable(str(error))}"

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import click
+import torch
 from torch import nn
 
 from ..data import ImageSet
-from ..errors import FileError, InputError
+from ..errors import FileError, InputError, printable
 from ..files import check_writable
 from ..images import load_images
 from ..normalisation import Normalized
@@ -81,6 +82,33 @@ def _shape(
     return tuple(map(int, parts))
 
 
+def _device(_context: click.Context, parameter: click.Parameter, text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError as error:
+        raise click.BadParameter(
+            f"expected cpu, cuda, cuda:1 or the like, got {text!r}", param=parameter
+        ) from error
+
+
+def _place(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on this device, which is tried first: what is not there raises errors of many kinds."""
+    if device.type == "cpu":
+        return model
+    try:
+        torch.ones((), device=device).item()
+    except Exception as error:
+        why = printable(str(error).split("\n")[0])
+        raise InputError.of(
+            "load_model",
+            "device",
+            expected="one that this torch can compute on",
+            got=f"{device} ({why})",
+            way_out="leave --device out for the CPU, or see `tacext info`",
+        ) from error
+    return model.to(device)
+
+
 def _data_option(required: bool) -> Callable[[_Command], _Command]:
     return click.option(
         "--data",
@@ -120,13 +148,25 @@ _DATA_OPTIONS = (
         show_default=True,
         help="Seed of every random choice.",
     ),
-    click.option("--mean", callback=_floats, help="Mean that the model was trained with."),
-    click.option("--std", callback=_floats, help="Standard deviation likewise."),
+    click.option(
+        "--mean",
+        callback=_floats,
+        help="Mean of each channel that the model was trained with, such as 0.49,0.48,0.45, of images "
+        "in [0, 1].",
+    ),
+    click.option("--std", callback=_floats, help="Standard deviation of each channel, likewise."),
     click.option("--size", callback=_size, metavar="HxW", help="Resize images of a folder."),
+    click.option(
+        "--device",
+        callback=_device,
+        default="cpu",
+        show_default=True,
+        help="Where the model runs, such as cuda or cuda:1.",
+    ),
     click.option(
         "--batch-size",
         type=click.IntRange(min=1),
-        help="Images in a pass.  [default: 256; in repairs 128]",
+        help="Images in a pass; fewer take less memory.  [default: 256; in repairs 128]",
     ),
     click.option("--json", "json_path", type=click.Path(), help="Write the result as JSON."),
 )
@@ -190,6 +230,7 @@ class ModelAndData:
     mean: list[float] | None
     std: list[float] | None
     size: tuple[int, int] | None
+    device: torch.device
     batch_size: int | None
     json_path: str | None
 
@@ -200,11 +241,16 @@ class ModelAndData:
     def load_model(
         self, weights: str | None = None, factory: Callable[[], nn.Module] | None = None
     ) -> nn.Module:
-        """The model (with other weights, or of a factory that is loaded), taking images in [0, 1]."""
+        """The model (with other weights, or of a factory that is loaded), taking images in [0, 1].
+
+        Raises:
+            FileError: as `tacext.load_model`.
+            InputError: likewise; or a device that torch cannot compute on.
+        """
         model = load_model(self.weights if weights is None else weights, factory or self.arch)
-        if self.mean is None or self.std is None:
-            return model
-        return Normalized(model, self.mean, self.std).eval()
+        if self.mean is not None and self.std is not None:
+            model = Normalized(model, self.mean, self.std).eval()
+        return _place(model, self.device)
 
     def load_images(self, need_labels: bool = True) -> ImageSet:
         """The images, or a random choice of them."""
@@ -309,6 +355,7 @@ class ModelAndData:
             "split": self.split,
             "samples": self.samples,
             "seed": self.seed,
+            "device": str(self.device),
         }
 
 
