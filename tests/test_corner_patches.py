@@ -211,7 +211,7 @@ def test_a_fast_scan_finds_it_and_so_does_a_thorough_one_behind_gradients_of_zer
         "; a square of 2x2 pixels at row 14, column 0 sends 100% of the held-out" in report.reason
     )
     assert report.evidence is not None
-    assert report.evidence.joint.kinds == ("norm", "corner")
+    assert report.evidence.joint.kinds == ("norm", "balanced", "corner")
     look = report.evidence.look
     assert look is not None
     assert look.reach is look.patch is look.shuffle is look.source is None
@@ -247,7 +247,7 @@ def test_a_fast_scan_of_a_clean_model_is_clean_and_tells_what_it_did_not_do() ->
     network = Halved(digit_case().clean)
     report = scan(network, clean(), depth="fast", progress=False)
     assert report.verdict == "clean"
-    assert report.reason.startswith("no class stands out in norm or corner")
+    assert report.reason.startswith("no class stands out in norm, balanced norm or corner")
     assert report.reason.endswith("; a scan that asks gradients sees more")
     without = scan(Rounded(network), clean(), progress=False)
     assert (
@@ -380,7 +380,7 @@ def test_weights_of_inference_mode_are_no_hindrance_to_a_fast_scan() -> None:
         images, labels = clean()
         report = scan(network, (images, labels), depth="fast", progress=False)
     assert report.evidence is not None
-    assert report.evidence.joint.kinds == ("norm", "corner")
+    assert report.evidence.joint.kinds == ("norm", "balanced", "corner")
 
 
 def test_scan_hands_the_seed_on(monkeypatch: pytest.MonkeyPatch) -> None:

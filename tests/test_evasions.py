@@ -63,6 +63,35 @@ def test_infinite_evidence_is_not_taken_for_none() -> None:
         judge_jointly(evidence, 0.01, shipped_calibration())
 
 
+def rescaled(model: nn.Module, factor: torch.Tensor) -> nn.Sequential:
+    """The same function: latents times factors, their columns of the head divided by them."""
+    same = copy.deepcopy(model)
+    assert isinstance(same, nn.Sequential)
+    norm = next(layer for layer in reversed(same) if isinstance(layer, nn.BatchNorm2d))
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.mul_(factor)
+        same[-1].weight.div_(factor)
+    return same
+
+
+def test_rescaled_latents_hide_nothing() -> None:
+    """Factors that make the plain norms blind: latents that the trigger wakes become as dear as others."""
+    case = digit_case()
+    assert isinstance(case.backdoored, nn.Sequential)
+    images = case.data.defender[0]
+    with torch.no_grad():
+        spread = case.backdoored[:-1](images).std(0)
+        model = rescaled(case.backdoored, 1 / spread.clamp_min(0.05 * spread.mean()))
+        torch.testing.assert_close(model(images), case.backdoored(images), rtol=1e-4, atol=1e-4)
+    found, expected = (scan(m, case.data.defender, depth="norms") for m in (model, case.backdoored))
+    assert judge_norms(found.test.norm).verdict != "backdoored"
+    assert (found.verdict, found.suspects) == ("backdoored", (demo.TARGET,))
+    assert expected.test.balanced is not None
+    np.testing.assert_allclose(found.test.balanced, expected.test.balanced, rtol=1e-4)
+    assert scan(model, case.data.defender).suspects == (demo.TARGET,)
+
+
 def test_a_model_that_no_change_moves_is_not_cleared() -> None:
     """Rounding hides all gradients but those of one pixel, which moves little."""
 

@@ -352,7 +352,7 @@ def test_what_is_not_finite_or_cannot_be_run_is_not_held() -> None:
 def test_a_model_with_a_patch_of_unknown_origin_is_not_called_clean(depth: Depth) -> None:
     """Which could lead inputs into a class that nothing else of the model knows of."""
     model, data = Cropped(digit_case().clean), padded(digit_case().data.defender)
-    plain = scan(model, data, depth=depth)
+    plain = scan(model, data, depth=depth, alpha=0.05)
     assert plain.verdict == "clean"
     head, zero = find_head(model, data[0][:4]), torch.zeros(1, 128)
     patch = LatentPatch(
@@ -360,10 +360,10 @@ def test_a_model_with_a_patch_of_unknown_origin_is_not_called_clean(depth: Depth
         torch.zeros(1, 1, 128), zero.clone(), torch.tensor([3]),
     )  # fmt: skip
     patched = with_latent_patch(model, head, patch)[0]
-    told = scan(patched, data, depth=depth)
+    told = scan(patched, data, depth=depth, alpha=0.05)
     assert (told.verdict, told.suspects, told.doubtful) == ("inconclusive", (), ())
     assert told.reason.startswith(f"{plain.reason}; but the model has a latent patch")
-    trusted = scan(patched, data, depth=depth, trust_patch=True)
+    trusted = scan(patched, data, depth=depth, alpha=0.05, trust_patch=True)
     assert (trusted.verdict, trusted.reason, trusted.limited) == ("clean", plain.reason, (3,))
     # Nor with one anywhere else.
     within = nn.Sequential(LastCorner(), nn.Flatten(), nn.Linear(256, 256))
@@ -378,7 +378,9 @@ def test_a_model_with_a_patch_of_unknown_origin_is_not_called_clean(depth: Depth
         assert inside.module.bias is not None
         inside.module.bias.zero_()
     body = with_latent_patch(within, inside, elsewhere)[0]
-    told = scan(nn.Sequential(body, nn.Unflatten(1, (1, 16, 16)), model), data, depth=depth)
+    told = scan(
+        nn.Sequential(body, nn.Unflatten(1, (1, 16, 16)), model), data, depth=depth, alpha=0.05
+    )
     assert (told.verdict, told.limited) == ("inconclusive", ())
 
 

@@ -50,7 +50,7 @@ def test_a_thorough_scan_shows_its_evidence_as_well(
     monkeypatch.setattr(Axes, "bar", bar)
     report = scan_of("clean")
     plot_norms(report, tmp_path / "norms.png", class_names=["$x"] * 10)
-    assert labels == [None, "norm", "reach"]
+    assert labels == [None, "norm", "balanced", "reach"]
     assert report.evidence is not None
     assert report.evidence.look is not None
     joint = report.evidence.joint
@@ -59,7 +59,7 @@ def test_a_thorough_scan_shows_its_evidence_as_well(
     with_patch = replace(report, evidence=replace(report.evidence, joint=joint))
     labels.clear()
     plot_norms(with_patch, tmp_path / "norms.png")
-    assert labels == [None, "norm", "reach", "share", "patch"]
+    assert labels == [None, "norm", "balanced", "reach", "share", "patch"]
 
 
 def test_without_a_test_there_is_no_band() -> None:

@@ -396,7 +396,7 @@ def test_the_norms_may_be_all_that_is_judged(depth: Depth) -> None:
     assert norms.reason == norms.test.reason + (told if depth == "fast" else "")
     assert torch.equal(norms.norm, thorough.norm)
     assert thorough.evidence is not None
-    assert thorough.evidence.joint.kinds == ("norm", "reach")
+    assert thorough.evidence.joint.kinds == ("norm", "balanced", "reach")
     assert (norms.depth, thorough.depth) == (depth, "thorough")
 
 

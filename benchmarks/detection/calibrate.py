@@ -44,10 +44,11 @@ from tacext.waves import Waves
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence"
 TABLE = Path(__file__).resolve().parents[2] / "python" / "tacext" / "calibration.json"
-VERSION = 9
+VERSION = 10
 
 # The norms that the constants are fitted on: those of a scan by default.
 NORM = "standardized 1 2500"
+BALANCED = "balanced 1 2500"
 
 # Fewer clean models tell nothing of the tail of a law.
 FEWEST_MODELS = 8
@@ -81,6 +82,7 @@ def read_case(file: Path, norm: str = NORM) -> Case:
     dataset, network, attack = file.stem.split("-")[:3]
     evidence = {
         "norm": norm_evidence(np.array(raw["norms"][norm])),
+        "balanced": norm_evidence(np.array(raw["norms"][BALANCED])),
         "reach": reach_evidence(np.array(raw["reach"]["gain"])),
     }
     if "patch" in raw:

@@ -25,7 +25,7 @@ from rich.table import Table
 from scipy import stats
 from specs import ADAPTIVE, HIDDEN, SEVERAL
 
-from tacext.detection import anomaly_index, judge_norms
+from tacext.detection import NormTest, anomaly_index, judge_norms
 from tacext.joint_test import Calibration, judge_jointly
 from tacext.patch_reach import PatchReach
 from tacext.reach import Reach
@@ -111,10 +111,14 @@ def norms_of(case: Case, norm: str = calibrate.NORM) -> np.ndarray:
     return np.array(case.raw["norms"][norm], dtype=np.float64)
 
 
+def norm_test(case: Case, alpha: float) -> NormTest:
+    """What a scan makes of the norms."""
+    return judge_norms(norms_of(case), alpha, norms_of(case, calibrate.BALANCED))
+
+
 def thorough(case: Case, alpha: float, calibration: Calibration) -> Outcome:
     """The verdict of a thorough scan."""
-    norm = norms_of(case)
-    finding, evidence = weigh(judge_norms(norm, alpha), look_of(case), alpha, calibration)
+    finding, evidence = weigh(norm_test(case, alpha), look_of(case), alpha, calibration)
     first = finding.suspects[0] if finding.suspects else evidence.joint.most_suspicious
     return Outcome(case, -np.log(finding.p_value), finding.verdict == "backdoored", first)
 
@@ -122,15 +126,15 @@ def thorough(case: Case, alpha: float, calibration: Calibration) -> Outcome:
 def fast(case: Case, alpha: float, calibration: Calibration) -> Outcome:
     """The verdict of a fast scan."""
     look = dataclasses.replace(look_of(case), reach=None, patch=None, shuffle=None, source=None)
-    finding, evidence = weigh(judge_norms(norms_of(case), alpha), look, alpha, calibration)
+    finding, evidence = weigh(norm_test(case, alpha), look, alpha, calibration)
     first = finding.suspects[0] if finding.suspects else evidence.joint.most_suspicious
     return Outcome(case, -np.log(finding.p_value), finding.verdict == "backdoored", first)
 
 
 def by_norms(case: Case, alpha: float) -> Outcome:
     """The verdict of a scan that has nothing but the norms."""
-    test = judge_norms(norms_of(case), alpha)
-    first = test.suspects[0] if test.suspects else int(np.nanargmin(test.norm))
+    test = norm_test(case, alpha)
+    first = test.suspects[0] if test.suspects else int(np.nanargmin(test.class_p_values))
     return Outcome(case, -np.log(test.p_value), test.verdict == "backdoored", first)
 
 

@@ -8,7 +8,7 @@ ratio. Its p-value is corrected for having looked at all classes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -59,6 +59,9 @@ class NormTest:
         usual_norm: geometric mean of the norms of all classes that are no suspects.
         detectable_ratio: a class below this share of the usual norm would have been flagged.
         reason: the verdict in one sentence.
+        balanced: [C], the norms in the balanced metric, tested beside the others; None without.
+            `class_p_values` are those of both; the index, `usual_norm` and `detectable_ratio` of
+            `norm` alone.
     """
 
     norm: _FloatArray
@@ -71,6 +74,7 @@ class NormTest:
     usual_norm: float
     reason: str
     doubtful: tuple[int, ...] = ()
+    balanced: _FloatArray | None = None
 
     @property
     def null_band(self) -> tuple[float, float]:
@@ -98,8 +102,8 @@ def anomaly_index(norm: _FloatArray) -> _FloatArray:
     return index
 
 
-def _low_outlier_p_values(log_norm: _FloatArray) -> _FloatArray:
-    """One-sided p-value of each value against all others, times the number of values.
+def _low_outlier_p_values(log_norm: _FloatArray, tests: int) -> _FloatArray:
+    """One-sided p-value of each value against all others, times the number of values, and of tests.
 
     Leave-one-out t: (mean of the others - x) / (their deviation * sqrt(1 + 1/(n-1))) has n - 2
     degrees of freedom for normal data. The factor n is Bonferroni's; for the smallest value it is
@@ -115,7 +119,7 @@ def _low_outlier_p_values(log_norm: _FloatArray) -> _FloatArray:
     deviation = np.maximum(np.sqrt(others_squares / (count - 2)), SMALLEST_DEVIATION)
     below_the_others = -d * count / (count - 1)
     t = below_the_others / (deviation * math.sqrt(1 + 1 / (count - 1)))
-    p_values: _FloatArray = np.minimum(1.0, count * scipy.stats.t.sf(t, count - 2))
+    p_values: _FloatArray = np.minimum(1.0, tests * count * scipy.stats.t.sf(t, count - 2))
     return p_values
 
 
@@ -141,18 +145,51 @@ def _detectable_ratio(log_norm: _FloatArray, alpha: float) -> float:
     return min(float(np.exp(-critical)), LARGEST_SUSPECT_RATIO)
 
 
-def judge_norms(norm: _FloatArray, alpha: float = 0.01) -> NormTest:
+def judge_norms(
+    norm: _FloatArray, alpha: float = 0.01, balanced: _FloatArray | None = None
+) -> NormTest:
     """Judges the norms r_k of all classes of a head.
 
     Args:
         norm: float64 [C], infinite where a class is unreachable, NaN where it was not solved.
         alpha: the false-alarm rate of the whole test, over all classes together, for a clean model
             whose norms are log-normal.
+        balanced: the same in the balanced metric, [C], which no rescaling of latents changes. Each
+            of the two is tested at half of alpha, and a model is clean by both or by neither.
 
     Returns:
         NormTest. Suspects are found one after the other: while the smallest norm is abnormal among
         the classes that are left, it is set aside and the rest is tested again.
     """
+    if balanced is None:
+        return _judge(norm, alpha, 1)
+    plain, other = _judge(norm, alpha, 2), _judge(balanced, alpha, 2)
+    if math.isnan(plain.usual_norm):
+        return replace(plain, balanced=balanced)
+    tests = sorted((plain, other), key=lambda test: test.p_value)  # the plain one first of equals
+    verdicts = [test.verdict for test in tests]
+    gravest: tuple[Verdict, ...] = ("backdoored", "inconclusive")
+    verdict: Verdict = next((v for v in gravest if v in verdicts), "clean")
+    decides = next(test for test in tests if test.verdict == verdict)
+    reason = plain.reason if verdict == "clean" else decides.reason
+    if reason != plain.reason:
+        reason += ", when latents are rescaled to weigh the same in the head"
+    suspects = tuple(dict.fromkeys(k for test in tests for k in test.suspects))
+    doubtful = dict.fromkeys(k for test in tests for k in test.doubtful if k not in suspects)
+    return replace(
+        plain,
+        verdict=verdict,
+        suspects=suspects,
+        doubtful=tuple(doubtful),
+        p_value=tests[0].p_value,
+        class_p_values=np.fmin(plain.class_p_values, other.class_p_values),
+        reason=reason,
+        balanced=balanced,
+    )
+
+
+def _judge(norm: _FloatArray, alpha: float, tests: int) -> NormTest:
+    """Of one kind of norms, which is one of so many tests that share alpha."""
     class_p_values = np.full(norm.shape, np.nan)
     usable = np.flatnonzero(np.isfinite(norm) & (norm > 0))
     index = anomaly_index(norm)
@@ -174,11 +211,11 @@ def judge_norms(norm: _FloatArray, alpha: float = 0.01) -> NormTest:
 
     log_norm = np.log(norm)
     smallest = int(usable[log_norm[usable].argmin()])
-    class_p_values[usable] = _low_outlier_p_values(log_norm[usable])
+    class_p_values[usable] = _low_outlier_p_values(log_norm[usable], tests)
     suspects: list[int] = []
     left = usable
     while len(left) >= FEWEST_CLASSES:
-        p_values = _low_outlier_p_values(log_norm[left])
+        p_values = _low_outlier_p_values(log_norm[left], tests)
         lowest = int(log_norm[left].argmin())
         usual = float(np.exp(np.delete(log_norm[left], lowest).mean()))
         if p_values[lowest] >= alpha or norm[left[lowest]] > LARGEST_SUSPECT_RATIO * usual:
@@ -188,11 +225,11 @@ def judge_norms(norm: _FloatArray, alpha: float = 0.01) -> NormTest:
         left = np.delete(left, lowest)
 
     p_value = float(class_p_values[smallest])
-    ratio = _detectable_ratio(log_norm[left], alpha)
+    ratio = _detectable_ratio(log_norm[left], alpha / tests)
     usual = float(np.exp(log_norm[left].mean()))
     law = _law_p_value(log_norm[left])
     doubt = min(DOUBT_FACTOR * alpha, LARGEST_DOUBT)
-    doubtful = _stand_out(left, log_norm, doubt)
+    doubtful = _stand_out(left, log_norm, doubt, tests)
     verdict: Verdict = "inconclusive"
     if law < LAW_P_VALUE:
         suspects, doubtful = [], []
@@ -229,7 +266,9 @@ def judge_norms(norm: _FloatArray, alpha: float = 0.01) -> NormTest:
     )
 
 
-def _stand_out(left: npt.NDArray[np.intp], log_norm: _FloatArray, level: float) -> list[int]:
+def _stand_out(
+    left: npt.NDArray[np.intp], log_norm: _FloatArray, level: float, tests: int
+) -> list[int]:
     """The classes that are low outliers among these, set aside one after the other.
 
     Half of the classes cannot all be outliers of the other half.
@@ -238,7 +277,7 @@ def _stand_out(left: npt.NDArray[np.intp], log_norm: _FloatArray, level: float) 
     most = len(log_norm) // 2
     while len(left) >= FEWEST_CLASSES and len(found) < most:
         lowest = int(log_norm[left].argmin())
-        if _low_outlier_p_values(log_norm[left])[lowest] >= level:
+        if _low_outlier_p_values(log_norm[left], tests)[lowest] >= level:
             break
         found.append(int(left[lowest]))
         left = np.delete(left, lowest)

@@ -30,14 +30,19 @@ from .errors import NotFiniteError
 _FloatArray = npt.NDArray[np.float64]
 
 # Kinds of evidence, by where they come from; `Calibration.kinds` has a null for each.
-KINDS = ("norm", "reach", "share", "patch", "corner", "margin", "prototype")
+KINDS = ("norm", "balanced", "reach", "share", "patch", "corner", "margin", "prototype")
 # Those that a scan joins, and what part of alpha each test has beside the others that can be made:
 # how far inputs get, how many of them, what is seen without gradients, and without any data. An
 # attacker who holds one of the first two down shows in the other, one who hides gradients in the third.
+# Each is made with both norms: the plain one tells more of models that were left as training made
+# them, the balanced one cannot be changed by rescaling latents.
 COMBINATIONS: Mapping[tuple[str, ...], float] = {
-    ("norm", "reach"): 0.15,
-    ("norm", "share", "patch"): 0.35,
-    ("norm", "corner"): 0.5,
+    ("norm", "reach"): 0.075,
+    ("balanced", "reach"): 0.075,
+    ("norm", "share", "patch"): 0.175,
+    ("balanced", "share", "patch"): 0.175,
+    ("norm", "corner"): 0.25,
+    ("balanced", "corner"): 0.25,
     ("margin", "prototype"): 1.0,
 }
 
@@ -249,7 +254,7 @@ def judge_jointly(
     """
     chosen = {kinds: part for kinds, part in COMBINATIONS.items() if set(kinds) <= set(evidence)}
     parts = sum(chosen.values())
-    kinds = tuple(dict.fromkeys(kind for combination in chosen for kind in combination))
+    kinds = tuple(kind for kind in KINDS if any(kind in combination for combination in chosen))
     total = len(evidence[kinds[0]])
     for kind in kinds:
         if np.isinf(evidence[kind]).any():

@@ -11,6 +11,10 @@ from .errors import InputError
 
 # A latent that hardly varies is measured in tenths of the usual spread, not in its own.
 SCALE_FLOOR = 0.1
+# Of the balanced metric; of .01 to .3 the largest is best on the bench, with the fewest false alarms.
+BALANCED_FLOOR = 0.3
+# Below this share of its column's entries a difference between classes is rounding.
+_ROUNDING = 1e-9
 
 
 @dataclass
@@ -66,3 +70,28 @@ class LatentMoments:
                 way_out="pass more and varied samples, or metric='l2'",
             )
         return 1 / torch.maximum(std, SCALE_FLOOR * root_mean_square)
+
+    def balanced(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What norms are solved from that no rescaling of latents changes; None where latents do not vary.
+
+        A latent times a, its column of the head divided by a, is the same model, but other norms:
+        1 / std a cheaper latent, or a dearer one, as whoever makes the model likes. Here each is
+        scaled to a column of length 1 first, and then measured in units of 1 / its spread.
+
+        Args:
+            weight: W, [C, D].
+
+        Returns:
+            W without what all classes share, float64 [C, D], and the scale of s, float64 [D].
+        """
+        weight = weight.detach().to("cpu", torch.float64)
+        centred = weight - weight.mean(0)
+        length = centred.norm(dim=0)
+        tells = length > _ROUNDING * weight.abs().amax(0)
+        spread = torch.where(tells, length * self.std, 0.0)
+        root_mean_square = spread.square().mean().sqrt()
+        if not bool(root_mean_square > 0):
+            return None
+        length = torch.where(tells, length, 1.0)
+        spread = torch.maximum(spread, BALANCED_FLOOR * root_mean_square)
+        return torch.where(tells, centred, 0.0), 1 / (length * spread)

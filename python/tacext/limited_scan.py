@@ -230,9 +230,12 @@ def without_norms(
 def _without(
     report: ScanReport, look: SecondLook, seen: tuple[int, ...], limited: bool
 ) -> tuple[Finding, Evidence]:
-    norm = np.array(report.test.norm, dtype=float)
+    norm, balanced = np.array(report.test.norm, dtype=float), report.test.balanced
     norm[list(seen)] = np.nan
-    test = dataclasses.replace(report.test, norm=norm)
+    if balanced is not None:
+        balanced = balanced.copy()
+        balanced[list(seen)] = np.nan
+    test = dataclasses.replace(report.test, norm=norm, balanced=balanced)
     if set(report.test.suspects) <= set(seen):
         test = dataclasses.replace(test, verdict="clean", suspects=())
     unknown = [look.classes.index(t) for t in seen if t in look.classes]

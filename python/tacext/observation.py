@@ -26,7 +26,7 @@ from .latent_patch import patch_in_front
 from .latents import LatentMoments
 from .margins import MarginMax, MarginQuantile
 from .memory_layout import fastest_layout, placed
-from .ops import MinimalPerturbation, SolverSettings
+from .ops import MinimalPerturbation, SolverSettings, Status
 from .progress import progress_bar
 from .sample_keeper import LookKeeper, SampleKeeper
 
@@ -206,3 +206,22 @@ def solve(
         settings=settings,
     )
     return perturbations, scale
+
+
+def balanced_norms(
+    observation: Observation, settings: SolverSettings = ops.DEFAULT_SETTINGS
+) -> Tensor | None:
+    """r_k of every class in the metric that no rescaling of latents changes (`LatentMoments.balanced`).
+
+    Returns:
+        float64 [C] on the CPU, infinite where unreachable, NaN where there is no certificate; None
+        where latents do not vary.
+    """
+    found = observation.moments.balanced(observation.head.weight)
+    if found is None:
+        return None
+    device = observation.margins.device
+    weight, scale = (part.to(device) for part in found)
+    solved = ops.minimal_perturbation(weight, observation.margins, scale=scale, settings=settings)
+    unproven = solved.status == Status.ITERATION_LIMIT
+    return torch.where(unproven, torch.nan, solved.norm).cpu()

@@ -70,6 +70,7 @@ def scan_to_dict(
     """
     found = report.perturbations
     kinds = {} if report.evidence is None else report.evidence.joint.kind_p_values
+    balanced = report.test.balanced
     rows = []
     for k in range(report.num_classes):
         rows.append(
@@ -77,6 +78,7 @@ def scan_to_dict(
                 "class": k,
                 "name": class_names[k] if class_names is not None else None,
                 "norm": _finite(float(found.norm[k])),
+                "balanced_norm": None if balanced is None else _finite(float(balanced[k])),
                 "anomaly_index": _finite(float(report.test.anomaly_index[k])),
                 "p_value": _finite(float(report.test.class_p_values[k])),
                 "evidence": {kind: _finite(float(p[k])) for kind, p in kinds.items()},

@@ -27,7 +27,7 @@ from .heads import Head, HeadModule, check_model
 from .joint_test import shipped_calibration
 from .latent_patch import has_latent_patch, patch_in_front
 from .limited_scan import holds_back, not_cleared, with_limits
-from .observation import Metric, Observation, observe, solve
+from .observation import Metric, Observation, balanced_norms, observe, solve
 from .ops import MinimalPerturbation, SolverSettings, Status
 from .patch_reach import FEWEST_PIXELS, has_room
 from .reach import ENOUGH_GAIN
@@ -177,11 +177,13 @@ def scan(
     importlib.import_module("scipy.stats")  # its first use takes a second, which is no analysis
     started = time.perf_counter()
     perturbations, scale = solve(observation, metric, settings, operation="scan")
+    found = balanced_norms(observation, settings)
     solved = time.perf_counter()
     norm = perturbations.norm.cpu().numpy().copy()
     unproven = perturbations.status.cpu().numpy() == Status.ITERATION_LIMIT
     norm[unproven] = math.nan  # stopped on the way up from 0, such a norm would be too small
-    test = _explained(judge_norms(norm, alpha), norm, quantile)
+    balanced = None if found is None else found.numpy()
+    test = _explained(judge_norms(norm, alpha, balanced), norm, quantile)
     finding = finding_of_norms(test)
     evidence: Evidence | None = None
     notes: list[str] = []
@@ -189,7 +191,7 @@ def scan(
     looked = tested
     # Where the norms have nothing to compare the model is beyond any test.
     if looks and keeper is not None and not math.isnan(test.usual_norm):
-        look, notes = _look_again(model, observation, keeper, norm, batch_size, seed, progress)
+        look, notes = _look_again(model, observation, keeper, test, batch_size, seed, progress)
         looked = time.perf_counter()
         if look is not None:
             finding, evidence = weigh(test, look, alpha, shipped_calibration())
@@ -252,7 +254,7 @@ def _look_again(
     model: nn.Module,
     observation: Observation,
     keeper: LookKeeper,
-    norm: npt.NDArray[np.float64],
+    test: NormTest,
     batch_size: int,
     seed: int,
     progress: bool | None,
@@ -260,7 +262,7 @@ def _look_again(
     """The second look, as far as there is one, and a warning of why there is no more."""
     if not keeper.all.one_shape:
         return None, ["the inputs differ in shape, so that only the norms were tested"]
-    samples, classes = keeper.all.samples(), classes_to_look_at(norm)
+    samples, classes = keeper.all.samples(), classes_to_look_at(test.norm, test.balanced)
     more: dict[str, Any] = {
         "batch_size": min(batch_size, _LOOK_BATCH_SIZE),
         "seed": seed,

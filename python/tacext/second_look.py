@@ -79,13 +79,17 @@ class SecondLook:
     notes: tuple[str, ...] = ()
 
 
-def classes_to_look_at(norm: _FloatArray) -> tuple[int, ...]:
-    """All classes; of more than `MOST_CLASSES` those with the smallest norms, and others."""
+def classes_to_look_at(norm: _FloatArray, balanced: _FloatArray | None = None) -> tuple[int, ...]:
+    """All classes; of more than `MOST_CLASSES` those with the smallest norms of either kind, and others."""
     count = len(norm)
     if count <= MOST_CLASSES:
         return tuple(range(count))
-    # What was not solved is looked at first, what is out of reach last.
-    order = np.argsort(np.where(np.isnan(norm), -np.inf, norm), kind="stable")
+    ranks = np.full(count, count)
+    for norms in (norm,) if balanced is None else (norm, balanced):
+        # What was not solved is looked at first, what is out of reach last.
+        order = np.argsort(np.where(np.isnan(norms), -np.inf, norms), kind="stable")
+        ranks[order] = np.minimum(ranks[order], np.arange(count))
+    order = np.argsort(ranks, kind="stable")
     half = MOST_CLASSES // 2
     others = order[half:][np.linspace(0, count - half - 1, half).round().astype(int)]
     return tuple(sorted({*order[:half].tolist(), *others.tolist()}))
@@ -341,8 +345,16 @@ def margin_evidence(margin: _FloatArray) -> _FloatArray:
     return evidence
 
 
-def evidence_of(norm: _FloatArray, look: SecondLook) -> Mapping[str, _FloatArray]:
-    """One number a class and kind, [C], as the joint test wants it; NaN where not looked at."""
+def evidence_of(
+    norm: _FloatArray, look: SecondLook, balanced: _FloatArray | None = None
+) -> Mapping[str, _FloatArray]:
+    """One number a class and kind, [C], as the joint test wants it; NaN where not looked at.
+
+    Args:
+        norm: r_k of all classes, [C].
+        look: the second look.
+        balanced: r_k in the balanced metric, [C]; None where there are none.
+    """
 
     def of_all(values: _FloatArray) -> _FloatArray:
         every = np.full(len(norm), np.nan)
@@ -350,6 +362,8 @@ def evidence_of(norm: _FloatArray, look: SecondLook) -> Mapping[str, _FloatArray
         return every
 
     evidence = {"norm": norm_evidence(norm)}
+    if balanced is not None:
+        evidence["balanced"] = norm_evidence(balanced)
     if look.reach is not None:
         evidence["reach"] = of_all(reach_evidence(look.reach.gain.numpy()))
     if look.corners is not None:

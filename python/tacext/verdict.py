@@ -52,6 +52,9 @@ _GAIN_TO_BE_NAMED = 0.5
 # A patch that moves so many images is told of where its class is a suspect.
 _MOVES_MOST = 0.5
 
+# Kinds of evidence whose names need a word more in a sentence.
+_NAMES = {"balanced": "balanced norm"}
+
 _MOST_MOVES_TOLD = 4
 _WAVE_RUNS = ("from left to right", "from top to bottom")
 
@@ -144,7 +147,7 @@ def weigh(
     }
     left = 1 - sum(share for p, share in tested.values() if p is not None)
     doubt = doubt_level(alpha)
-    seen = evidence_of(test.norm, look)
+    seen = evidence_of(test.norm, look, test.balanced)
     joint = judge_jointly(seen, left * alpha, calibration, left * doubt)
     evidence = Evidence(look, None, joint, patch_p, shuffle_p, source_p, wave_p)
     of_joint = min(1.0, joint.p_value / left)
@@ -221,7 +224,7 @@ def _by_p_value(found: list[tuple[float, tuple[int, ...]]]) -> tuple[int, ...]:
 
 
 def _told_of_nothing(joint: JointTest, look: SecondLook, num_classes: int) -> str:
-    seen = [f"no class stands out in {_listed(list(joint.kinds), 'or')}"]
+    seen = [f"no class stands out in {_listed([_NAMES.get(k, k) for k in joint.kinds], 'or')}"]
     if look.shuffle is not None:
         seen.append("no change shuffles the classes")
     if look.source is not None:
@@ -402,7 +405,8 @@ def _kinds_that_tell(joint: JointTest, suspect: int) -> str:
     told = sorted(
         (float(p[suspect]), kind) for kind, p in joint.kind_p_values.items() if p[suspect] < 0.1
     )
-    return _listed([f"{kind} (p = {p:.1g})" for p, kind in told], "and") or "all together"
+    named = [f"{_NAMES.get(kind, kind)} (p = {p:.1g})" for p, kind in told]
+    return _listed(named, "and") or "all together"
 
 
 def _moves(destinations: tuple[int, ...]) -> str:
