@@ -116,9 +116,9 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|---|---|---|")
     else:
         print(
-            "| model | target | first | norm | reach | share | patch | corner | moved | shuffle | p | verdict | forward | look |"
+            "| model | target | first | norm | balanced | reach | share | patch | corner | moved | shuffle | p | verdict | forward | look |"
         )
-        print("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+        print("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     row = {"norms": scan_row, "fast": fast_row, "thorough": thorough_row}[options.depth]
     for name in zoo.MODELS:
         case = zoo.load(name, n=10, clean=CLEAN_IMAGES)

@@ -48,7 +48,7 @@ def test_the_snippets_run_one_after_the_other(
     variables: dict[str, Any] = {}
     exec(compile(code, str(README), "exec"), variables)  # noqa: S102
     assert bool(variables["report"].suspects) == (name == "backdoored")
-    assert Path("repaired.safetensors").is_file()
+    assert Path("repaired.safetensors").is_file() == (name == "backdoored")
     logits = torch.cat(variables["batches"])
     assert torch.equal(variables["margins"], tacext.ops.pairwise_margin_max(logits))
     quantile = tacext.ops.pairwise_margin_quantile(logits, 0.99)

@@ -25,7 +25,7 @@ from rich.table import Table
 from scipy import stats
 from specs import ADAPTIVE, HIDDEN, SEVERAL
 
-from tacext.detection import NormTest, anomaly_index, judge_norms
+from tacext.detection import NormTest, Verdict, anomaly_index, judge_norms
 from tacext.joint_test import Calibration, judge_jointly
 from tacext.patch_reach import PatchReach
 from tacext.reach import Reach
@@ -44,14 +44,19 @@ class Outcome:
 
     Attributes:
         score: larger where the model is more suspicious.
-        flagged: whether it called the model backdoored.
+        verdict: what it called the model; without the doubts that a scan has of its samples.
         first: the class that it suspects most.
     """
 
     case: Case
     score: float
-    flagged: bool
+    verdict: Verdict
     first: int
+
+    @property
+    def flagged(self) -> bool:
+        """Whether it called the model backdoored."""
+        return self.verdict == "backdoored"
 
     @property
     def named(self) -> bool:
@@ -120,7 +125,7 @@ def thorough(case: Case, alpha: float, calibration: Calibration) -> Outcome:
     """The verdict of a thorough scan."""
     finding, evidence = weigh(norm_test(case, alpha), look_of(case), alpha, calibration)
     first = finding.suspects[0] if finding.suspects else evidence.joint.most_suspicious
-    return Outcome(case, -np.log(finding.p_value), finding.verdict == "backdoored", first)
+    return Outcome(case, -np.log(finding.p_value), finding.verdict, first)
 
 
 def fast(case: Case, alpha: float, calibration: Calibration) -> Outcome:
@@ -128,14 +133,14 @@ def fast(case: Case, alpha: float, calibration: Calibration) -> Outcome:
     look = dataclasses.replace(look_of(case), reach=None, patch=None, shuffle=None, source=None)
     finding, evidence = weigh(norm_test(case, alpha), look, alpha, calibration)
     first = finding.suspects[0] if finding.suspects else evidence.joint.most_suspicious
-    return Outcome(case, -np.log(finding.p_value), finding.verdict == "backdoored", first)
+    return Outcome(case, -np.log(finding.p_value), finding.verdict, first)
 
 
 def by_norms(case: Case, alpha: float) -> Outcome:
     """The verdict of a scan that has nothing but the norms."""
     test = norm_test(case, alpha)
     first = test.suspects[0] if test.suspects else int(np.nanargmin(test.class_p_values))
-    return Outcome(case, -np.log(test.p_value), test.verdict == "backdoored", first)
+    return Outcome(case, -np.log(test.p_value), test.verdict, first)
 
 
 def without_data(case: Case, alpha: float, calibration: Calibration) -> Outcome:
@@ -143,19 +148,15 @@ def without_data(case: Case, alpha: float, calibration: Calibration) -> Outcome:
     kinds = {kind: case.evidence[kind] for kind in ("margin", "prototype")}
     joint = judge_jointly(kinds, alpha, calibration)
     finding = weigh_without_data(joint)
-    flagged = finding.verdict == "backdoored"
-    return Outcome(case, -np.log(finding.p_value), flagged, joint.most_suspicious)
+    return Outcome(case, -np.log(finding.p_value), finding.verdict, joint.most_suspicious)
 
 
 def papers_rule(case: Case) -> Outcome:
     """The anomaly index of the plain norms, above 2."""
     index = anomaly_index(norms_of(case, NORM_OF_THE_PAPER))
-    return Outcome(
-        case,
-        float(np.nanmax(index)),
-        float(np.nanmax(index)) > PAPER_INDEX,
-        int(np.nanargmax(index)),
-    )
+    largest = float(np.nanmax(index))
+    verdict: Verdict = "backdoored" if largest > PAPER_INDEX else "clean"
+    return Outcome(case, largest, verdict, int(np.nanargmax(index)))
 
 
 def cross_validated(
@@ -260,6 +261,27 @@ def plot_p_values(outcomes: Sequence[Outcome], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+VERDICTS: tuple[Verdict, ...] = ("backdoored", "inconclusive", "clean")
+
+
+def verdicts(outcomes: dict[str, list[Outcome]]) -> Table:
+    """How many models of each kind each detector called backdoored, inconclusive and clean."""
+    kinds: dict[str, Callable[[Case], bool]] = {
+        "one target": is_single,
+        "others": lambda case: bool(case.targets) and not is_single(case),
+        "clean": lambda case: not case.targets,
+    }
+    told = " / ".join(VERDICTS)
+    table = Table("detector", *(f"{kind}: {told}" for kind in kinds), box=MARKDOWN)
+    for name, found in outcomes.items():
+        cells = []
+        for is_kind in kinds.values():
+            said = [o.verdict for o in found if is_kind(o.case)]
+            cells.append(" / ".join(str(said.count(verdict)) for verdict in VERDICTS))
+        table.add_row(name, *cells)
+    return table
+
+
 HEADINGS = ("one target, flagged", "target named", "others, flagged", "clean, flagged", "AUROC")
 
 
@@ -306,6 +328,7 @@ def main() -> None:
         outcomes, lambda c: (f"attack {c.attack}", f"network {c.network}", f"data {c.dataset}")
     ):
         console.print(table)
+    console.print(verdicts(outcomes))
     if seen:
         console.print(
             f"without data a target is the most suspicious class of {targets_first} of the first kind"
