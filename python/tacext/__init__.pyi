@@ -1,5 +1,6 @@
 from . import attacks, ops
 from .data import ImageSet
+from .detection import NormTest
 from .errors import DependencyError, FileError, HeadNotFoundError, InputError, TacextError
 from .evaluation import Evaluation, evaluate
 from .finetuning import FinetuneSettings
@@ -18,8 +19,9 @@ from .pruning import PruneSettings
 from .relearning import Relearning, relearn
 from .repair_result import Attempt, RepairResult
 from .repairing import repair
-from .scan_report import ScanReport
+from .scan_report import ScanReport, ScanTimings
 from .scanning import scan
+from .verdict import Evidence
 from .weights import load_model, load_state_dict, save_weights
 
 __version__: str
@@ -29,6 +31,7 @@ __all__ = [
     "Attempt",
     "DependencyError",
     "Evaluation",
+    "Evidence",
     "FileError",
     "FinetuneSettings",
     "Guard",
@@ -46,12 +49,14 @@ __all__ = [
     "MarginQuantile",
     "MinimalPerturbation",
     "NeuronScores",
+    "NormTest",
     "Normalized",
     "PatchSettings",
     "PruneSettings",
     "Relearning",
     "RepairResult",
     "ScanReport",
+    "ScanTimings",
     "SolverSettings",
     "Status",
     "TacextError",

@@ -94,7 +94,7 @@ def load_digits(seed: int = 0) -> DemoData:
             "data",
             expected="scikit-learn to be installed",
             got="none",
-            way_out="run pip install 'tacext[demo]'",
+            way_out="run pip install scikit-learn matplotlib",
         ) from error
     digits = datasets.load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16

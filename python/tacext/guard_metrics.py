@@ -81,7 +81,7 @@ def families(
             "prometheus_client",
             expected="the package to be installed",
             got="none",
-            way_out="pip install 'tacext[prometheus]'",
+            way_out="pip install prometheus-client",
         ) from error
     found = []
     for name, text in _COUNTS.items():

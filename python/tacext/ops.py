@@ -47,8 +47,8 @@ except ImportError as error:
         "torch",
         expected="one that tacext's native library loads with",
         got=f"{torch.__version__} ({printable(str(error))})",
-        way_out=f"install {_SUPPORTED}, or build tacext against this one: "
-        "pip install --no-binary tacext --force-reinstall tacext",
+        way_out=f"install {_SUPPORTED}, or build tacext against this one: in a copy of its source, "
+        "pip install --force-reinstall --no-deps .",
     ) from error
 
 __all__ = [

@@ -30,7 +30,7 @@ def require_matplotlib(operation: str) -> None:
             "plot",
             expected="matplotlib to be installed",
             got="none",
-            way_out="run pip install 'tacext[plot]'",
+            way_out="run pip install matplotlib",
         ) from error
 
 

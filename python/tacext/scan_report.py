@@ -37,7 +37,7 @@ class ScanReport:
             20 alpha (10 alpha where the norms decide; .3 at most), or the norms alone would flag them. So
             are suspects behind a latent patch that holds, whatever p is. `repair` looks after them, too.
         p_value: of the verdict: of the most suspicious class, corrected for the choice among all C,
-            or of a patch or the shuffle where that is smaller.
+            or of the shuffle, a patch or a wave where that is smaller.
         reason: the verdict in one sentence.
         warnings: what makes this scan less trustworthy than it could be.
         test: the statistics of the norms.
@@ -53,7 +53,7 @@ class ScanReport:
         accuracy: on the data, against its labels; NaN without.
         confidence: the mean probability that the model gives to its own answers; far above the
             accuracy where the data is of another kind than it was trained on.
-        metric: the metric of the norms; scale: its scale, float64 [D], or None for "l2".
+        metric: the metric of `norm`; scale: its scale, float64 [D], or None for "l2".
         quantile: of the samples in every entry of M; 1 is the maximum. Below 1 s_k sends at least
             that share past each other class, and so at least 1 - (C - 1)(1 - quantile) to k.
         margins: M, [C, C].

@@ -65,7 +65,9 @@ def scan(
     """Scans a classifier for a backdoor, with a few clean samples and no knowledge of the trigger.
 
     For every class k the minimal latent perturbation s_k that sends all samples to k is solved
-    exactly (arXiv 2511.08944); a class whose norm |s_k| is abnormally small is suspect. Then random
+    exactly (arXiv 2511.08944); a class whose norm |s_k| is abnormally small is suspect. So it is where
+    latents are rescaled to weigh the same in the head, as whoever made the model can give them any scale.
+    Then random
     squares are laid into the corners of a few images, and faint waves over them. A thorough scan also
     asks the gradients how far one small change of the input drives all images into each class, how
     many images a small patch moves, whether one change shuffles the classes, and whether a small patch
@@ -92,8 +94,9 @@ def scan(
         depth: "thorough" asks gradients as well, which takes some seconds to minutes and a model
             that has them (of another, a warning says so, and it is never called clean); "fast" runs
             the model forward alone, on some thousand changed images beside the samples, and misses
-            more; of inputs that are no images, or of less than 12 pixels, it judges the norms alone, as
-            "norms" always does, which misses most but costs nothing beyond one pass over the samples.
+            more, all-to-all backdoors above all; of inputs that are no images, or of less than 12 pixels, it judges the norms alone, as
+            "norms" always does, which finds half of what the others do, is mostly inconclusive of ten
+            classes, and costs nothing beyond one pass over the samples.
         batch_size: samples in a forward pass, where the data is not already in batches.
         settings: of the exact solver.
         trust_patch: whether a latent patch of the model is of a repair of your own. One that somebody else

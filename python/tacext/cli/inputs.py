@@ -199,8 +199,8 @@ _SCAN_OPTIONS = (
         type=click.Choice(get_args(Depth)),
         default="thorough",
         show_default=True,
-        help="What to look at: thorough asks the model's gradients as well, fast runs it forward on "
-        "changed images, norms does neither.",
+        help="What to look at: thorough asks the model's gradients as well; fast runs it forward on "
+        "changed images, and calls all-to-all backdoors clean; norms does neither.",
     ),
 )
 

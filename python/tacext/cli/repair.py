@@ -69,6 +69,7 @@ _DEFAULTS = {field.name: field.default for field in fields(FinetuneSettings)}
     type=Finite(min=0, min_open=True),
     default=_DEFAULTS["learning_rate"],
     show_default=True,
+    help="Of finetune: the peak of a cosine schedule.",
 )
 @click.option(
     "--beta",
@@ -101,7 +102,7 @@ _DEFAULTS = {field.name: field.default for field in fields(FinetuneSettings)}
 @click.option(
     "--no-gate",
     is_flag=True,
-    help="Write whatever comes out, and do without the scan of the repaired model.",
+    help="Write whatever comes out, and do without the scan of the repaired model. Needs a --method.",
 )
 @click.option(
     "--holdout",
