@@ -8,18 +8,19 @@ import functools
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from digits import Cropped, digit_case, padded, padded_corner, patched_digits
+from digits import Cropped, digit_case, padded, padded_corner, patched_digits, scan_of
 from exits import patched_head
 from tacext import ScanReport, demo, evaluate, limited_scan, repair, scan
 from tacext.heads import find_head, latent_of
 from tacext.latent_patch import LatentPatch, patch_in_front, with_latent_patch
 from tacext.latent_patch_fit import shifts_between_logits
-from tacext.limited_scan import holds_back, led_anew, with_limits
+from tacext.limited_scan import holds_back, led_anew, with_limits, without_norms
 from tacext.scan_report import Depth
 from tacext.second_look import SecondLook
 from tacext.verdict import Finding
@@ -446,3 +447,16 @@ def test_a_repair_tells_so() -> None:
     result = repair(model, data, targets=[demo.TARGET], method="patch")
     assert result.report_after is not None
     assert result.report_after.verdict != "backdoored"
+
+
+def test_what_is_to_be_judged_without_its_norms_is_judged_without_either() -> None:
+    report = scan_of("backdoored")
+    assert report.warnings == ()
+    before = report.test.balanced
+    assert before is not None
+    assert np.isfinite(before).all()
+    _, evidence = without_norms(report, (demo.TARGET,), limited=False)
+    assert evidence is not None
+    for kind in ("norm", "balanced"):
+        p_values = evidence.joint.kind_p_values[kind]
+        assert np.isnan(p_values).tolist() == [k == demo.TARGET for k in range(10)]
