@@ -14,6 +14,7 @@ import torch
 from command_line import ARCH, TRIGGER, run
 from digits import digit_case
 from tacext import (
+    InputError,
     Normalized,
     demo,
     load_model,
@@ -21,8 +22,10 @@ from tacext import (
     remove_latent_patch,
     save_weights,
 )
-from tacext.cli import ExitCode
+from tacext.cli import ExitCode, inputs
 from tacext.cli.inputs import head_in_model
+from tacext.heads import find_head
+from tacext.latent_patch import LatentPatch, with_latent_patch
 from tacext.report import json_schema
 
 # ---- what works ----------------------------------------------------------------------------------
@@ -127,6 +130,8 @@ def test_repair_then_evaluate(
     content = json.loads(result.read_text())
     jsonschema.validate(content, json_schema("repair-1"))
     assert content["targets"] == [demo.TARGET]
+    assert content["precautions"] == []
+    assert content["attempts"][0]["targets"] == [demo.TARGET]
     assert (folder / "backdoored.safetensors").read_bytes() == before
     assert (content["method"], content["limits_added"]) == ("finetune", True)
     restored = remove_latent_patch(load_model(repaired, demo.digit_net))
@@ -196,6 +201,53 @@ def test_repair_scans_as_it_is_told(
     norms = [line.split()[:2] for line in table.splitlines()[1:11]]
     assert norms == [line.split()[:2] for line in repaired.splitlines()[1:11]]
     assert (code, scanned) == (0, ExitCode.BACKDOORED)
+
+
+@pytest.mark.parametrize(
+    ("given", "depth"),
+    [
+        ((), "thorough"),
+        (("--target", 0), "fast"),
+        (("--target", 0, "--depth", "thorough"), "thorough"),
+        (("--target", 0, "--depth", "norms"), "norms"),
+        (("--depth", "norms"), "norms"),
+    ],
+)
+def test_a_repair_of_given_targets_scans_fast_but_as_it_is_told(
+    given: tuple[object, ...],
+    depth: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[object] = []
+
+    def scanning(*_: object, **how: object) -> None:
+        asked.append(how["depth"])
+        raise InputError("scan: data: no")
+
+    monkeypatch.setattr(inputs, "scan", scanning)
+    output = "--output", tmp_path / "o.safetensors"
+    common = folder / "backdoored.safetensors", "--arch", ARCH, "--data", folder / "digits.npz"
+    assert run("repair", *common, *output, *given) == ExitCode.ERROR
+    assert asked == [depth]
+
+
+def test_a_model_with_a_patch_is_clean_where_that_is_trusted(folder: Path, tmp_path: Path) -> None:
+    case = digit_case()
+    head, zero = find_head(case.clean, case.data.defender[0][:4]), torch.zeros(1, 128)
+    patch = LatentPatch(
+        zero, torch.full((1,), 1e9), zero.clone(), zero.clone(), torch.zeros(1, 128, 1),
+        torch.zeros(1, 1, 128), zero.clone(), torch.tensor([3]),
+    )  # fmt: skip
+    patched, result = tmp_path / "patched.safetensors", tmp_path / "scan.json"
+    save_weights(with_latent_patch(case.clean, head, patch)[0], patched)
+    common = "scan", patched, "--arch", ARCH, "--data", folder / "digits.npz", "--json", result
+    for more, code in ((), ExitCode.INCONCLUSIVE), (("--trust-patch",), ExitCode.CLEAN):
+        assert run(*common, *more) == code
+        content = json.loads(result.read_text())
+        jsonschema.validate(content, json_schema("scan-1"))
+        assert (content["limited"], content["trust_patch"]) == ([3], bool(more))
 
 
 def test_info_and_help_name_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,6 +137,25 @@ def test_which_are_looked_after(
     assert result.warnings == expected
 
 
+def test_classes_out_of_reach_do_not_discard_a_round() -> None:
+    """And where there are no others, there is none."""
+    asked: list[tuple[int, ...]] = []
+
+    def again(targets: tuple[int, ...], _method: Method) -> RepairResult:
+        asked.append(targets)
+        return outcome(targets, True)
+
+    def reachable(classes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(k for k in classes if k != 7)
+
+    for suspects, doubtful in (((7, 1), ()), ((7,), ()), ((1,), (5, 7)), ((1,), (7,))):
+        result = with_further_targets(
+            outcome((2,), False, suspects), doubtful, "patch", again, reachable
+        )
+        assert result.accepted == (1 in suspects)
+    assert asked == [(2, 1), (2, 1), (2, 1, 5), (2, 1)]
+
+
 def test_of_several_scans_that_of_a_patch_names_the_class() -> None:
     """And where the patch came to none, that of another method."""
 

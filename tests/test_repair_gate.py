@@ -26,6 +26,7 @@ from tacext.repair_gate import (
     check_repair,
     judge_scan,
 )
+from tacext.report import repair_to_dict
 from test_corner_patches import TARGET, patched
 from test_corner_patches import clean as clean_on_corners
 from test_waves import Halved
@@ -97,7 +98,8 @@ def test_of_what_nothing_shows_a_patch_alone_is_let_through_as_a_precaution() ->
     case = digit_case()
     result = tacext.repair(case.clean, case.data.defender, targets=[0], method="patch")
     assert result.accepted
-    assert result.attempts[0].unseen == (0,)
+    assert result.attempts[0].unseen == result.precautions == (0,)
+    assert repair_to_dict(result)["precautions"] == [0]
     assert [w for w in result.warnings if "the limit in front of it is a precaution" in w]
     assert result.accuracy_after >= result.accuracy_before - 0.02
     trained = repair(
@@ -106,6 +108,12 @@ def test_of_what_nothing_shows_a_patch_alone_is_let_through_as_a_precaution() ->
     assert not trained.accepted
     assert "class 0 was no suspect" in trained.reason
     assert not any("precaution" in warning for warning in trained.warnings)
+    assert trained.precautions == ()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(repair_gate, "judge_scan", lambda *_, **__: (False, "no"))
+        refused = tacext.repair(case.clean, case.data.defender, targets=[0], method="patch")
+    assert (refused.accepted, refused.attempts[0].unseen) == (False, (0,))
+    assert refused.precautions == ()
 
 
 def test_classes_in_doubt_are_repaired_too() -> None:
@@ -201,7 +209,7 @@ def test_a_patch_against_which_norms_alone_stand_is_the_last_resort(
     result = repair(case.backdoored, case.data.defender, method="auto", settings=idle)
     assert [attempt.method for attempt in result.attempts] == ["patch", "prune", "finetune"]
     assert [attempt.accepted for attempt in result.attempts] == [True, False, False]
-    assert result.attempts[0].norms_alone == (demo.TARGET,)
+    assert result.attempts[0].norms_alone == result.precautions == (demo.TARGET,)
     assert (result.method, result.accepted) == ("patch", True)
     assert re.search("stands out in (balanced )?norm", result.reason)
     assert any("precaution" in warning for warning in result.warnings)

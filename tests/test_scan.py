@@ -347,6 +347,13 @@ def test_bad_data_is_refused_with_the_way_out(case: str) -> None:
         ({"depth": "deep"}, "depth: expected 'norms' or 'fast' or 'thorough', got 'deep'"),
         ({"head": "nowhere"}, "head: expected the name"),
         ({"batch_size": 0}, "batch_size"),
+        *(
+            (
+                {"trust_patch": given},
+                f"scan: trust_patch: expected True or False, got {given!r}; leave",
+            )
+            for given in ("false", 1, None)
+        ),
     ],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
@@ -528,6 +535,16 @@ def test_of_many_classes_some_are_looked_at() -> None:
     assert content["shuffle"] is None
     looked = [row["evidence"]["reach"] is not None for row in content["classes"]]
     assert sum(looked) == 64
+
+
+def test_a_report_takes_a_name_for_every_class() -> None:
+    names = [str(k) for k in range(10)]
+    rows = scan_to_dict(scan_of("clean"), names)["classes"]
+    assert [row["name"] for row in rows] == names
+    for wrong, got in (["a"], "1 name"), ([*names, "ten"], "11 names"), ([], "0 names"):
+        told = f"scan_to_dict: class_names: expected a name for each of 10 classes, got {got}; pass"
+        with pytest.raises(InputError, match=told):
+            scan_to_dict(scan_of("clean"), wrong)
 
 
 def test_an_all_to_all_backdoor_is_named_and_written(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ def with_further_targets(
     doubtful: tuple[int, ...],
     method: Method,
     again: Callable[[tuple[int, ...], Method], RepairResult],
+    reachable: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda classes: classes,
 ) -> RepairResult:
     """The result, or that of a repair of further classes where the gate accepts it.
 
@@ -34,12 +35,13 @@ def with_further_targets(
             patch is accepted; nothing is trained against them.
         method: as asked for.
         again: repairs these classes by this method.
+        reachable: which of these classes can be repaired.
     """
     kept = result
     for _ in range(MOST_ROUNDS):
         if kept.accepted:
             break
-        wider = _repaired_with(kept, _suspects_of_outcome(kept), method, again)
+        wider = _repaired_with(kept, _suspects_of_outcome(kept), method, again, reachable)
         if wider is None:
             break
         kept = wider
@@ -53,7 +55,7 @@ def with_further_targets(
         return replace(result, warnings=(*result.warnings, told))
     wider = None
     if kept.method == "patch":
-        wider = _repaired_with(kept, doubtful, "patch", again)
+        wider = _repaired_with(kept, doubtful, "patch", again, reachable)
     if wider is None or wider.accepted:
         return wider or kept
     return replace(kept, attempts=wider.attempts, seconds=wider.seconds)
@@ -64,12 +66,15 @@ def _repaired_with(
     more: tuple[int, ...],
     method: Method,
     again: Callable[[tuple[int, ...], Method], RepairResult],
+    reachable: Callable[[tuple[int, ...]], tuple[int, ...]],
 ) -> RepairResult | None:
     """A repair of further classes as well, with all attempts so far; None where there are none."""
-    new = [k for k in more if k not in kept.targets]
+    new = tuple(k for k in more if k not in kept.targets)
     if not new:
         return None
     try:
+        if not (new := reachable(new)):
+            return None
         wider = again((*kept.targets, *new), method)
     except InputError as error:
         logger.info("repair: no repair of further classes (%s)", error)

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +35,8 @@ MOVED_FROM_CORNERS = 0.2
 # So many samples tell whether a limit holds; a change is doubled so often until it leads most of them.
 _ASKED = 500
 _LONGER = 5
+
+_HIDDEN = "so that the norms, which are of latents in front of it, cannot be compared"
 
 
 def with_limits(
@@ -92,15 +95,27 @@ def with_limits(
 
 
 def not_cleared(report: ScanReport) -> ScanReport:
-    """The report of a model with a latent patch of unknown origin, which is not called clean."""
+    """The report of a model with a latent patch of unknown origin, which is not called clean.
+
+    So it is told as well where the patch is why a scan is inconclusive: then it would be of a trusted one, too.
+    """
+    reason = (
+        f"{report.reason}; but the model has a latent patch, which could lead inputs into a class as well as "
+        "keep them out"
+    )
+    if report.verdict == "inconclusive" and _HIDDEN in report.reason:
+        return dataclasses.replace(report, reason=reason)
     if report.verdict != "clean":
         return report
-    return dataclasses.replace(
-        report,
-        verdict="inconclusive",
-        reason=f"{report.reason}; but the model has a latent patch, which could lead inputs into a class as well as "
-        "keep them out: if the patch is of a repair that you made, scan with trust_patch (--trust-patch)",
-    )
+    reason += ": if the patch is of a repair that you made, scan with trust_patch (--trust-patch)"
+    return dataclasses.replace(report, verdict="inconclusive", reason=reason)
+
+
+def hidden_by_patch(norm: npt.NDArray[np.float64], quantile: float) -> str:
+    """Why norms in front of a latent patch cannot be compared, of which at least one is 0."""
+    stuck = int(np.flatnonzero(norm == 0)[0])
+    samples = "every sample" if quantile == 1 else "nearly every sample"
+    return f"without its latent patch the model would take {samples} for class {stuck}, {_HIDDEN}"
 
 
 def _suspected(report: ScanReport, why: str) -> ScanReport:
@@ -186,6 +201,8 @@ def led_anew(look: SecondLook, targets: tuple[int, ...], limited: tuple[int, ...
     """
     patch, reach = look.patch, look.reach
     for target in targets:
+        if target not in look.classes:
+            return f"class {target} was not looked at again"
         if patch is not None and target in patch.classes:
             rate = float(patch.rate[patch.classes.index(target)])
             rest = [
@@ -200,8 +217,6 @@ def led_anew(look: SecondLook, targets: tuple[int, ...], limited: tuple[int, ...
             if rate > max(MOVED_FROM_CORNERS, max(rest, default=0.0)):
                 return f"a square in a corner found anew leads {rate:.0%} of the samples into class {target}"
     for target in limited if reach is not None else ():
-        if target not in look.classes:
-            return f"class {target} was not looked at again"
         others = [j for j, k in enumerate(look.classes) if k not in targets]
         assert reach is not None
         own = reach.rate[:, look.classes.index(target)]
@@ -220,7 +235,7 @@ def without_norms(
     report: ScanReport, seen: tuple[int, ...], limited: bool
 ) -> tuple[Finding, Evidence | None]:
     """The verdict of a scan that knows nothing of these classes' norms, nor, if limited, of reach."""
-    told = Finding(report.verdict, report.suspects, report.p_value, report.reason)
+    told = Finding(report.verdict, report.suspects, report.p_value, report.reason, report.doubtful)
     # What a doubt stands against stays as it is.
     if report.evidence is None or report.evidence.look is None or not seen or report.warnings:
         return told, report.evidence

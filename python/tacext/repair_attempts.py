@@ -205,4 +205,5 @@ def result_of(
         warnings=(*notes, *made, *warnings_of(before, kept, case.head.num_classes, reason)),
         settings=settings,
         seconds=seconds + sum(attempt.seconds for attempt in attempts),
+        precautions=kept.unseen if kept.accepted else (),
     )

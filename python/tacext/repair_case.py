@@ -132,6 +132,21 @@ def choose_targets(
     return tuple(dict.fromkeys(chosen))
 
 
+def without_unreachable(
+    report: ScanReport, head: Head, targets: tuple[int, ...]
+) -> tuple[tuple[int, ...], dict[int, str]]:
+    """The targets into which a perturbation is known, and the others, each with a warning about it."""
+    weight = head.weight.detach()
+    solved = ops.minimal_perturbation(weight, report.margins.to(weight.device), classes=targets)
+    states = dict(zip(targets, map(Status, solved.status.tolist()), strict=True))
+    left_out = {
+        k: f"class {k} was left out: no latent perturbation into it is known ({state.name.lower()})"
+        for k, state in states.items()
+        if state != Status.OPTIMAL
+    }
+    return tuple(k for k in targets if k not in left_out), left_out
+
+
 def reconstructed_tac(report: ScanReport, head: Head, targets: tuple[int, ...]) -> Tensor:
     """s_t of every target in the plain l2 metric, [targets, D], whatever metric the scan used.
 

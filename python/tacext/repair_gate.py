@@ -24,9 +24,9 @@ from .joint_test import moderated_p_values, shipped_calibration
 from .limited_scan import ALWAYS_MOVED, MOVED_FROM_CORNERS, led_anew, without_norms
 from .repair_methods import count_right
 from .scan_report import ScanReport
-from .scanning import scan
+from .scanning import scan_looking_at
 from .second_look import SecondLook, corner_evidence, reach_evidence
-from .verdict import SOURCE_SHARE, Evidence, patch_p_value, telling_waves
+from .verdict import SOURCE_SHARE, Evidence, Finding, patch_p_value, telling_waves
 from .waves import class_by_wave, wave_pattern
 
 # A p-value above this leaves no doubt of a patch or a shuffle.
@@ -143,7 +143,8 @@ def check_repair(
     if still is not None:
         return no(still)
     try:
-        report = scan(
+        report = scan_looking_at(
+            adversary.targets,
             repaired,
             data,
             head=head,
@@ -324,7 +325,7 @@ def judge_scan(
         found += f" of what inputs show (and {report.verdict} with the norms of what was repaired)"
     if finding.verdict == "clean":
         return True, found
-    doubted = _classes_in_doubt(evidence, look, report.num_classes, targets)
+    doubted = _classes_in_doubt(finding, evidence, look, report.num_classes, targets)
     told = finding.verdict == "inconclusive" and not report.warnings
     if told and not doubted & set(targets):
         return True, f"{found}, of other classes than were repaired: {finding.reason}"
@@ -332,7 +333,11 @@ def judge_scan(
 
 
 def _classes_in_doubt(
-    evidence: Evidence | None, look: SecondLook, num_classes: int, targets: tuple[int, ...]
+    finding: Finding,
+    evidence: Evidence | None,
+    look: SecondLook,
+    num_classes: int,
+    targets: tuple[int, ...],
 ) -> set[int]:
     """Those that an inconclusive verdict may be about."""
     if evidence is None:
@@ -340,7 +345,8 @@ def _classes_in_doubt(
     # A shuffle is about all classes at once; that of a few targets has nothing to do with them.
     if _in_doubt(evidence.shuffle_p_value) and 2 * len(targets) > num_classes:
         return set(range(num_classes))
-    doubted = {evidence.joint.most_suspicious}
+    # All classes that the scan names count, and not only the first of them.
+    doubted = {evidence.joint.most_suspicious, *evidence.joint.doubtful, *finding.doubtful}
     p_value = evidence.source_p_value
     if look.source is not None and p_value is not None and _in_doubt(p_value / SOURCE_SHARE):
         doubted.add(look.source.target)

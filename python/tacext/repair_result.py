@@ -85,6 +85,8 @@ class RepairResult:
         warnings: what the caller should know before using the model.
         settings: of the method.
         seconds: wall time of all that was tried, without scans.
+        precautions: of the targets of an accepted repair those into which nothing was seen to lead inputs:
+            what stands in front of them is a precaution.
     """
 
     model: nn.Module = field(repr=False)
@@ -108,6 +110,7 @@ class RepairResult:
     warnings: tuple[str, ...]
     settings: RepairSettings
     seconds: float
+    precautions: tuple[int, ...] = ()
 
     @property
     def way(self) -> str:

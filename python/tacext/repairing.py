@@ -31,6 +31,7 @@ from .repair_case import (
     reconstructed_tac,
     seek_adversary,
     split_of,
+    without_unreachable,
 )
 from .repair_methods import (
     Method,
@@ -69,7 +70,8 @@ def repair(
     (`ScanReport.doubtful`), by a patch alone if nothing leads inputs there. Beside suspects they get
     limits of their own where a patch is what is accepted, and only if the gate accepts that as well.
     Where a repair is rolled back and a scan of its outcome suspects another class, now that the first
-    are gone, that one is repaired with them.
+    are gone, that one is repaired with them, three times at most. Of these classes those are left out,
+    with a warning, into which no perturbation is known.
 
     First an adversary is sought, as `scan` does: a small change of the whole input and a small patch
     that lead into each target. Latents are led there by the reconstructed trigger-activated change
@@ -109,7 +111,8 @@ def repair(
             fine-tuned every parameter is trained, also those that are frozen.
         data: clean labelled samples, as for `scan`; held in memory.
         report: a scan of this model; None scans it with the same data first, as `scan` does by
-            default.
+            default, or without gradients where there are targets: of a patch that leads a single class
+            astray, which the gate would ask again, only a thorough report tells.
         targets: the class or classes to repair, overriding what the report suspects or doubts.
         method: "auto", "patch", "prune" or "finetune".
         settings: `PatchSettings`, `PruneSettings` or `FinetuneSettings` of the method; None for the
@@ -157,7 +160,8 @@ def repair(
     report = _checked_report(report)
     if report is None:
         # Targets that are given need not be found, but the gate wants to know what leads into them, and
-        # the repair of a wave: both are seen without gradients.
+        # the repair of a wave: both are seen without gradients. Not so the patch of a single
+        # class: for that a thorough report can be passed.
         depth: Depth = "thorough" if targets is None else "fast"
         report = scan(
             model,
@@ -182,9 +186,16 @@ def repair(
         progress,
     )
     blind = method == "finetune" and _is_blind(settings)
-    result = _repair_classes(
-        work, choose_targets(report, targets, found), method, all_settings, kept_at, blind=blind
-    )
+    chosen, left_out = choose_targets(report, targets, found), dict[int, str]()
+
+    def reachable(classes: tuple[int, ...]) -> tuple[int, ...]:
+        kept, others = without_unreachable(report, found, choose_targets(report, classes, found))
+        left_out.update(others)
+        return kept
+
+    if targets is None:
+        chosen = reachable(chosen) or chosen  # of none there is the error of a class that was named
+    result = _repair_classes(work, chosen, method, all_settings, kept_at, blind=blind)
     if targets is None:
         result = with_further_targets(
             result,
@@ -198,7 +209,9 @@ def repair(
                 None,
                 blind=blind,
             ),
+            reachable,
         )
+        result = replace(result, warnings=(*result.warnings, *left_out.values()))
     for warning in result.warnings:
         logger.warning("repair: %s", warning)
     logger.info(

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from . import ops
+from .errors import InputError, counted
 from .evaluation import Evaluation
 from .files import StrPath, write_text_atomically
 from .guard import Guard
@@ -67,7 +68,18 @@ def scan_to_dict(
         report: the scan.
         class_names: [C], shown beside the indices.
         source: where model and data came from, copied as it is.
+
+    Raises:
+        InputError: more or fewer names than classes.
     """
+    if class_names is not None and len(class_names) != report.num_classes:
+        raise InputError.of(
+            "scan_to_dict",
+            "class_names",
+            expected=f"a name for each of {counted(report.num_classes, 'class', 'classes')}",
+            got=counted(len(class_names), "name"),
+            way_out="pass all of them in the order of the classes, or leave them out",
+        )
     found = report.perturbations
     kinds = {} if report.evidence is None else report.evidence.joint.kind_p_values
     balanced = report.test.balanced
@@ -98,6 +110,7 @@ def scan_to_dict(
         "reason": report.reason,
         "warnings": list(report.warnings),
         "limited": list(report.limited),
+        "trust_patch": report.trust_patch,
         "alpha": report.alpha,
         "depth": report.depth,
         "patch": _patch(report),
@@ -239,6 +252,7 @@ def repair_to_dict(result: RepairResult, source: Json | None = None) -> Json:
         "max_accuracy_drop": result.max_accuracy_drop,
         "reason": result.reason,
         "targets": list(result.targets),
+        "precautions": list(result.precautions),
         "attempts": [
             {
                 "method": attempt.method,

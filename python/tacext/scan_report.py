@@ -62,6 +62,7 @@ class ScanReport:
         timings: seconds in each stage.
         limited: the classes in front of which a latent patch at the head stands, of a repair or as anybody
             put it there; () where there is none. Norms are of latents that it has not touched.
+        trust_patch: whether a latent patch was said to be of a repair of the caller's own, as asked for.
     """
 
     verdict: Verdict
@@ -88,6 +89,7 @@ class ScanReport:
     depth: Depth
     timings: ScanTimings = field(repr=False)
     limited: tuple[int, ...] = ()
+    trust_patch: bool = False
 
     @property
     def norm(self) -> Tensor:

@@ -26,7 +26,7 @@ from .errors import InputError, check_choice, counted
 from .heads import Head, HeadModule, check_model
 from .joint_test import shipped_calibration
 from .latent_patch import has_latent_patch, patch_in_front
-from .limited_scan import holds_back, not_cleared, with_limits
+from .limited_scan import hidden_by_patch, holds_back, not_cleared, with_limits
 from .observation import Metric, Observation, balanced_norms, observe, solve
 from .ops import MinimalPerturbation, SolverSettings, Status
 from .patch_reach import FEWEST_PIXELS, has_room
@@ -114,6 +114,42 @@ def scan(
         InputError: no samples, samples of one class, labels out of range, NaN or infinity, inputs
             of a shape that the model rejects.
     """
+    return scan_looking_at(
+        (),
+        model,
+        data,
+        input_shape=input_shape,
+        head=head,
+        metric=metric,
+        quantile=quantile,
+        alpha=alpha,
+        depth=depth,
+        batch_size=batch_size,
+        settings=settings,
+        trust_patch=trust_patch,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def scan_looking_at(
+    classes: tuple[int, ...],
+    model: nn.Module,
+    data: DataLike | None,
+    *,
+    head: str | None,
+    metric: Metric,
+    quantile: float,
+    alpha: float,
+    batch_size: int,
+    trust_patch: bool,
+    seed: int,
+    progress: bool | None,
+    input_shape: Sequence[int] | None = None,
+    depth: Depth = "thorough",
+    settings: SolverSettings = ops.DEFAULT_SETTINGS,
+) -> ScanReport:
+    """As `scan`, but that these classes are looked at however many there are, and whatever their norms."""
     check_model(model, "scan")
     check_choice("scan", "metric", metric, get_args(Metric), "standardized")
     check_choice("scan", "depth", depth, get_args(Depth), "thorough")
@@ -126,6 +162,14 @@ def scan(
             expected="a rate between 0 and 1",
             got=repr(alpha),
             way_out="leave it out for 0.01",
+        )
+    if not isinstance(trust_patch, bool):
+        raise InputError.of(
+            "scan",
+            "trust_patch",
+            expected="True or False",
+            got=repr(trust_patch),
+            way_out="leave it out unless the patch is of a repair of your own",
         )
     batch_size = check_positive("scan", "batch_size", batch_size, None)
     seed = check_seed("scan", seed)
@@ -187,14 +231,23 @@ def scan(
     norm[unproven] = math.nan  # stopped on the way up from 0, such a norm would be too small
     balanced = None if found is None else found.numpy()
     test = _explained(judge_norms(norm, alpha, balanced), norm, quantile)
+    notes: list[str] = []
+    hidden = patch_in_front(model, observation.head) is not None and bool((norm == 0).any())
+    if hidden:
+        # Whoever wrote the patch may have shifted the head, and have the patch undo it: the norms say nothing.
+        reason = hidden_by_patch(norm, quantile)
+        notes.append(reason)
+        norm[:] = math.nan
+        test = replace(judge_norms(norm, alpha), reason=reason)
     finding = finding_of_norms(test)
     evidence: Evidence | None = None
-    notes: list[str] = []
     tested = time.perf_counter()
     looked = tested
-    # Where the norms have nothing to compare the model is beyond any test.
-    if looks and keeper is not None and not math.isnan(test.usual_norm):
-        look, notes = _look_again(model, observation, keeper, test, batch_size, seed, progress)
+    # Where the norms have nothing to compare the model is beyond any test, unless a patch is why.
+    if looks and keeper is not None and (hidden or not math.isnan(test.usual_norm)):
+        chosen = tuple(sorted({*classes_to_look_at(norm, test.balanced), *classes}))
+        look, untold = _look_again(model, observation, keeper, chosen, batch_size, seed, progress)
+        notes += untold
         looked = time.perf_counter()
         if look is not None:
             finding, evidence = weigh(test, look, alpha, shipped_calibration())
@@ -239,6 +292,7 @@ def _with_limits(
         size = min(batch_size, _LOOK_BATCH_SIZE)
         holds = functools.partial(holds_back, model, patch, samples, report.perturbation, size)
         report = with_limits(report, targets, holds)
+    report = replace(report, trust_patch=trust_patch)
     return not_cleared(report) if has_latent_patch(model) and not trust_patch else report
 
 
@@ -257,15 +311,15 @@ def _look_again(
     model: nn.Module,
     observation: Observation,
     keeper: LookKeeper,
-    test: NormTest,
+    classes: tuple[int, ...],
     batch_size: int,
     seed: int,
     progress: bool | None,
 ) -> tuple[SecondLook | None, list[str]]:
-    """The second look, as far as there is one, and a warning of why there is no more."""
+    """The second look at these classes, as far as there is one, and a warning of why there is no more."""
     if not keeper.all.one_shape:
         return None, ["the inputs differ in shape, so that only the norms were tested"]
-    samples, classes = keeper.all.samples(), classes_to_look_at(test.norm, test.balanced)
+    samples = keeper.all.samples()
     more: dict[str, Any] = {
         "batch_size": min(batch_size, _LOOK_BATCH_SIZE),
         "seed": seed,

@@ -136,8 +136,9 @@ def repair_command(
 
     Without --target the model is scanned first; what it suspects is repaired, or else what it is in
     doubt of. Perturbations come from the scan's margins, and so --quantile matters with --target, too;
-    --metric, --alpha and --depth bear on the suspects alone. The file in WEIGHTS is left as it is. The outcome is scanned
-    thoroughly; one that costs too much accuracy, or in which the backdoor is not seen to be gone, is
+    --metric and --alpha bear on the suspects alone. With --target, --depth is fast unless it is given:
+    only of a thorough scan the gate knows the patch that leads a single class astray, and asks it again.
+    The file in WEIGHTS is left as it is. The outcome is scanned thoroughly; one that costs too much accuracy, or in which the backdoor is not seen to be gone, is
     not written. Of a patch, and of auto, the file holds limits beside the weights: tacext loads it into
     the same --arch; into plain torch code load the outcome of --method prune or finetune.
 
@@ -181,8 +182,9 @@ def repair_command(
     source = given.source
     images = given.load_images()
     console = ResultConsole()
-    # Targets that are given need not be found; what leads into them is seen without gradients.
-    if targets and options.depth == "thorough":
+    # Targets that are given need not be found; most of what leads into them is seen without gradients.
+    source_of_depth = click.get_current_context().get_parameter_source("depth")
+    if targets and source_of_depth != ParameterSource.COMMANDLINE:
         options = replace(options, depth="fast")
     report = given.scan(model, images, options)
     if not targets:

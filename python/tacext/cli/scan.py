@@ -24,7 +24,7 @@ from .scan_several import class_names, scan_one, scan_several
 @click.option(
     "--trust-patch",
     is_flag=True,
-    help="A latent patch in WEIGHTS is of your own repair: with it a model may be called clean.",
+    help="Latent patches in all WEIGHTS are of your own repairs: with them a model may be called clean.",
 )
 @click.option("--plot", type=click.Path(), help="Write a PNG of the norms, of one model.")
 @scan_options
