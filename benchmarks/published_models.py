@@ -112,8 +112,8 @@ def main() -> None:
         print("| model | classes | target | verdict | certificate | forward | analysis |")
         print("|---|---|---|---|---|---|---|")
     elif options.depth == "fast":
-        print("| model | target | first | norm | corner | moved | p | verdict | forward | look |")
-        print("|---|---|---|---|---|---|---|---|---|---|")
+        print("| model | target | first | norm | balanced | corner | moved | p | verdict | forward | look |")
+        print("|---|---|---|---|---|---|---|---|---|---|---|")
     else:
         print(
             "| model | target | first | norm | balanced | reach | share | patch | corner | moved | shuffle | p | verdict | forward | look |"
