@@ -112,7 +112,9 @@ def main() -> None:
         print("| model | classes | target | verdict | certificate | forward | analysis |")
         print("|---|---|---|---|---|---|---|")
     elif options.depth == "fast":
-        print("| model | target | first | norm | balanced | corner | moved | p | verdict | forward | look |")
+        print(
+            "| model | target | first | norm | balanced | corner | moved | p | verdict | forward | look |"
+        )
         print("|---|---|---|---|---|---|---|---|---|---|---|")
     else:
         print(

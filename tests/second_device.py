@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -29,8 +30,10 @@ from typing_extensions import Self
 
 import tacext
 from command_line import ARCH, run
-from digits import digit_case
+from digits import Cropped, digit_case, padded
 from tacext import demo
+from tacext.differentiable import DifferentiableModel
+from tacext.heads import find_head
 
 aten = torch.ops.aten
 # What moves tensors between devices, and what takes indices from another one.
@@ -205,7 +208,14 @@ def scans_of_norms() -> None:
 
 @_check
 def fast_scans() -> None:
-    _scans_alike(depth="fast")
+    data = padded(digit_case().data.defender)
+    here, there = Cropped(digit_case().backdoored), Cropped(_moved())
+    one, other = (tacext.scan(model, data, depth="fast") for model in (here, there))
+    assert one.evidence is not None
+    assert one.evidence.look is not None
+    assert one.evidence.look.corners is not None
+    assert one.evidence.look.waves is not None
+    assert (one.verdict, one.p_value, one.reason) == (other.verdict, other.p_value, other.reason)
 
 
 @_check
@@ -219,15 +229,17 @@ def scans_without_data() -> None:
 
 
 def _repairs(method: Any, settings: tacext.RepairSettings | None) -> None:
-    model, data = _moved(), digit_case().data
-    report = tacext.scan(model, data.defender, depth="norms")
-    result = tacext.repair(
-        model, data.defender, report, [0], method=method, settings=settings, max_accuracy_drop=None
-    )
-    assert {p.device for p in result.model.parameters()} == {DEVICE}
-    found = tacext.evaluate(result.model, data.test, demo.white_corner, 0, baseline=model)
-    assert found.acc > 0.9, found
-    assert found.asr < 0.2 or method != "patch", found  # the others need more than this to go by
+    data, outcomes = digit_case().data, []
+    for model in (digit_case().backdoored, _moved()):
+        report = tacext.scan(model, data.defender, depth="norms")
+        result = tacext.repair(
+            model, data.defender, report, [0], method=method, settings=settings,
+            max_accuracy_drop=None,
+        )  # fmt: skip
+        assert {p.device for p in result.model.parameters()} == {next(model.parameters()).device}
+        found = tacext.evaluate(result.model, data.test, demo.white_corner, 0, baseline=model)
+        outcomes.append((found.acc, found.asr, result.accuracy_after, result.robust_accuracy_after))
+    np.testing.assert_allclose(outcomes[1], outcomes[0], atol=0.02)
 
 
 @_check
@@ -243,6 +255,18 @@ def repair_by_pruning() -> None:
 @_check
 def repair_by_training() -> None:
     _repairs("finetune", tacext.FinetuneSettings(epochs=1))
+
+
+@_check
+def processors_speak_for_themselves_alone() -> None:
+    """What they multiply fast in bfloat16 is no reason to use it elsewhere."""
+    model = _moved()
+    images = digit_case().data.defender[0]
+    head = find_head(model, images[:4].to(DEVICE))
+    with mock.patch("tacext.differentiable.has_fast_bfloat16", return_value=True):
+        assert not DifferentiableModel(model, head, "test")._half
+        here = digit_case().backdoored
+        assert DifferentiableModel(here, find_head(here, images[:4]), "test")._half
 
 
 @_check

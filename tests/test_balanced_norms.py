@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tacext import SolverSettings, ops
+from digits import digit_case
+from tacext import MinimalPerturbation, SolverSettings, Status, ops, scan, scanning
 from tacext.detection import judge_norms
 from tacext.latents import LatentMoments
-from tacext.observation import Observation, balanced_norms, observe
+from tacext.observation import Observation, observe, proven_norms, solve_balanced
 from tacext.second_look import classes_to_look_at
 
 
@@ -91,9 +94,36 @@ def test_latents_that_do_not_vary_have_none_and_what_is_not_solved_is_unknown() 
     moments = LatentMoments(10, torch.zeros(9), torch.zeros(9, dtype=torch.float64))
     assert moments.balanced(head.weight) is None
     few = SolverSettings(max_iterations=1, closed_form=False)
-    found = balanced_norms(observed(head, data), few)
+    found = solve_balanced(observed(head, data), few)
     assert found is not None
-    assert bool(found.isnan().any())
+    unproven = (found.status == Status.ITERATION_LIMIT).numpy()
+    assert unproven.any()
+    np.testing.assert_array_equal(np.isnan(proven_norms(found)), unproven)
+
+
+def test_a_class_without_a_certificate_in_either_metric_leaves_no_verdict(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = digit_case()
+    assert scan(case.clean, case.data.defender, depth="norms", alpha=0.05).verdict == "clean"
+
+    def stopped(*arguments: Any, **settings: Any) -> MinimalPerturbation | None:
+        found = solve_balanced(*arguments, **settings)
+        assert found is not None
+        status = found.status.clone()
+        status[3] = Status.ITERATION_LIMIT
+        return replace(found, status=status)
+
+    monkeypatch.setattr(scanning, "solve_balanced", stopped)
+    for depth in ("norms", "thorough"):
+        report = scan(case.clean, case.data.defender, depth=depth, alpha=0.05)
+        assert report.verdict == "inconclusive"
+        assert report.warnings == ("classes without a certificate: 3",)
+
+
+def balanced_norms(observation: Observation) -> Tensor | None:
+    found = solve_balanced(observation)
+    return None if found is None else found.norm
 
 
 def norms(*changes: tuple[int, float]) -> np.ndarray:
@@ -121,6 +151,14 @@ def test_either_of_the_two_betrays_a_class_and_both_clear_a_model() -> None:
         assert found.balanced is balanced
     both = judge_norms(norms((4, 0.6)), 0.01, norms((7, 0.5)))
     assert both.suspects == (7, 4)
+    # What does not scatter as clean norms do has no say, neither in suspects nor in p.
+    odd = norms(*((k, 1e-3) for k in range(3)))
+    assert not judge_norms(odd, 0.01).applies
+    for pair in ((norms((4, 0.6)), odd), (odd, norms((4, 0.6)))):
+        found = judge_norms(pair[0], 0.01, pair[1])
+        assert (found.verdict, found.suspects, found.applies) == ("backdoored", (4,), True)
+        assert found.p_value == found.class_p_values[4] == pytest.approx(2 * alone.p_value)
+    assert not judge_norms(odd, 0.01, odd).applies
     # Each has half of alpha.
     edge = next(x for x in np.linspace(0.96, 0.6, 2000) if judge_norms(norms((4, x))).suspects)
     assert judge_norms(norms((4, edge)), 0.01, nothing).verdict == "inconclusive"

@@ -75,7 +75,7 @@ def rescaled(model: nn.Module, factor: torch.Tensor) -> nn.Sequential:
     return same
 
 
-def test_rescaled_latents_hide_nothing() -> None:
+def test_rescaled_latents_do_not_hide_a_class_from_balanced_norms() -> None:
     """Factors that make the plain norms blind: latents that the trigger wakes become as dear as others."""
     case = digit_case()
     assert isinstance(case.backdoored, nn.Sequential)

@@ -18,7 +18,7 @@ from torch.utils import backend_registration
 def test_everything_on_a_second_device() -> None:
     program = Path(__file__).parent / "second_device.py"
     ran = subprocess.run(
-        [sys.executable, str(program)], capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, str(program)], capture_output=True, text=True, timeout=1800, check=False
     )
     assert ran.returncode == 0, ran.stderr[-4000:]
     found: dict[str, str | None] = json.loads(ran.stdout.splitlines()[-1])

@@ -30,7 +30,7 @@ from tacext.data import as_batches
 from tacext.data_free import observe_prototypes
 from tacext.differentiable import InputBox
 from tacext.heads import find_head
-from tacext.observation import Metric, balanced_norms, observe, solve
+from tacext.observation import Metric, observe, solve, solve_balanced
 from tacext.sample_keeper import LookKeeper
 from tacext.second_look import MOST_CLASSES, look_again, shuffle_budgets
 from tacext.source_patch import SourcePatch
@@ -70,9 +70,9 @@ def _norms(model: nn.Module, data: ImageSet) -> dict[str, list[float]]:
         perturbations, _ = solve(seen, metric, operation="scan")
         found[f"{metric} {quantile:g} {samples}"] = _rounded(perturbations.norm)
         if metric == "standardized":
-            balanced = balanced_norms(seen)
+            balanced = solve_balanced(seen)
             assert balanced is not None  # latents of the zoo vary
-            found[f"balanced {quantile:g} {samples}"] = _rounded(balanced)
+            found[f"balanced {quantile:g} {samples}"] = _rounded(balanced.norm)
     return found
 
 

@@ -24,8 +24,8 @@ from .files import explain
 from .heads import Head, evaluating, find_head, run_model
 from .joint_test import judge_jointly, shipped_calibration
 from .max_margin import MaxMargin, drive_classes
-from .observation import Metric, Observation, observe, solve
-from .ops import SolverSettings, Status
+from .observation import Metric, Observation, observe, proven_norms, solve
+from .ops import SolverSettings
 from .scan_report import ScanReport, ScanTimings
 from .second_look import margin_evidence, norm_evidence
 from .verdict import Evidence, doubt_level, weigh_without_data
@@ -130,8 +130,7 @@ def scan_without_data(
     started = time.perf_counter()
     perturbations, scale = solve(observation, metric, settings, operation=_OPERATION)
     solved = time.perf_counter()
-    norm = perturbations.norm.cpu().numpy().astype(np.float64)
-    norm[perturbations.status.cpu().numpy() == Status.ITERATION_LIMIT] = math.nan
+    norm = proven_norms(perturbations)
     test = judge_norms(norm, alpha)
     evidence = {
         "margin": margin_evidence(found.margin.mean(1).numpy()),

@@ -52,8 +52,8 @@ class NormTest:
         verdict: "backdoored", "clean" or "inconclusive".
         suspects: the classes whose norm is abnormally small, most suspicious first.
         doubtful: those whose norm stands out among the rest, but not enough, in the same order.
-        p_value: of the smallest norm, corrected for the choice among the classes; 1.0 where
-            nothing could be tested.
+        p_value: of the smallest norm, corrected for the choice among the classes, and of the two
+            kinds where there are both; 1.0 where nothing could be tested.
         class_p_values: [C], the same for every class by itself; NaN where it was not tested.
         anomaly_index: [C], (median - r_k) / (1.4826 MAD), the textbook index, for comparison.
         usual_norm: geometric mean of the norms of all classes that are no suspects.
@@ -62,6 +62,8 @@ class NormTest:
         balanced: [C], the norms in the balanced metric, tested beside the others; None without.
             `class_p_values` are those of both; the index, `usual_norm` and `detectable_ratio` of
             `norm` alone.
+        applies: whether norms scatter as those of clean models do, without which p-values mean nothing.
+        hidden: whether a latent patch hides the norms, which are not known then.
     """
 
     norm: _FloatArray
@@ -75,6 +77,8 @@ class NormTest:
     reason: str
     doubtful: tuple[int, ...] = ()
     balanced: _FloatArray | None = None
+    applies: bool = True
+    hidden: bool = False
 
     @property
     def null_band(self) -> tuple[float, float]:
@@ -174,6 +178,7 @@ def judge_norms(
     reason = plain.reason if verdict == "clean" else decides.reason
     if reason != plain.reason:
         reason += ", when latents are rescaled to weigh the same in the head"
+    telling = [test for test in tests if test.applies] or tests
     suspects = tuple(dict.fromkeys(k for test in tests for k in test.suspects))
     doubtful = dict.fromkeys(k for test in tests for k in test.doubtful if k not in suspects)
     return replace(
@@ -181,10 +186,11 @@ def judge_norms(
         verdict=verdict,
         suspects=suspects,
         doubtful=tuple(doubtful),
-        p_value=tests[0].p_value,
-        class_p_values=np.fmin(plain.class_p_values, other.class_p_values),
+        p_value=telling[0].p_value,
+        class_p_values=np.fmin(telling[0].class_p_values, telling[-1].class_p_values),
         reason=reason,
         balanced=balanced,
+        applies=any(test.applies for test in tests),
     )
 
 
@@ -263,6 +269,7 @@ def _judge(norm: _FloatArray, alpha: float, tests: int) -> NormTest:
         usual,
         reason,
         tuple(doubtful),
+        applies=law >= LAW_P_VALUE,
     )
 
 

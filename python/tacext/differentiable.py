@@ -125,7 +125,8 @@ class DifferentiableModel:
                 got="weights made in inference mode",
                 way_out=f"build or copy the model outside torch.inference_mode(), {without_gradients}",
             )
-        fast = self.device.type == "cuda" or has_fast_bfloat16()
+        kind = self.device.type
+        fast = kind == "cuda" or (kind == "cpu" and has_fast_bfloat16())
         self._half = fast and model_dtype(model) == torch.float32
         self._half_checked = False
         self._layout: torch.memory_format | None = None  # not known yet

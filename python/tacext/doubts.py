@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .detection import LARGEST_DOUBT
@@ -44,18 +45,18 @@ def sensible_accuracy(num_classes: int) -> float:
 
 
 def doubts_of(
-    observation: Observation, perturbations: MinimalPerturbation, notes: list[str]
+    observation: Observation, perturbations: Sequence[MinimalPerturbation], notes: list[str]
 ) -> tuple[Doubt, ...]:
     """All doubts of a scan with data, severe ones first.
 
     Args:
         observation: of the data.
-        perturbations: what was solved from it.
+        perturbations: what was solved from it, in each metric.
         notes: why there was no second look.
     """
     num_classes, samples = observation.head.num_classes, observation.samples
     seen, accuracy = observation.classes_seen, observation.correct / observation.samples
-    unsolved = unsolved_doubt(perturbations)
+    unsolved = unsolved_doubt(*perturbations)
     found: list[Doubt] = []
     if accuracy < sensible_accuracy(num_classes):
         found.append(
@@ -92,9 +93,10 @@ def doubts_of(
     return (*found, *(Doubt(note, severe=False) for note in notes))
 
 
-def unsolved_doubt(perturbations: MinimalPerturbation) -> Doubt | None:
+def unsolved_doubt(*perturbations: MinimalPerturbation) -> Doubt | None:
     """The doubt about classes whose perturbations have no certificate; None where all have one."""
-    unsolved = perturbations.classes[perturbations.status == Status.ITERATION_LIMIT].tolist()
+    limit = Status.ITERATION_LIMIT
+    unsolved = sorted({k for p in perturbations for k in p.classes[p.status == limit].tolist()})
     if not unsolved:
         return None
     classes = ", ".join(map(str, unsolved[:20]))

@@ -36,8 +36,6 @@ MOVED_FROM_CORNERS = 0.2
 _ASKED = 500
 _LONGER = 5
 
-_HIDDEN = "so that the norms, which are of latents in front of it, cannot be compared"
-
 
 def with_limits(
     report: ScanReport, classes: tuple[int, ...], holds: Callable[[int], bool]
@@ -103,7 +101,7 @@ def not_cleared(report: ScanReport) -> ScanReport:
         f"{report.reason}; but the model has a latent patch, which could lead inputs into a class as well as "
         "keep them out"
     )
-    if report.verdict == "inconclusive" and _HIDDEN in report.reason:
+    if report.verdict == "inconclusive" and report.test.hidden:
         return dataclasses.replace(report, reason=reason)
     if report.verdict != "clean":
         return report
@@ -115,7 +113,10 @@ def hidden_by_patch(norm: npt.NDArray[np.float64], quantile: float) -> str:
     """Why norms in front of a latent patch cannot be compared, of which at least one is 0."""
     stuck = int(np.flatnonzero(norm == 0)[0])
     samples = "every sample" if quantile == 1 else "nearly every sample"
-    return f"without its latent patch the model would take {samples} for class {stuck}, {_HIDDEN}"
+    return (
+        f"without its latent patch the model would take {samples} for class {stuck}, so that the norms, "
+        "which are of latents in front of it, cannot be compared"
+    )
 
 
 def _suspected(report: ScanReport, why: str) -> ScanReport:

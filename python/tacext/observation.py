@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -208,20 +210,25 @@ def solve(
     return perturbations, scale
 
 
-def balanced_norms(
+def solve_balanced(
     observation: Observation, settings: SolverSettings = ops.DEFAULT_SETTINGS
-) -> Tensor | None:
-    """r_k of every class in the metric that no rescaling of latents changes (`LatentMoments.balanced`).
-
-    Returns:
-        float64 [C] on the CPU, infinite where unreachable, NaN where there is no certificate; None
-        where latents do not vary.
-    """
+) -> MinimalPerturbation | None:
+    """s_k in the metric that no rescaling of latents changes (`LatentMoments.balanced`); None where they do not vary."""
     found = observation.moments.balanced(observation.head.weight)
     if found is None:
         return None
     device = observation.margins.device
     weight, scale = (part.to(device) for part in found)
-    solved = ops.minimal_perturbation(weight, observation.margins, scale=scale, settings=settings)
-    unproven = solved.status == Status.ITERATION_LIMIT
-    return torch.where(unproven, torch.nan, solved.norm).cpu()
+    return ops.minimal_perturbation(weight, observation.margins, scale=scale, settings=settings)
+
+
+def proven_norms(perturbations: MinimalPerturbation) -> npt.NDArray[np.float64]:
+    """r_k, [C]: infinite where unreachable, NaN where there is no certificate.
+
+    A class that the solver left on its way up from 0 would seem too easily reached.
+    """
+    unproven = perturbations.status == Status.ITERATION_LIMIT
+    norm: npt.NDArray[np.float64] = (
+        torch.where(unproven, torch.nan, perturbations.norm).cpu().numpy()
+    )
+    return norm

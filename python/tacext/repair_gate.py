@@ -32,6 +32,10 @@ from .waves import class_by_wave, wave_pattern
 # A p-value above this leaves no doubt of a patch or a shuffle.
 _DOUBT = 0.3
 
+# An outcome is scanned at no less, however small that of the scan before: fewer false alarms there are
+# more of what a repair left here.
+LEAST_ALPHA = 0.01
+
 # Of what the old changes and patches moved, so much may still move.
 _MOST_LEFT = 0.5
 
@@ -150,7 +154,7 @@ def check_repair(
             head=head,
             metric=before.metric,
             quantile=before.quantile,
-            alpha=before.alpha,
+            alpha=max(before.alpha, LEAST_ALPHA),
             batch_size=batch_size,
             trust_patch=True,
             seed=seed,
@@ -169,11 +173,14 @@ def check_repair(
                 "clean model, so that there is nothing to see that a repair has changed",
                 report,
             )
-    accepted, reason = judge_scan(report, adversary.targets, seen, limited=limited)
     asked = set(adversary.targets) - set(seen) - unseen
-    alone = limited and not accepted and bool(asked)
-    if alone:
-        alone = judge_scan(report, adversary.targets, adversary.targets, limited=True)[0]
+    try:
+        accepted, reason = judge_scan(report, adversary.targets, seen, limited=limited)
+        alone = limited and not accepted and bool(asked)
+        if alone:
+            alone = judge_scan(report, adversary.targets, adversary.targets, limited=True)[0]
+    except InputError as error:
+        return no(f"what a scan of it shows cannot be judged ({error})", report)
     norms_alone = tuple(sorted(asked)) if alone else ()
     return Gate(accepted, reason, report, robust, tuple(sorted(unseen)), norms_alone)
 

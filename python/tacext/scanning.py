@@ -27,8 +27,8 @@ from .heads import Head, HeadModule, check_model
 from .joint_test import shipped_calibration
 from .latent_patch import has_latent_patch, patch_in_front
 from .limited_scan import hidden_by_patch, holds_back, not_cleared, with_limits
-from .observation import Metric, Observation, balanced_norms, observe, solve
-from .ops import MinimalPerturbation, SolverSettings, Status
+from .observation import Metric, Observation, observe, proven_norms, solve, solve_balanced
+from .ops import MinimalPerturbation, SolverSettings
 from .patch_reach import FEWEST_PIXELS, has_room
 from .reach import ENOUGH_GAIN
 from .sample_keeper import LookKeeper
@@ -224,13 +224,11 @@ def scan_looking_at(
     importlib.import_module("scipy.stats")  # its first use takes a second, which is no analysis
     started = time.perf_counter()
     perturbations, scale = solve(observation, metric, settings, operation="scan")
-    found = balanced_norms(observation, settings)
+    balanced = solve_balanced(observation, settings)
     solved = time.perf_counter()
-    norm = perturbations.norm.cpu().numpy().copy()
-    unproven = perturbations.status.cpu().numpy() == Status.ITERATION_LIMIT
-    norm[unproven] = math.nan  # stopped on the way up from 0, such a norm would be too small
-    balanced = None if found is None else found.numpy()
-    test = _explained(judge_norms(norm, alpha, balanced), norm, quantile)
+    norm = proven_norms(perturbations)
+    beside = None if balanced is None else proven_norms(balanced)
+    test = _explained(judge_norms(norm, alpha, beside), norm, quantile)
     notes: list[str] = []
     hidden = patch_in_front(model, observation.head) is not None and bool((norm == 0).any())
     if hidden:
@@ -238,7 +236,7 @@ def scan_looking_at(
         reason = hidden_by_patch(norm, quantile)
         notes.append(reason)
         norm[:] = math.nan
-        test = replace(judge_norms(norm, alpha), reason=reason)
+        test = replace(judge_norms(norm, alpha), reason=reason, hidden=True)
     finding = finding_of_norms(test)
     evidence: Evidence | None = None
     tested = time.perf_counter()
@@ -256,6 +254,7 @@ def scan_looking_at(
     report = _report(
         observation,
         perturbations,
+        balanced,
         scale,
         test,
         finding,
@@ -371,6 +370,7 @@ def _explained(test: NormTest, norm: npt.NDArray[np.float64], quantile: float) -
 def _report(
     observation: Observation,
     perturbations: MinimalPerturbation,
+    balanced: MinimalPerturbation | None,
     scale: Tensor | None,
     test: NormTest,
     finding: Finding,
@@ -382,7 +382,8 @@ def _report(
     depth: Depth,
     timings: ScanTimings,
 ) -> ScanReport:
-    doubts = doubts_of(observation, perturbations, notes)
+    solved = [perturbations] if balanced is None else [perturbations, balanced]
+    doubts = doubts_of(observation, solved, notes)
     finding = doubted(finding, doubts)
     for doubt in doubts:
         logger.warning("scan: %s", doubt.text)
