@@ -198,6 +198,22 @@ def test_what_nothing_shows_is_not_accepted() -> None:
     repair(case.backdoored, (images[:few], labels[:few]), report, targets=[0], settings=more)
 
 
+def test_an_outcome_is_scanned_at_the_usual_alpha_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few false alarms the scan before was to raise."""
+    case, asked = digit_case(), []
+
+    def told(*_: object, alpha: float, **__: object) -> tacext.ScanReport:
+        asked.append(alpha)
+        raise InputError("enough is known")
+
+    monkeypatch.setattr(repair_gate, "scan_looking_at", told)
+    for alpha in (1e-9, 0.2):
+        report = dataclasses.replace(scan(case.backdoored, case.data.defender), alpha=alpha)
+        result = repair(case.backdoored, case.data.defender, report, [demo.TARGET], method="patch")
+        assert result.reason == "it cannot be scanned again (enough is known)"
+    assert asked == [0.01, 0.2]
+
+
 def test_a_patch_against_which_norms_alone_stand_is_the_last_resort(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
