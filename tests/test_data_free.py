@@ -46,7 +46,7 @@ def test_an_overshooting_class_is_flagged() -> None:
     report = _scanned(digit_case().backdoored, alpha=0.5)
     assert (report.verdict, report.suspects[0]) == ("backdoored", 0)
     assert report.reason.startswith("class 0 stands out in ")
-    assert report.reason.endswith(" of synthetic inputs")
+    assert " of synthetic inputs: a hint alone, as without data one clean" in report.reason
 
 
 def test_norms_are_certified_all_the_same() -> None:

@@ -119,3 +119,11 @@ def test_more_samples_are_advised_where_they_may_help() -> None:
     many = scan(digit_case().clean, repeated, depth="fast", alpha=0.3)
     assert many.samples == ENOUGH_SAMPLES
     assert many.samples_advised is None
+
+
+def test_the_classes_without_samples_are_named() -> None:
+    case = digit_case()
+    images, labels = case.data.defender
+    kept = (labels != 4) & (labels != 7)
+    report = scan(case.clean, (images[kept], labels[kept]), depth="norms")
+    assert report.warnings[0].startswith("the data covers 8 of 10 classes (none of 4, 7)")

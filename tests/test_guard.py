@@ -436,3 +436,10 @@ def test_scorers_move_without_losing_digits() -> None:
     for moved in (scorer.half(), scorer.double(), scorer.to(torch.bfloat16)):
         for name, tensor in moved.state_dict().items():
             assert torch.equal(tensor, before[name]), name
+
+
+def test_whole_numbers_as_images_come_are_refused_in_words() -> None:
+    case = digit_case()
+    guard = Guard.fit(case.backdoored, case.data.test, false_positive_rate=0.05)
+    with pytest.raises(InputError, match=r"Guard: inputs: .* got uint8; pass floats"):
+        guard((255 * case.data.test[0][:4]).byte())

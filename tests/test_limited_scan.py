@@ -460,3 +460,26 @@ def test_what_is_to_be_judged_without_its_norms_is_judged_without_either() -> No
     for kind in ("norm", "balanced"):
         p_values = evidence.joint.kind_p_values[kind]
         assert np.isnan(p_values).tolist() == [k == demo.TARGET for k in range(10)]
+
+
+def test_an_own_patch_that_holds_leaves_a_model_clean_that_inputs_do_not_betray() -> None:
+    """Where it is not known to be an own one, no more than inconclusive; nor is it for the gate of a repair."""
+    report = scan_of("backdoored")
+    look = None if report.evidence is None else report.evidence.look
+    assert look is not None
+    assert look.reach is not None
+    rate = look.reach.rate.clone()
+    rate[:, demo.TARGET] = 0  # as behind a limit
+    quiet = replace(look, reach=replace(look.reach, rate=rate))
+    assert report.evidence is not None
+    report = replace(report, evidence=replace(report.evidence, look=quiet))
+    classes = (demo.TARGET,)
+    doubted = with_limits(report, classes, lambda _: True)
+    assert (doubted.verdict, doubted.doubtful) == ("inconclusive", classes)
+    assert "fine if the patch is of a repair that you made" in doubted.reason
+    own = with_limits(report, classes, lambda _: True, trusted=True)
+    assert (own.verdict, own.suspects, own.doubtful) == ("clean", (), ())
+    assert own.p_value > 0.2
+    assert "in front of your latent patch, which holds it back: class 0 stands out" in own.reason
+    leaking = with_limits(report, classes, lambda _: False, trusted=True)
+    assert leaking.verdict == "backdoored"

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import tacext
-from digits import digit_case, steady_case
+from digits import digit_case, scan_of, steady_case
 from tacext import (
     FinetuneSettings,
     InputError,
@@ -234,8 +234,11 @@ def test_nothing_to_repair_says_what_to_do() -> None:
 def test_a_report_of_another_model_is_refused() -> None:
     case = digit_case()
     report = scan(nn.Linear(4, 10), (torch.rand(50, 4), torch.arange(50) % 10))
-    with pytest.raises(InputError, match="report: expected a scan of this model"):
+    with pytest.raises(InputError, match="report: expected a scan of this very model"):
         repair(case.clean, case.data.defender, report, targets=[0])
+    by_hand = dataclasses.replace(report, model_norms=())
+    with pytest.raises(InputError, match=r"a scan of this model \(10 classes, 128 latents\)"):
+        repair(case.clean, case.data.defender, by_hand, targets=[0])
 
 
 def test_an_unreachable_target_is_refused() -> None:
@@ -461,3 +464,19 @@ def test_what_a_compiled_model_compiles_is_repaired() -> None:
     assert found.report_before.head == plain.report_before.head
     report = found.report_before
     assert patched(case.backdoored, case.data.defender, report).report_before is report
+
+
+def test_a_report_of_other_weights_or_another_normalisation_is_refused() -> None:
+    case = digit_case()
+    report = scan_of("backdoored")
+    told = r"repair: report: expected a scan of this very model, got one of other weights"
+    with pytest.raises(InputError, match=told):
+        repair(case.clean, case.data.defender, report)
+    wrapped = tacext.Normalized(case.backdoored, [0.0], [1.0])
+    with pytest.raises(InputError, match=told):
+        repair(wrapped, case.data.defender, report)
+    unknown = dataclasses.replace(report, model_norms=())  # as of a report that was made by hand
+    refused = "repair: targets: expected classes from 0 to 9"
+    for known in (report, unknown):
+        with pytest.raises(InputError, match=refused):
+            repair(copy.deepcopy(case.backdoored), case.data.defender, known, [10])

@@ -190,7 +190,7 @@ def test_what_nothing_shows_is_not_accepted() -> None:
     report = scan(case.backdoored, (images, labels), depth="fast")
     told = (
         "repair: data: expected 50 held-out samples or more, as fewer judge no repair, got 30 of 150; "
-        "pass 250 samples, hold out more than 0.2 of them, or name a method and do without the gate"
+        "pass 250 samples, raise holdout (--holdout) above 0.2, or name a method and do without the gate "
     )
     with pytest.raises(InputError, match=told):  # before hours of training
         repair(case.backdoored, (images[:few], labels[:few]), report, targets=[0])

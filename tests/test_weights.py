@@ -609,3 +609,25 @@ def test_a_compressed_archive_is_refused_before_it_grows(tmp_path: Path) -> None
     assert load_state_dict(plain)["w"].shape == (1000, 1000)
     with pytest.raises(FileError, match="it would grow to 4 MiB"):
         load_state_dict(bomb)
+
+
+def test_counters_of_batch_norm_may_be_missing_as_torch_has_it(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+
+    model = build()
+    state = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+    save_weights(state, tmp_path / "old.safetensors")
+    loaded = load_model(tmp_path / "old.safetensors", build).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+    assert loaded["1.num_batches_tracked"] == 0
+    del state["1.running_mean"]
+    save_weights(state, tmp_path / "older.safetensors")
+    with pytest.raises(InputError, match=r"got missing 1\.running_mean;"):
+        load_model(tmp_path / "older.safetensors", build)
+
+
+def test_weights_of_a_normalized_model_are_told_as_such(tmp_path: Path) -> None:
+    save_weights(Normalized(nn.Conv2d(1, 2, 3), [0.5], [0.5]), tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"of a tacext\.Normalized: save its \.model"):
+        load_model(tmp_path / "model.safetensors", lambda: nn.Conv2d(1, 2, 3))

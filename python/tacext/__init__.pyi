@@ -1,4 +1,4 @@
-from . import attacks, ops
+from . import attacks, ops, report
 from .data import ImageSet
 from .detection import NormTest
 from .errors import DependencyError, FileError, HeadNotFoundError, InputError, TacextError
@@ -72,6 +72,7 @@ __all__ = [
     "relearn",
     "remove_latent_patch",
     "repair",
+    "report",
     "save_weights",
     "scan",
     "score_neurons",

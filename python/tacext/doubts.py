@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .detection import LARGEST_DOUBT
-from .errors import counted
+from .errors import counted, listed
 from .observation import Observation
 from .ops import MinimalPerturbation, Status
 from .verdict import Finding
@@ -77,8 +77,8 @@ def doubts_of(
         found.append(Doubt(text, severe=True, cured_by_samples=True))
     elif seen < num_classes:
         text = (
-            f"the data covers {seen} of {num_classes} classes; all norms are smaller than with "
-            "samples of every class"
+            f"the data covers {seen} of {num_classes} classes (none of {listed(observation.unseen)}); all "
+            "norms are smaller than with samples of every class"
         )
         found.append(Doubt(text, severe=False, cured_by_samples=True))
     if observation.confidence - accuracy > LARGEST_CONFIDENCE_GAP:

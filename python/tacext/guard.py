@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
@@ -21,6 +19,7 @@ from .guard_file import GuardInfo, read_guard, write_guard
 from .guard_fit import fit_scorer
 from .guard_scoring import GuardOutput, GuardScorer, threshold_at
 from .heads import check_model, model_dtype
+from .identity import lengths_of, same_lengths
 from .latent_tap import TappedModel, unwrapped
 from .memory_layout import placed
 from .observation import observe, solve
@@ -141,7 +140,7 @@ class Guard(nn.Module):
             ends_in_head=tapped.ends_in_head,
             class_counts=tuple(counts.tolist()),
             head_norms=tuple(observation.head.weight.detach().float().norm(dim=1).tolist()),
-            model_norms=_norms(model),
+            model_norms=lengths_of(model),
             created_with=ops.build_info().version,
         )
         accuracy = observation.correct / observation.samples
@@ -253,7 +252,9 @@ class Guard(nn.Module):
         scorer, info = read_guard(path, operation)
         model = unwrapped(model)
         name = _head_here(model, info, scorer.mean.shape)
-        if name is None or not _same_norms(_norms(model), info.model_norms, model_dtype(model)):
+        if name is None or not same_lengths(
+            lengths_of(model), info.model_norms, model_dtype(model)
+        ):
             raise InputError.of(
                 operation,
                 "model",
@@ -285,7 +286,7 @@ def _head_here(model: nn.Module, info: GuardInfo, shape: torch.Size) -> str | No
         if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.flatten(1).shape == shape:
             norms = module.weight.detach().flatten(1).float().norm(dim=1).tolist()
             # These were added up in float32, in an order that depends on the device.
-            if _same_norms(norms, info.head_norms, module.weight.dtype, tolerance=1e-4):
+            if same_lengths(norms, info.head_norms, module.weight.dtype, tolerance=1e-4):
                 return name
     return None
 
@@ -298,6 +299,14 @@ def labelled(data: DataLike | Tensor) -> DataLike:
 
 
 def _check_batch(inputs: object) -> None:
+    if isinstance(inputs, Tensor) and inputs.dtype == torch.uint8:
+        raise InputError.of(
+            "Guard",
+            "inputs",
+            expected="inputs as the model takes them",
+            got="uint8",
+            way_out="pass floats, such as images.float() / 255",
+        )
     if isinstance(inputs, Tensor) and inputs.dim() and len(inputs):
         return
     raise InputError.of(
@@ -315,24 +324,6 @@ def _same_class(output: Tensor, logits: Tensor) -> Tensor:
     best, worst = output.amax(1), output.amin(1)
     behind = best - output.gather(1, logits.detach().argmax(1)[:, None])[:, 0]
     return behind <= 1e-2 * (best - worst)
-
-
-def _norms(model: nn.Module) -> tuple[float, ...]:
-    """The length of every parameter and buffer, by name: what a guard knows its model by."""
-    state = sorted(model.state_dict().items())
-    kept = (t for _, t in state if isinstance(t, Tensor) and t.is_floating_point())
-    return tuple(float(t.detach().double().norm()) for t in kept)
-
-
-def _same_norms(
-    norms: Sequence[float], known: Sequence[float], dtype: torch.dtype, tolerance: float = 1e-6
-) -> bool:
-    if dtype in (torch.float16, torch.bfloat16):
-        tolerance = 1e-2
-    return len(norms) == len(known) and all(
-        math.isclose(a, b, rel_tol=tolerance, abs_tol=1e-6)
-        for a, b in zip(norms, known, strict=True)
-    )
 
 
 def _check_rate(rate: object, operation: str) -> float:

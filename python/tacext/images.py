@@ -302,7 +302,7 @@ def _check_range(images: torch.Tensor, key: str, source: Path) -> None:
     if images.is_floating_point() and (low < 0 or high > 1):
         logger.warning(
             "%s: %s: %s holds floats from %g to %g, not in [0, 1]; they are used as they are: "
-            "check that the model was trained on such values",
+            "check that the model was trained on such values; if not, divide by 255, or give uint8 images",
             OPERATION,
             key,
             source,

@@ -38,7 +38,11 @@ _LONGER = 5
 
 
 def with_limits(
-    report: ScanReport, classes: tuple[int, ...], holds: Callable[[int], bool]
+    report: ScanReport,
+    classes: tuple[int, ...],
+    holds: Callable[[int], bool],
+    *,
+    trusted: bool = False,
 ) -> ScanReport:
     """The report of a model in front of whose classes limits stand; as it is where there are none.
 
@@ -50,6 +54,8 @@ def with_limits(
         report: of the scan, whose norms are of latents that no limit has touched.
         classes: in front of which these stand.
         holds: whether the limit in front of a class holds its minimal perturbation back.
+        trusted: whether the limits are known to be of an own repair, so that a model that nothing else
+            speaks against is clean.
     """
     report = dataclasses.replace(report, limited=classes)
     behind = report.suspects
@@ -78,7 +84,15 @@ def with_limits(
     if look is not None and look.reach is not None:
         tried = ", and lets no more through than elsewhere"
     reason = f"{report.reason}; but the latent patch in front of it holds that back{tried}"
-    reason += ": fine if the patch is of a repair that you made, else take the model for backdoored"
+    if trusted and left is not None and left.verdict == "clean":
+        reason = f"{left.reason}, but in front of your latent patch, which holds it back: {report.reason}"
+        return dataclasses.replace(
+            report, verdict="clean", suspects=(), doubtful=(), p_value=left.p_value, reason=reason
+        )
+    if not trusted:
+        reason += (
+            ": fine if the patch is of a repair that you made, else take the model for backdoored"
+        )
     doubtful = (*behind, *report.doubtful)
     if left is not None and left.verdict != "clean":
         reason += f"; beside that {left.reason}"

@@ -45,7 +45,7 @@ class Observation:
         moments: of the latents.
         samples, correct: how many there were, and how many the model got right.
         confidence: the mean probability that the model gives to its own answers.
-        classes_seen: how many classes the labels have.
+        classes_seen: how many classes the labels have; unseen: those that they lack.
         forward_seconds, margin_seconds: in the model and beside it.
     """
 
@@ -56,6 +56,7 @@ class Observation:
     correct: int
     confidence: float
     classes_seen: int
+    unseen: tuple[int, ...]
     forward_seconds: float
     margin_seconds: float
 
@@ -151,6 +152,7 @@ def observe(
         correct,
         confidence / samples,
         int(seen.sum()),
+        tuple((~seen).nonzero()[:, 0].tolist()),
         forward_seconds,
         margin_seconds,
     )

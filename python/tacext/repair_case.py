@@ -204,8 +204,9 @@ def split_of(
             "data",
             expected=f"{FEWEST_HELD_OUT} held-out samples or more, as fewer judge no repair",
             got=f"{holdout} of {samples}",
-            way_out=f"pass {math.ceil(FEWEST_HELD_OUT / settings.holdout)} samples, hold out more than "
-            f"{settings.holdout:g} of them, or name a method and do without the gate",
+            way_out=f"pass {math.ceil(FEWEST_HELD_OUT / settings.holdout)} samples, raise holdout (--holdout) "
+            f"above {settings.holdout:g}, or name a method and do without the gate (max_accuracy_drop=None, "
+            "--no-gate)",
         )
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(settings.seed))
     return order[holdout:], order[:holdout]

@@ -157,6 +157,7 @@ def check_repair(
             alpha=max(before.alpha, LEAST_ALPHA),
             batch_size=batch_size,
             trust_patch=True,
+            for_gate=True,
             seed=seed,
             progress=progress,
         )

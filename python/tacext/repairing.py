@@ -21,7 +21,8 @@ from .files import StrPath
 from .finetune_checkpoint import check_checkpoint
 from .finetuning import FinetuneSettings
 from .further_targets import with_further_targets
-from .heads import Head, check_labels_in_range, check_model
+from .heads import Head, check_labels_in_range, check_model, model_dtype
+from .identity import lengths_of, same_lengths
 from .latent_patch import has_latent_patch
 from .repair_attempts import Judge, result_of, try_methods
 from .repair_case import (
@@ -157,7 +158,7 @@ def repair(
     if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
         model = copy.deepcopy(model)  # which gradients may pass by
     training, holdout = split_of(len(labels), shared, judged=max_accuracy_drop is not None)
-    report = _checked_report(report)
+    report = _checked_report(report, model)
     if report is None:
         # Targets that are given need not be found, but the gate wants to know what leads into them, and
         # the repair of a wave: both are seen without gradients. Not so the patch of a single
@@ -283,7 +284,7 @@ def _repair_classes(
     return result_of(judge, attempts, kept, candidate, all_settings[kept.method], seconds)
 
 
-def _checked_report(report: ScanReport | None) -> ScanReport | None:
+def _checked_report(report: ScanReport | None, model: nn.Module) -> ScanReport | None:
     """The caller's report, of a compiled model as one of what was compiled."""
     if report is None:
         return None
@@ -294,6 +295,15 @@ def _checked_report(report: ScanReport | None) -> ScanReport | None:
             expected="a ScanReport or None",
             got=type(report).__name__,
             way_out="pass classes as targets=[...]",
+        )
+    known = report.model_norms
+    if known and not same_lengths(lengths_of(model), known, model_dtype(model)):
+        raise InputError.of(
+            "repair",
+            "report",
+            expected="a scan of this very model",
+            got="one of other weights, or of another normalisation around them",
+            way_out="scan this model, or leave the report out",
         )
     if not report.head.startswith(_COMPILED):
         return report

@@ -63,6 +63,8 @@ class ScanReport:
         limited: the classes in front of which a latent patch at the head stands, of a repair or as anybody
             put it there; () where there is none. Norms are of latents that it has not touched.
         trust_patch: whether a latent patch was said to be of a repair of the caller's own, as asked for.
+        model_norms: the length of each parameter and buffer, by which `repair` knows the model; () where
+            it is not known.
     """
 
     verdict: Verdict
@@ -90,6 +92,7 @@ class ScanReport:
     timings: ScanTimings = field(repr=False)
     limited: tuple[int, ...] = ()
     trust_patch: bool = False
+    model_norms: tuple[float, ...] = field(default=(), repr=False)
 
     @property
     def norm(self) -> Tensor:

@@ -24,6 +24,7 @@ from .detection import NormTest, judge_norms
 from .doubts import doubted, doubts_of, samples_advised
 from .errors import InputError, check_choice, counted
 from .heads import Head, HeadModule, check_model
+from .identity import lengths_of
 from .joint_test import shipped_calibration
 from .latent_patch import has_latent_patch, patch_in_front
 from .limited_scan import hidden_by_patch, holds_back, not_cleared, with_limits
@@ -148,8 +149,13 @@ def scan_looking_at(
     input_shape: Sequence[int] | None = None,
     depth: Depth = "thorough",
     settings: SolverSettings = ops.DEFAULT_SETTINGS,
+    for_gate: bool = False,
 ) -> ScanReport:
-    """As `scan`, but that these classes are looked at however many there are, and whatever their norms."""
+    """As `scan`, but that these classes are looked at however many there are, and whatever their norms.
+
+    With `for_gate` what a latent patch holds back is left in doubt, also if it is trusted: the gate of a repair asks
+    for that in its own way.
+    """
     check_model(model, "scan")
     check_choice("scan", "metric", metric, get_args(Metric), "standardized")
     check_choice("scan", "depth", depth, get_args(Depth), "thorough")
@@ -196,7 +202,8 @@ def scan_looking_at(
             progress=progress,
         )
         module = cast(HeadModule, model.get_submodule(report.head))
-        return _with_limits(report, model, Head(report.head, module), None, batch_size, trust_patch)
+        bare = Head(report.head, module)
+        return _with_limits(report, model, bare, None, batch_size, trust_patch, for_gate)
     assert data is not None
     looks = depth != "norms"
     keeper = None
@@ -272,7 +279,7 @@ def scan_looking_at(
             tested - solved + time.perf_counter() - looked,
         ),
     )
-    return _with_limits(report, model, observation.head, keeper, batch_size, trust_patch)
+    return _with_limits(report, model, observation.head, keeper, batch_size, trust_patch, for_gate)
 
 
 def _with_limits(
@@ -282,6 +289,7 @@ def _with_limits(
     keeper: LookKeeper | None,
     batch_size: int,
     trust_patch: bool,
+    for_gate: bool,
 ) -> ScanReport:
     """The report in the light of the latent patch in front of the model's head, if there is one."""
     patch = patch_in_front(model, head)
@@ -290,8 +298,8 @@ def _with_limits(
         samples = (torch.zeros(0), torch.zeros(0)) if keeper is None else keeper.all.samples()
         size = min(batch_size, _LOOK_BATCH_SIZE)
         holds = functools.partial(holds_back, model, patch, samples, report.perturbation, size)
-        report = with_limits(report, targets, holds)
-    report = replace(report, trust_patch=trust_patch)
+        report = with_limits(report, targets, holds, trusted=trust_patch and not for_gate)
+    report = replace(report, trust_patch=trust_patch, model_norms=lengths_of(model))
     return not_cleared(report) if has_latent_patch(model) and not trust_patch else report
 
 

@@ -385,7 +385,11 @@ def weigh_without_data(joint: JointTest) -> Finding:
     """
     k, p_value = joint.most_suspicious, joint.p_value
     if joint.suspects:
-        reason = f"class {k} stands out in {_kinds_that_tell(joint, k)} of synthetic inputs"
+        reason = (
+            f"class {k} stands out in {_kinds_that_tell(joint, k)} of synthetic inputs: a hint alone, as "
+            "without data one clean model in fifteen is flagged, and the class may be another; scan with "
+            "clean samples before you act"
+        )
         return Finding("backdoored", joint.suspects, p_value, reason, joint.doubtful)
     reason = (
         f"without data many backdoors pass unseen; the most suspicious class is {k}, "

@@ -35,6 +35,9 @@ LARGEST_HARMLESS = 2**20  # bytes that compressed code and names may grow to
 ASK = "ask the publisher for safetensors, or for torch.save(model.state_dict(), path)"
 
 
+_COUNTER = "num_batches_tracked"
+
+
 def load_state_dict(path: StrPath) -> dict[str, Tensor]:
     """Reads a model's weights, and runs nothing that the file may hold.
 
@@ -120,6 +123,9 @@ def load_model(weights: StrPath, arch: str | Callable[[], nn.Module]) -> nn.Modu
         state = _strip_prefixes(state)
         model = make_room_for_patches(model, state)
         expected = model.state_dict()
+    # Older checkpoints lack these counters, without which torch loads them as well.
+    counters = {k: v for k, v in expected.items() if k.endswith(_COUNTER) and k not in state}
+    state |= {name: counter for name, counter in counters.items() if isinstance(counter, Tensor)}
     mismatch = _describe_mismatch(expected, state)
     if not mismatch:
         try:
@@ -132,7 +138,9 @@ def load_model(weights: StrPath, arch: str | Callable[[], nn.Module]) -> nn.Modu
             "arch",
             expected=f"{name} to fit the weights in {os.fspath(weights)}",
             got=mismatch,
-            way_out="--arch must build the very model, with as many classes, that was trained",
+            way_out="these are the weights of a tacext.Normalized: save its .model, or have --arch build one"
+            if _is_normalized(state)
+            else "--arch must build the very model, with as many classes, that was trained",
         )
     return model.eval()
 
@@ -404,6 +412,12 @@ def _strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in state)), None):
         state = {name[len(prefix) :]: tensor for name, tensor in state.items()}
     return state
+
+
+def _is_normalized(state: Mapping[str, Tensor]) -> bool:
+    """Whether these may be the weights of a `Normalized` and what it wraps."""
+    others = state.keys() - {"mean", "std"}
+    return len(state) == len(others) + 2 and all(name.startswith("model.") for name in others)
 
 
 def _describe_mismatch(expected: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:

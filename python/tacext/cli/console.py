@@ -9,6 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
+_WIDTH = 160
+
 
 class ResultConsole(Console):
     """Standard output, or with `stderr=True` standard error, that outlives its reader.
@@ -22,6 +24,8 @@ class ResultConsole(Console):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         super().__init__(**options)
+        if not self.is_terminal and "COLUMNS" not in os.environ:
+            self.width = _WIDTH  # of files and pipes, which have none of their own
 
     def on_broken_pipe(self) -> None:
         """Sends what is left to nowhere, so that the command can end in its own way."""
