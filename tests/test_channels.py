@@ -121,7 +121,7 @@ def test_contributions_are_the_tac_weighted_scores_of_single_samples() -> None:
     output = model[: norm + 1](images()).detach().requires_grad_()
     margin = class_margin(model[norm + 1 :](output), wanted)
     (gradient,) = torch.autograd.grad(margin.sum(), output)
-    torch.testing.assert_close(found.objective, margin.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.objective, margin.detach().float(), rtol=1e-4, atol=1e-4)
     first = sum(layer.channels for layer in layers[:2])
     part = slice(first, first + layers[2].channels)
     expected = ops.neuron_scores(output, gradient)
