@@ -191,8 +191,9 @@ def test_what_nothing_shows_is_not_accepted() -> None:
     told = (
         "repair: data: expected 50 held-out samples or more, as fewer judge no repair, got 30 of 150; "
         "pass 250 samples, raise holdout (--holdout) above 0.2, or name a method and do without the gate "
+        "(max_accuracy_drop=None, --no-gate)"
     )
-    with pytest.raises(InputError, match=told):  # before hours of training
+    with pytest.raises(InputError, match=re.escape(told)):  # before hours of training
         repair(case.backdoored, (images[:few], labels[:few]), report, targets=[0])
     more = FinetuneSettings(epochs=1, holdout=0.4)
     repair(case.backdoored, (images[:few], labels[:few]), report, targets=[0], settings=more)
