@@ -32,8 +32,8 @@ from .waves import class_by_wave, wave_pattern
 # A p-value above this leaves no doubt of a patch or a shuffle.
 _DOUBT = 0.3
 
-# An outcome is scanned at no less, however small that of the scan before: fewer false alarms there are
-# more of what a repair left here.
+# An outcome is scanned at this alpha at least: a scan that was to raise fewer false alarms than usual
+# would also overlook more of what a repair has left.
 LEAST_ALPHA = 0.01
 
 # Of what the old changes and patches moved, so much may still move.
