@@ -194,9 +194,10 @@ def test_repair_scans_as_it_is_told(
 ) -> None:
     common = folder / "backdoored.safetensors", "--arch", ARCH, "--data", folder / "digits.npz"
     how = "--metric", "l2", "--quantile", 0.95, "--alpha", 0.3
+    once = "--method", "finetune", "--no-gate", "--epochs", 1
     scanned = run("scan", *common, *how)
     table = capsys.readouterr().out
-    code = run("repair", *common, *how, "--output", tmp_path / "o.safetensors", "--epochs", 1)
+    code = run("repair", *common, *how, "--output", tmp_path / "o.safetensors", *once)
     repaired = capsys.readouterr().out
     norms = [line.split()[:2] for line in table.splitlines()[1:11]]
     assert norms == [line.split()[:2] for line in repaired.splitlines()[1:11]]
@@ -242,7 +243,10 @@ def test_a_model_with_a_patch_is_clean_where_that_is_trusted(folder: Path, tmp_p
     )  # fmt: skip
     patched, result = tmp_path / "patched.safetensors", tmp_path / "scan.json"
     save_weights(with_latent_patch(case.clean, head, patch)[0], patched)
-    common = "scan", patched, "--arch", ARCH, "--data", folder / "digits.npz", "--json", result
+    common = [
+        "scan", patched, "--arch", ARCH, "--data", folder / "digits.npz", "--json", result,
+        "--depth", "norms", "--alpha", 0.05,
+    ]  # fmt: skip
     for more, code in ((), ExitCode.INCONCLUSIVE), (("--trust-patch",), ExitCode.CLEAN):
         assert run(*common, *more) == code
         content = json.loads(result.read_text())

@@ -282,5 +282,6 @@ def test_the_core_needs_no_torch() -> None:
     code = f"import ctypes, sys; ctypes.CDLL({str(LIBRARY)!r}); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-I", "-c", code], check=True)
     needed = subprocess.run(["ldd", LIBRARY], check=True, capture_output=True, text=True).stdout
-    assert "torch" not in needed
-    assert "c10" not in needed
+    names = [line.split()[0] for line in needed.splitlines()]  # and not where they are loaded to
+    assert any("libstdc++" in name for name in names)
+    assert not any("torch" in name or "c10" in name for name in names)
