@@ -153,8 +153,8 @@ def scan_looking_at(
 ) -> ScanReport:
     """As `scan`, but that these classes are looked at however many there are, and whatever their norms.
 
-    With `for_gate` what a latent patch holds back is left in doubt, also if it is trusted: the gate of a repair asks
-    for that in its own way.
+    With `for_gate` what a latent patch holds back is left in doubt, also if it is trusted: the gate of
+    a repair asks for that in its own way.
     """
     check_model(model, "scan")
     check_choice("scan", "metric", metric, get_args(Metric), "standardized")

@@ -34,7 +34,7 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
 LARGEST_HARMLESS = 2**20  # bytes that compressed code and names may grow to
 ASK = "ask the publisher for safetensors, or for torch.save(model.state_dict(), path)"
 
-
+# How many batches a batch norm has seen: nothing in evaluation, and not in checkpoints of old.
 _COUNTER = "num_batches_tracked"
 
 
@@ -123,7 +123,7 @@ def load_model(weights: StrPath, arch: str | Callable[[], nn.Module]) -> nn.Modu
         state = _strip_prefixes(state)
         model = make_room_for_patches(model, state)
         expected = model.state_dict()
-    # Older checkpoints lack these counters, without which torch loads them as well.
+    # Without these torch loads a checkpoint as well.
     counters = {k: v for k, v in expected.items() if k.endswith(_COUNTER) and k not in state}
     state |= {name: counter for name, counter in counters.items() if isinstance(counter, Tensor)}
     mismatch = _describe_mismatch(expected, state)

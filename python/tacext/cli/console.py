@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+# Of files and pipes, which have no width of their own: no table is cut.
 _WIDTH = 160
 
 
@@ -25,7 +26,7 @@ class ResultConsole(Console):
                 stream.reconfigure(errors="backslashreplace")
         super().__init__(**options)
         if not self.is_terminal and "COLUMNS" not in os.environ:
-            self.width = _WIDTH  # of files and pipes, which have none of their own
+            self.width = _WIDTH
 
     def on_broken_pipe(self) -> None:
         """Sends what is left to nowhere, so that the command can end in its own way."""

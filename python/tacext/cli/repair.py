@@ -138,10 +138,12 @@ def repair_command(
     doubt of. Perturbations come from the scan's margins, and so --quantile matters with --target, too;
     --metric and --alpha bear on the suspects, and on the scan of the outcome, whose alpha is .01 at
     least. With --target, --depth is fast unless it is given: only of a thorough scan the gate knows the
-    patch that leads a single class astray, and asks it again. The file in WEIGHTS is left as it is. The
-    outcome is scanned thoroughly; one that costs too much accuracy, or in which the backdoor is not seen
-    to be gone, is not written. Of a patch, and of auto, the file holds limits beside the weights: tacext loads it into
-    the same --arch; into plain torch code load the outcome of --method prune or finetune.
+    patch that leads a single class astray, and asks it again.
+
+    The file in WEIGHTS is left as it is. The outcome is scanned thoroughly; one that costs too much
+    accuracy, or in which the backdoor is not seen to be gone, is not written. Of a patch, and of auto,
+    the file holds limits beside the weights: tacext loads it into the same --arch; into plain torch code
+    load the outcome of --method prune or finetune.
 
     --epochs, --learning-rate, --beta, --gamma, --distillation and --checkpoint are those of finetune.
     """
