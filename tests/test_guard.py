@@ -441,5 +441,18 @@ def test_scorers_move_without_losing_digits() -> None:
 def test_whole_numbers_as_images_come_are_refused_in_words() -> None:
     case = digit_case()
     guard = Guard.fit(case.backdoored, case.data.test, false_positive_rate=0.05)
+    images = case.data.test[0][:4]
+    whole = (255 * images).round().byte()
     with pytest.raises(InputError, match=r"Guard: inputs: .* got uint8; pass floats"):
-        guard((255 * case.data.test[0][:4]).byte())
+        guard(whole)
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = case.backdoored
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x / 255 if x.dtype == torch.uint8 else x)  # type: ignore[no-any-return]
+
+    taking = Guard.fit(Scaled(), case.data.test, false_positive_rate=0.05)
+    torch.testing.assert_close(taking(whole).score, taking(whole / 255).score)

@@ -169,10 +169,26 @@ class Guard(nn.Module):
             inputs: [N, ...], N >= 1.
 
         Raises:
-            InputError: no tensor or an empty batch; not asked in a compiled or exported pass.
+            InputError: no tensor or an empty batch, or uint8 where the model does not take that; not
+                asked in a compiled or exported pass.
         """
-        if not torch.compiler.is_compiling():
-            _check_batch(inputs)
+        if torch.compiler.is_compiling():
+            return self._judged(inputs)
+        _check_batch(inputs)
+        try:
+            return self._judged(inputs)
+        except RuntimeError as error:
+            if inputs.dtype != torch.uint8:
+                raise
+            raise InputError.of(
+                "Guard",
+                "inputs",
+                expected="inputs as the model takes them",
+                got="uint8",
+                way_out="pass floats, such as images.float() / 255",
+            ) from error
+
+    def _judged(self, inputs: Tensor) -> GuardOutput:
         output, latent, logits = self.model(inputs)
         if not self.model.ends_in_head:
             # What overrides the head is nothing that clean samples did.
@@ -299,14 +315,6 @@ def labelled(data: DataLike | Tensor) -> DataLike:
 
 
 def _check_batch(inputs: object) -> None:
-    if isinstance(inputs, Tensor) and inputs.dtype == torch.uint8:
-        raise InputError.of(
-            "Guard",
-            "inputs",
-            expected="inputs as the model takes them",
-            got="uint8",
-            way_out="pass floats, such as images.float() / 255",
-        )
     if isinstance(inputs, Tensor) and inputs.dim() and len(inputs):
         return
     raise InputError.of(
